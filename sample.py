@@ -1,0 +1,127 @@
+"""Draw images from a stage-two checkpoint, which holds everything that sampling needs.
+
+    python sample.py                                    64 images into samples/, and grid.png
+    python sample.py --class cat --cfg 3 --n 16         one class, by name or number
+    python sample.py --sampler ddpm --steps 1000        Ho 2020; the default is DDIM, 50 steps
+    python sample.py --n 10000 --npz --trajectory       also samples.npz, trajectory.png
+"""
+import argparse
+import os
+import re
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+import ldm
+import vmae
+from vmae import InputError
+
+
+def options():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], usage="%(prog)s [options]")
+    add = parser.add_argument
+    add("--ckpt", default="runs/ldm/last.pt", help="stage-two checkpoint (default: %(default)s)")
+    add("--n", type=int, default=64, help="images (default: %(default)s)")
+    add("--steps", type=int, default=50, help="network evaluations an image, from 1 to the T of "
+        "training (default: %(default)s)")
+    add("--sampler", choices=("ddpm", "ddim"), default="ddim", help="(default: %(default)s)")
+    add("--eta", type=float, default=0.0, help="noise of DDIM: 0 none, 1 as DDPM (default: 0)")
+    add("--cfg", type=float, help="guidance weight w, 1: none (default: 1.5 with classes, else 1)")
+    add("--class", dest="label", help="name or number of one class (default: all in turn)")
+    add("--clip", type=float, help="bound the estimates of z_0 to this many standard deviations "
+        "(default: not at all)")
+    add("--seed", type=int, default=0, help="image i of a seed is the same whatever --n and --batch "
+        "are (default: %(default)s)")
+    add("--batch", type=int, default=64, help="images at a time (default: %(default)s)")
+    add("--device", default="auto", help="cuda, cpu, mps... (default: cuda if there is one)")
+    add("--out", default="samples", help="folder (default: %(default)s)")
+    add("--npz", action="store_true", help="also samples.npz: arr_0, uint8 (N, H, W, 3), as ADM's")
+    add("--trajectory", action="store_true", help="also trajectory.png: the estimate of x_0 along "
+        "the way, 8 images down, noise to image across")
+    args = parser.parse_args()
+    for name in ("n", "steps", "batch", "clip"):
+        value = getattr(args, name)
+        if value is not None and not value > 0:
+            raise InputError(f"--{name} must be above 0, not {value}")
+    if not 0 <= args.eta <= 1:
+        raise InputError(f"--eta must be from 0 to 1, not {args.eta}")
+    return args
+
+
+def pick_label(label, classes):
+    """--class as typed -> class index, or None for all. InputError lists what there is."""
+    if label is None:
+        return None
+    if not classes:
+        raise InputError(f"--class {label}: this checkpoint is unconditional, it has no classes")
+    if label in classes:
+        return classes.index(label)
+    if label.isdigit() and int(label) < len(classes):
+        return int(label)
+    raise InputError(f"--class {label}: unknown; choose from {', '.join(classes)} or a number below "
+                     f"{len(classes)}")
+
+
+def main():
+    args = options()
+    model, schedule, ckpt = ldm.load_ldm(args.ckpt)
+    if args.steps > schedule.T:
+        raise InputError(f"--steps {args.steps}: this model was trained with {schedule.T} steps")
+    classes, label = ckpt["classes"], pick_label(args.label, ckpt["classes"])
+    if args.cfg not in (None, 1) and not classes:
+        raise InputError(f"--cfg {args.cfg}: this checkpoint is unconditional, leave --cfg out")
+    w = args.cfg if args.cfg is not None else 1.5 if classes else 1.0
+    device = vmae.pick_device(args.device)
+    model, first = model.to(device), vmae.build_vmae(ckpt["vmae"]).to(device)
+    mean, std = ckpt["latent_mean"].to(device), ckpt["latent_std"].to(device)
+    sampler, extra = ldm.ddim_sample, dict(eta=args.eta)
+    if args.sampler == "ddpm":
+        sampler, extra = ldm.ddpm_sample, {}
+
+    images, record = [], None
+    shape = (first.latent_dim, first.grid, first.grid)
+    for start in tqdm(range(0, args.n, args.batch), desc="sampling", dynamic_ncols=True):
+        index = range(start, min(start + args.batch, args.n))
+        # One generator an image, so that an image does not depend on its neighbours in the batch.
+        own = [torch.Generator().manual_seed(args.seed * 1_000_003 + i) for i in index]
+
+        def noise(_=None):
+            return torch.stack([torch.randn(shape, generator=g) for g in own]).to(device)
+
+        y = None
+        if classes:
+            y = torch.tensor([label if label is not None else i % len(classes) for i in index],
+                             device=device)
+        estimates = [] if args.trajectory and start == 0 else None
+        with torch.no_grad(), torch.autocast("cuda", torch.bfloat16, device.type == "cuda"):
+            z = sampler(model, schedule, noise(), y, steps=args.steps, w=w, clip=args.clip,
+                        noise=noise, record=estimates, **extra)
+            images.append(vmae.to_uint8(first.decode(ldm.denormalise(z, mean, std))).cpu())
+            if estimates is not None:
+                at = np.linspace(0, args.steps - 1, min(10, args.steps)).round().astype(int)
+                record = [first.decode(ldm.denormalise(estimates[k][:8], mean, std)) for k in at]
+    write(args, torch.cat(images), record)
+
+
+def write(args, images, record):
+    """images (N, 3, H, W) uint8 and the trajectory's (8, 3, H, W), or None -> files in --out."""
+    os.makedirs(args.out, exist_ok=True)
+    for old in os.listdir(args.out):        # a longer run's leftovers would be counted as ours
+        if (number := re.fullmatch(r"sample_(\d+)\.png", old)) and int(number[1]) >= len(images):
+            os.remove(os.path.join(args.out, old))
+    pixels = images.permute(0, 2, 3, 1).numpy()                            # (N, H, W, 3)
+    for i, image in enumerate(pixels):
+        Image.fromarray(image).save(os.path.join(args.out, f"sample_{i:06d}.png"))
+    shown = images[:64] / 127.5 - 1
+    vmae.save_grid(shown.split(8), os.path.join(args.out, "grid.png"))
+    if args.npz:
+        np.savez(os.path.join(args.out, "samples.npz"), arr_0=pixels)
+    if record is not None:
+        vmae.save_grid(torch.stack(record, 1), os.path.join(args.out, "trajectory.png"))
+    print(f"{len(images)} images in {args.out}, an overview in {os.path.join(args.out, 'grid.png')}")
+
+
+if __name__ == "__main__":
+    vmae.cli(main)

@@ -1,0 +1,782 @@
+"""The executable specification: closed forms, optimal denoisers, other people's numbers, real runs.
+
+    python test_all.py              all of it, CPU only, no network, under two minutes on two cores
+    python test_all.py mask cache   the tests with these words in their names
+    pytest test_all.py              the same functions
+
+Tests against ../shared/vectors (outputs of the authors' code and of scikit-image) skip without it.
+"""
+import contextlib
+import io
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+import unittest
+import warnings
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+import evaluate
+import ldm
+import sample
+import train_ldm
+import train_vmae
+import vmae
+from vmae import VMAE, Faces, Gaussian, ImageFolder, InputError
+
+HERE = Path(__file__).parent
+VECTORS = HERE.parent / "shared" / "vectors"
+
+
+def vector(name):
+    """A recorded output of the original code, or a skip."""
+    if not (VECTORS / name).exists():
+        raise unittest.SkipTest(f"{VECTORS / name} is not here")
+    if name.endswith(".npz"):
+        return np.load(VECTORS / name)
+    return torch.load(VECTORS / name, weights_only=True)
+
+
+def close(a, b, tolerance):
+    """Fail with the largest difference rather than with two tensors."""
+    a, b = (v.detach().double() if torch.is_tensor(v) else torch.tensor(v, dtype=torch.float64)
+            for v in (a, b))
+    difference = (a - b).abs().max().item()
+    assert difference <= tolerance, f"differs by {difference:.3g}, more than {tolerance:.3g}"
+
+
+def raises(kind, function, *args, **kwargs):
+    """The message of the expected exception."""
+    try:
+        function(*args, **kwargs)
+    except kind as error:
+        return str(error)
+    raise AssertionError(f"{kind.__name__} was not raised")
+
+
+def tiny_vmae(size=16, seed=0):
+    torch.manual_seed(seed)
+    return VMAE(img_size=size, patch_size=4, embed_dim=32, depth=2, num_heads=4, latent_dim=4)
+
+
+def random_images(B=2, size=16, seed=0):
+    return torch.rand(B, 3, size, size, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+
+def command(main, *argv):
+    """Run a script's main in this process -> (exit status, what it printed)."""
+    printed, old = io.StringIO(), (sys.argv, warnings.showwarning)
+    sys.argv = ["script.py", *map(str, argv)]
+    try:
+        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+            vmae.cli(main)
+        status = 0
+    except SystemExit as stop:
+        status = 0 if stop.code is None else stop.code if isinstance(stop.code, int) else 1
+        printed.write(stop.code if isinstance(stop.code, str) else "")
+    finally:
+        sys.argv, warnings.showwarning = old
+    return status, printed.getvalue()
+
+
+def save_images(folder, count, size=20, seed=0):
+    """Photographs of noise, different from each other."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    generator = np.random.default_rng(seed)
+    for i in range(count):
+        pixels = generator.integers(0, 256, (size, size, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(Path(folder, f"{i:03d}.png"))
+
+
+# ---------------------------------------------------------------------------------------------
+# Patches and masks
+# ---------------------------------------------------------------------------------------------
+
+def test_patchify_round_trip_is_exact():
+    x = torch.randn(2, 3, 24, 16)
+    patches = vmae.patchify(x, 4)
+    assert patches.shape == (2, 24, 48)
+    assert torch.equal(vmae.unpatchify(patches, 4, 24, 16), x)
+    assert torch.equal(patches[0, 5].view(4, 4, 3).permute(2, 0, 1), x[0, :, 4:8, 4:8])
+    raises(ValueError, vmae.patchify, x, 5)
+
+
+def test_random_mask_shows_exactly_the_floor():
+    for N in (10, 16, 64, 1024):
+        for percent in (0, 10, 25, 30, 60, 75, 90):
+            keep, mask = vmae.random_mask(3, N, percent / 100)
+            V = math.floor(N * (1 - Fraction(percent, 100)))
+            assert keep.shape == (3, V) and mask.sum(1).tolist() == [N - V] * 3
+            assert mask.gather(1, keep).sum() == 0
+    for ratio in (1.0, -0.1, 0.99):
+        raises(ValueError, vmae.random_mask, 1, 16, ratio)
+
+
+def test_random_mask_differs_by_sample_and_repeats_by_generator():
+    a, _ = vmae.random_mask(64, 64, 0.6, torch.Generator().manual_seed(1))
+    b, _ = vmae.random_mask(64, 64, 0.6, torch.Generator().manual_seed(1))
+    assert torch.equal(a, b) and len(a.unique(dim=0)) == 64
+    share = torch.zeros(64).scatter_add(0, a.flatten(), torch.ones(a.numel())) / 64
+    assert share.min() > 0.1 and share.max() < 0.7         # no patch is favoured; expected .39
+
+
+def test_masked_pixels_cannot_influence_the_latents():
+    model, x = tiny_vmae(), random_images().requires_grad_()
+    keep, mask = vmae.random_mask(2, 16, 0.6)
+    q = model.encode_tokens(x, keep)
+    (q.mu.square().sum() + q.logvar.square().sum()).backward()
+    grad = vmae.patchify(x.grad, 4).abs().amax(-1)         # (B, N)
+    assert grad[mask == 1].max() == 0 and grad[mask == 0].min() > 0
+
+
+def test_encoder_works_on_visible_tokens_only():
+    model, seen = tiny_vmae(), []
+    for module in [model.patch_embed, model.norm, *model.blocks]:
+        module.register_forward_hook(lambda m, inputs, output: seen.append(output.shape[1]))
+    model(random_images(), 0.6)
+    assert seen == [6] * 4                                 # floor(16 * .4)
+
+
+# ---------------------------------------------------------------------------------------------
+# Posterior and losses
+# ---------------------------------------------------------------------------------------------
+
+def test_kl_equals_torch_distributions():
+    mu, logvar = torch.randn(3, 4, 5), torch.randn(3, 4, 5)
+    q = torch.distributions.Normal(mu, (logvar / 2).exp())
+    for mean, prior in (("zero", torch.distributions.Normal(0.0, 1.0)),
+                        ("free", torch.distributions.Normal(mu, 1.0))):
+        expected = torch.distributions.kl_divergence(q, prior).sum(1).mean()
+        close(Gaussian(mu, logvar).kl(mean), expected, 1e-5)
+
+
+def test_gaussian_samples_have_its_moments():
+    q = Gaussian(torch.full((100000,), 3.0), torch.full((100000,), math.log(4.0)))
+    z = q.sample(torch.Generator().manual_seed(0))
+    close(z.mean(), 3, 0.02), close(z.std(), 2, 0.02)
+    assert torch.equal(z, q.sample(torch.Generator().manual_seed(0)))
+    assert torch.equal(q.mode(), q.mu)
+    assert Gaussian(torch.zeros(1), torch.tensor([1e9])).sample().isfinite()
+
+
+def test_nll_by_hand():
+    # One image of two 1 x 1 patches, 3 colours. Errors: patch 0: 1, 2, 0; patch 1: 0, 0, 3.
+    x = torch.tensor([1.0, 0, 2.0, 0, 0, 3.0]).view(1, 3, 1, 2)
+    mask = torch.tensor([[0.0, 1.0]])
+    constant = 0.5 * math.log(2 * math.pi)
+    close(vmae.loss_R(x, 0 * x, mask, 1), 0.5 * (1 + 4 + 0) / 3 + constant, 1e-6)
+    close(vmae.loss_M(x, 0 * x, mask, 1), 0.5 * (0 + 0 + 9) / 3 + constant, 1e-6)
+    target, mean = torch.randn(2, 3, 4), torch.randn(2, 3, 4)
+    log_prob = torch.distributions.Normal(mean, 1.0).log_prob(target)
+    close(vmae.gaussian_nll(target, mean, torch.ones(2, 3)), -log_prob.mean(), 1e-6)
+    assert vmae.gaussian_nll(target, mean, torch.zeros(2, 3)) == 0
+
+
+def test_lpips_is_frozen_and_reads_vgg_from_a_file():
+    generator = torch.Generator().manual_seed(0)
+    widths, weights = [3, 64, 64, 128, 128, 256, 256, 256, 512, 512, 512, 512, 512, 512], {}
+    layers = [0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28]  # numbers of VGG-16's convolutions
+    for i, c_in, c_out in zip(layers, widths, widths[1:]):
+        std = math.sqrt(2 / (9 * c_in))
+        weights[f"features.{i}.weight"] = torch.randn(c_out, c_in, 3, 3, generator=generator) * std
+        weights[f"features.{i}.bias"] = torch.zeros(c_out)
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "vgg.pth")
+        torch.save(weights, path)
+        net = vmae.load_lpips(path)
+    assert not net.training and not any(p.requires_grad for p in net.parameters())
+    assert torch.equal(net.net.slice5[-2].weight, weights["features.28.weight"])
+    x = random_images(2, 32).requires_grad_()
+    assert vmae.loss_P(net, x, x) == 0
+    assert vmae.loss_P(net, x, -x) > vmae.loss_P(net, x, 0.9 * x) > 0
+    vmae.loss_P(net, random_images(2, 32, 1), x).backward()
+    assert x.grad.abs().max() > 0
+    message = raises(InputError, vmae.load_lpips, "/nowhere/vgg.pth")
+    assert "/nowhere/vgg.pth" in message and vmae.VGG_URL in message and "--vgg-weights" in message
+
+
+def test_every_loss_weight_changes_what_is_learnt():
+    with tempfile.TemporaryDirectory() as folder:
+        save_images(f"{folder}/data", 24)
+
+        def weights(*options):
+            status, text = command(train_vmae.main, "--data", f"{folder}/data", "--size", 16, "--steps",
+                                   2, "--batch", 4, "--lambda-p", 0, "--out", folder, *options)
+            assert status == 0, text
+            return vmae.load_vmae(f"{folder}/last.pt").to_latent.weight
+
+        base = weights()
+        close(base, weights(), 0)                          # the same seed, the same run
+        for options in (["--lambda-m", 0], ["--lambda-reg", 1], ["--mask", 0.3], ["--whole", 1],
+                        ["--seed", 1], ["--lambda-reg", 1, "--kl-mean", "zero"]):
+            assert not torch.equal(base, weights(*options)), options
+        assert not torch.equal(weights("--lambda-reg", 1),
+                               weights("--lambda-reg", 1, "--kl-mean", "zero"))
+
+
+# ---------------------------------------------------------------------------------------------
+# VMAE
+# ---------------------------------------------------------------------------------------------
+
+def test_vmae_equals_the_authors():
+    v = vector("vmae_official.pt")
+    model = VMAE(**v["model_args"])
+    close(model.pos_embed, v["state_dict"]["pos_embed"], 1e-6)
+    model.load_state_dict(v["state_dict"])
+    with torch.no_grad():
+        q = model.encode(v["x"])
+        close(torch.cat([q.mu, q.logvar], 1), v["moments"], 1e-4)
+        close(model.decode(q.mode()), v["recon"], 1e-4)
+        V = int((1 - v["mask"][0]).sum())
+        keep = v["mask"].argsort(dim=1, stable=True)[:, :V]
+        x_hat = model.decode_tokens(model.encode_tokens(v["x"], keep).mode(), keep)
+    close(x_hat, v["pred_img"], 1e-4)
+    constant = 0.5 * math.log(2 * math.pi)                 # our NLL is half their squared error
+    close(2 * (vmae.loss_R(v["x"], x_hat, v["mask"], 8) - constant), v["vis_mse"], 1e-4)
+    close(2 * (vmae.loss_M(v["x"], x_hat, v["mask"], 8) - constant), v["masked_mse"], 1e-4)
+
+
+def test_base_is_the_papers_size():
+    model = VMAE(256, **vmae.sizes["base"])
+    assert sum(v.numel() for v in model.state_dict().values()) == 11_191_604   # 11.19 M, 42.7 MiB
+    assert model.latent_dim == 16 and model.grid == 32                         # f8d16
+
+
+def test_encode_and_decode_use_the_whole_grid():
+    model, x = tiny_vmae(), random_images()
+    q = model.encode(x)
+    assert q.mu.shape == q.logvar.shape == (2, 4, 4, 4)
+    assert model.decode(q.mode()).shape == x.shape
+    x_hat, q_v, mask = model(x, 0.0)                       # mask 0 is the use-time path
+    close(q_v.mu.view(2, 4, 4, 4), q.mu, 1e-6)
+    assert mask.sum() == 0
+    raises(ValueError, model.encode, random_images(1, 32))
+    raises(ValueError, VMAE, img_size=30, patch_size=4)
+
+
+# ---------------------------------------------------------------------------------------------
+# Images
+# ---------------------------------------------------------------------------------------------
+
+def test_faces_repeat_whatever_the_batch():
+    faces = Faces(32)
+    x, kind, pattern, part = faces.render([5, 900, 17])
+    assert x.shape == (3, 3, 32, 32) and x.min() >= -1 and x.max() <= 1 and part.shape == (3, 32, 32)
+    again = faces.render([900])
+    close(again[0][0], x[1], 1e-6)
+    assert again[1][0] == kind[1] and again[2][0] == pattern[1] and torch.equal(again[3][0], part[1])
+    assert not torch.equal(Faces(32, seed=1).render([5])[0][0], x[0])
+    image, label = faces[17]
+    close(image, x[2], 1e-6)
+    assert label == kind[2]
+
+
+def test_faces_have_all_levels_and_no_face_is_in_both_splits():
+    train, val = Faces(8, "train"), Faces(8, "val")
+    assert train.first + len(train) <= val.first and len(val) >= 256
+    _, kind, pattern, part = Faces(32).render(range(64))
+    assert kind.unique().tolist() == [0, 1, 2, 3] and pattern.unique().tolist() == [0, 1, 2]
+    for face in part:
+        assert face.unique().tolist() == [0, 1, 2, 3, 4]   # each part is seen on each face
+
+
+def test_folder_reads_every_mode():
+    with tempfile.TemporaryDirectory() as folder:
+        colour = Image.new("RGB", (40, 30), (255, 0, 0))
+        for mode in ("1", "L", "P", "CMYK"):
+            colour.convert(mode).save(f"{folder}/{mode}.TIFF")
+        Image.new("RGBA", (40, 30), (255, 0, 0, 0)).save(f"{folder}/RGBA.PNG")
+        Image.new("LA", (40, 30), (0, 0)).save(f"{folder}/LA.png")
+        Image.fromarray(np.full((30, 40), 32896, np.uint16)).save(f"{folder}/I16.png")
+        data = ImageFolder(folder, 16)
+        x = {Path(p).stem: data[i][0] for i, p in enumerate(data.paths)}
+    assert len(x) == 7 and all(v.shape == (3, 16, 16) for v in x.values())
+    close(x["RGBA"], 1, 0), close(x["LA"], 1, 0)           # transparent is white
+    close(x["I16"], 32896 / 65535 * 2 - 1, 0.005)          # half of 16 bits is half
+    close(x["P"].mean((1, 2)), torch.tensor([1.0, -1, -1]), 0.05)
+    close(x["CMYK"].mean((1, 2)), torch.tensor([1.0, -1, -1]), 0.05)
+
+
+def test_folder_crops_the_centre_and_turns_by_exif():
+    with tempfile.TemporaryDirectory() as folder:
+        pixels = np.zeros((20, 60, 3), np.uint8)
+        pixels[:, 20:40] = 255                             # white in the middle third
+        Image.fromarray(pixels).save(f"{folder}/wide.png")
+        exif = Image.Exif()
+        exif[0x0112] = 6                                   # turn by 90 degrees to view
+        top = np.zeros((32, 32, 3), np.uint8)
+        top[:, :16] = 255                                  # left half white: right way up, the top
+        Image.fromarray(top).save(f"{folder}/phone.jpg", exif=exif, quality=95)
+        data = ImageFolder(folder, 20)
+        x = dict(zip(data.paths, (data[0][0], data[1][0])))
+    close(x["wide.png"], 1, 0.01)
+    assert x["phone.jpg"][:, :8].mean() > 0.9 and x["phone.jpg"][:, 12:].mean() < -0.9
+
+
+def test_folder_classes_hidden_files_and_hold_out():
+    with tempfile.TemporaryDirectory() as folder:
+        for name in ("dog", "Cat"):
+            save_images(f"{folder}/{name}/deep", 40)
+        save_images(f"{folder}/.hidden", 3)
+        Path(folder, "dog", "._000.png").write_bytes(b"Apple")
+        Path(folder, "dog", "notes.txt").write_text("no image")
+        whole = ImageFolder(folder, 16)
+        assert whole.classes == ["Cat", "dog"] and len(whole) == 80
+        assert [whole[i][1] for i in (0, 79)] == [0, 1]
+        train, val = ImageFolder(folder, 16, "train"), ImageFolder(folder, 16, "val")
+        assert sorted(train.paths + val.paths) == whole.paths and 1 <= len(val) <= 10
+        save_images(f"{folder}/dog/more", 40, seed=1)      # adding files moves none across
+        assert set(val.paths) <= set(ImageFolder(folder, 16, "val").paths)
+        before = whole.fingerprint()
+        os.utime(f"{folder}/dog/deep/000.png", (1, 1))
+        assert whole.fingerprint() != before
+        Image.new("RGB", (20, 20)).save(f"{folder}/beside.png")
+        assert ImageFolder(folder, 16).classes == []
+
+
+def test_folder_skips_a_few_broken_files_and_stops_at_many():
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        save_images(folder, 200)
+        cut = Path(folder, "100.png").read_bytes()
+        Path(folder, "100.png").write_bytes(cut[:len(cut) // 2])   # sound header, no end
+        Path(folder, "text.jpg").write_text("not an image")
+        data = ImageFolder(folder, 16, keep=True)
+        assert len(data) == 200 and any("text.jpg" in str(w.message) for w in caught)
+        x, _ = data[data.paths.index("100.png")]
+        close(x, data[data.paths.index("101.png")][0], 0)
+        assert any("100.png" in str(w.message) for w in caught)
+        Path(folder, "more.jpg").write_text("")
+        Image.new("RGB", (1, 1)).save(f"{folder}/pixel.png")
+        assert "over 1 %" in raises(InputError, ImageFolder, folder, 16)
+
+
+def test_decompression_bomb_is_unreadable():
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, 300
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            save_images(folder, 1)                         # 400 pixels
+            assert "over 1 %" in raises(InputError, ImageFolder, folder, 16)
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
+
+
+# ---------------------------------------------------------------------------------------------
+# Schedule, loss, samplers
+# ---------------------------------------------------------------------------------------------
+
+def test_schedule_runs_from_signal_to_noise():
+    for kind in ("linear", "cosine"):
+        for T in (100, 1000):
+            bar = ldm.Schedule(kind, T).alpha_bar
+            assert (bar[1:] < bar[:-1]).all() and bar[0] > 0.99 and bar[-1] < 1e-3
+    linear = ldm.Schedule("linear").alpha_bar
+    close(linear[0], 1 - 1e-4, 1e-12), close(linear[1] / linear[0], 1 - 1e-4 - 0.0199 / 999, 1e-9)
+    close(ldm.Schedule("cosine").alpha_bar[499], 0.4922, 1e-3)     # cos^2 of the middle, s = .008
+    raises(ValueError, ldm.Schedule, "quadratic")
+
+
+def test_steps_end_on_clean_latents():
+    schedule = ldm.Schedule()
+    for S in (1, 2, 3, 7, 50, 250, 333, 999, 1000):
+        steps = schedule.steps(S)
+        ts = [t for t, _, _ in steps]
+        assert len(steps) == S and ts[0] == 999 and len(set(ts)) == S and min(ts) >= 0
+        assert steps[-1][2] == 1.0
+        assert all(a[2] == b[1] for a, b in zip(steps, steps[1:]))
+    for S in (0, 1001):
+        raises(ValueError, schedule.steps, S)
+
+
+def test_objectives_invert_and_clipping_keeps_z_t():
+    z_0, eps = torch.randn(4, 2, 3, 3), torch.randn(4, 2, 3, 3)
+    for objective in ("eps", "v"):
+        schedule = ldm.Schedule(objective=objective)
+        for t in (0, 300, 900):
+            ts = torch.full((4,), t)
+            bar = schedule.alpha_bar[t].item()
+            z_t = schedule.q_sample(z_0, ts, eps)
+            a, b = schedule.z0_eps(z_t, schedule.target(z_0, ts, eps), bar)
+            close(a, z_0, 1e-4), close(b, eps, 2e-3)
+            a, b = schedule.z0_eps(z_t, schedule.target(z_0, ts, eps), bar, clip=0.5)
+            assert a.abs().max() <= 0.5
+            close(math.sqrt(bar) * a + math.sqrt(1 - bar) * b, z_t, 1e-5)
+
+
+def test_loss_of_the_true_noise_is_zero_and_of_silence_one():
+    z_0 = torch.randn(64, 2, 4, 4)
+    schedule = ldm.Schedule(objective="eps")
+
+    def knows(z_t, t, y):                                  # solves q_sample for eps
+        bar = schedule.at(t, z_t)
+        return (z_t - bar.sqrt() * z_0) / (1 - bar).sqrt()
+
+    close(ldm.loss_LDM(knows, schedule, z_0), 0, 1e-3)
+    close(ldm.loss_LDM(lambda z_t, t, y: 0 * z_t, schedule, z_0), 1, 0.1)
+
+
+def optimal(schedule, m, s):
+    """The best possible network for latents ~ N(m, s^2): E[z_0 | z_t] in closed form."""
+    def model(z_t, t, y):
+        bar = schedule.alpha_bar[t].float().view(-1, 1, 1, 1)
+        z_0 = m + bar.sqrt() * s**2 / (bar * s**2 + 1 - bar) * (z_t - bar.sqrt() * m)
+        eps = (z_t - bar.sqrt() * z_0) / (1 - bar).sqrt()
+        if schedule.objective == "eps":
+            return eps
+        return bar.sqrt() * eps - (1 - bar).sqrt() * z_0
+    return model
+
+
+def test_samplers_land_on_a_gaussian():
+    z_T = torch.randn(64, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    m, s = 0.7, 0.5
+    for objective in ("eps", "v"):
+        for kind in ("linear", "cosine"):
+            schedule = ldm.Schedule(kind, objective=objective)
+            model = optimal(schedule, m, s)
+            for S in (20, 50, 250, 1000):                  # first order in 1 / S, plus 65,536 draws
+                z = ldm.ddim_sample(model, schedule, z_T, steps=S)
+                close(z.mean(), m, 0.006), close(z.std(), s, 1.5 / S + 0.006)
+                z = ldm.ddpm_sample(model, schedule, z_T, steps=S)
+                close(z.mean(), m, 0.006), close(z.std(), s, 3 / S + 0.006)
+    one = ldm.ddim_sample(model, schedule, z_T, steps=1)   # one step can only give the mean
+    close(one.mean(), m, 0.01), close(one.std(), 0, 0.01)
+
+
+def test_ddim_with_eta_one_is_ddpm():
+    schedule = ldm.Schedule("linear")
+    model, z_T = optimal(schedule, 0.3, 0.8), torch.randn(2, 3, 4, 4)
+    for S in (1, 10, 200, 1000):
+        runs = []
+        for sampler, extra in ((ldm.ddpm_sample, {}), (ldm.ddim_sample, {"eta": 1.0})):
+            generator = torch.Generator().manual_seed(0)
+            runs.append(sampler(model, schedule, z_T, steps=S, noise=lambda z: torch.randn(
+                z.shape, generator=generator), **extra))
+        close(runs[0], runs[1], 1e-3)
+    record = []
+    ldm.ddim_sample(model, schedule, z_T, steps=7, record=record)
+    assert len(record) == 7
+
+
+def test_guidance_of_one_is_none_and_reaches_every_channel():
+    model = tiny_dit(num_classes=3)
+    z_t, y = torch.randn(2, 4, 4, 4), torch.tensor([0, 2])
+    t = torch.full((2,), 500)
+    plain, null = model(z_t, t, y), model(z_t, t, torch.tensor([3, 3]))
+    assert torch.equal(ldm.guided(model, z_t, 500, y, 1.0), plain)
+    assert torch.equal(model(z_t, t), null)                # no label is the null label
+    close(ldm.guided(model, z_t, 500, y, 4.0), null + 4 * (plain - null), 1e-4)
+    assert (plain - null).abs().amax((0, 2, 3)).min() > 0
+
+
+def test_drop_labels_makes_null_classes():
+    y = ldm.drop_labels(torch.zeros(20000, dtype=torch.long), 7, 0.1)
+    assert set(y.unique().tolist()) == {0, 7}
+    close((y == 7).float().mean(), 0.1, 0.02)
+
+
+# ---------------------------------------------------------------------------------------------
+# DiT, EMA, normalisation
+# ---------------------------------------------------------------------------------------------
+
+def tiny_dit(num_classes=0, **kwargs):
+    """With random weights everywhere, as adaLN-zero starts by answering zero."""
+    torch.manual_seed(0)
+    model = ldm.DiT(**{**dict(input_size=4, patch_size=1, in_channels=4, hidden_size=32, depth=2,
+                              num_heads=4, num_classes=num_classes), **kwargs})
+    for p in model.parameters():
+        p.data += 0.1 * torch.randn_like(p)
+    return model.eval().requires_grad_(False)
+
+
+def test_dit_equals_the_authors():
+    v = vector("lightningdit_official.pt")
+    model = ldm.DiT(**v["model_args"])
+    for name in ("pos_embed", "feat_rope.freqs_cos", "feat_rope.freqs_sin"):
+        close(model.state_dict()[name], v["state_dict"][name], 1e-6)
+    model.load_state_dict(v["state_dict"])
+    close(model(v["x"], v["t"], v["y"]), v["out"], 1e-4)
+
+
+def test_dit_starts_at_zero_and_takes_patches():
+    model = ldm.DiT(4, 2, 3, 32, 1, 4, 2)
+    z = torch.randn(2, 3, 4, 4)
+    assert model(z, torch.tensor([0, 9]), torch.tensor([0, 2])).abs().max() == 0
+    for P in (1, 2, 4):
+        assert tiny_dit(patch_size=P)(torch.randn(2, 4, 4, 4), torch.tensor([1, 2])).shape == (2, 4, 4, 4)
+    raises(ValueError, ldm.DiT, 4, 3)
+    base = ldm.DiT(**ldm.sizes["base"])
+    assert abs(sum(p.numel() for p in base.parameters()) / 1e6 - 130) < 1      # B/1, 130 M
+
+
+def test_normalise_inverts():
+    z, mean, std = torch.randn(8, 3, 4, 4) * 5 + 2, torch.tensor([1.0, 2, 3]), torch.tensor([5.0, 4, 3])
+    close(ldm.denormalise(ldm.normalise(z, mean, std), mean, std), z, 1e-5)
+    close(ldm.normalise(z, mean, std)[:, 1], (z[:, 1] - 2) / 4, 1e-6)
+
+
+def test_ema_warms_up_and_copies_buffers():
+    model = torch.nn.BatchNorm1d(1)
+    ema = ldm.EMA(model, decay=0.5)
+    model.weight.data.fill_(2.0)
+    model.running_mean.fill_(7.0)
+    expected = 1.0
+    for n in range(20):
+        ema.update(model)
+        decay = min(0.5, (1 + n) / (10 + n))
+        expected = decay * expected + (1 - decay) * 2.0
+        close(ema.model.weight, expected, 1e-6)
+    assert ema.model.running_mean == 7 and model.weight == 2
+
+
+# ---------------------------------------------------------------------------------------------
+# Cache, plumbing, checkpoints
+# ---------------------------------------------------------------------------------------------
+
+def test_cache_equals_fresh_encoding_and_is_never_stale():
+    with tempfile.TemporaryDirectory() as folder:
+        save_images(f"{folder}/data/a", 9)
+        save_images(f"{folder}/data/b", 8, seed=1)
+        data, model = ImageFolder(f"{folder}/data", 16), tiny_vmae()
+        model.to_latent.bias.data[4:] -= 6                 # a confident posterior
+        arguments = (data, folder, torch.device("cpu"), 4)
+        cache = train_ldm.Moments(model, *arguments).open()
+        for mirror in (0, 1):
+            for i in (0, 8, 16):
+                x = data[i][0][None]
+                q = model.encode(x.flip(-1) if mirror else x)
+                fresh = torch.cat([q.mu, q.logvar], 1)[0].detach()
+                close(np.array(cache.moments[i, mirror]).astype(np.float32), fresh, 0.01)
+        assert cache.labels.tolist() == [0] * 9 + [1] * 8
+        z, y = cache.__getitems__([16, 3])
+        assert z.shape == (2, 4, 4, 4) and y.tolist() == [0, 1]
+        assert not torch.equal(z, cache.__getitems__([16, 3])[0])          # drawn anew
+
+        draws = torch.cat([cache.__getitems__(range(17))[0] for _ in range(200)])
+        mean, std = cache.statistics()
+        close(mean, draws.mean((0, 2, 3)), 0.05), close(std, draws.std((0, 2, 3)), 0.05)
+
+        stamp = os.stat(cache.path).st_mtime_ns
+        assert os.stat(train_ldm.Moments(model, *arguments).path).st_mtime_ns == stamp
+        model.to_latent.bias.data[0] += 1
+        other = train_ldm.Moments(model, *arguments)
+        assert other.path != cache.path and not os.path.exists(cache.path)
+        save_images(f"{folder}/data/b", 8, seed=2)
+        assert train_ldm.Moments(model, *arguments).path != other.path
+
+
+def test_order_is_endless_resumable_and_shared_out():
+    def first(count, start=0, rank=0, world=1):
+        order = iter(train_vmae.Endless(10, 3, start, rank, world))
+        return [next(order) for _ in range(count)]
+
+    whole = first(40)
+    assert all(sorted(whole[i:i + 10]) == list(range(10)) for i in (0, 10, 20, 30))
+    assert whole[:10] != whole[10:20]
+    assert first(20, start=17) == whole[17:37]
+    assert first(20, rank=0, world=2) == whole[::2] and first(20, rank=1, world=2) == whole[1::2]
+
+
+def test_learning_rate_warms_up_and_decays():
+    rates = [train_vmae.learning_rate(s, 1000, 1.0) for s in range(1000)]
+    assert rates[0] < 0.1 and max(rates) == max(rates[15:30]) > 0.99 and rates[-1] < 1e-4
+
+
+def test_non_finite_loss_names_step_and_term():
+    model = torch.nn.Linear(1, 1)
+    before = model.weight.clone()
+    opt = train_vmae.optimiser(model)
+    terms = {"L_R": torch.tensor(1.0), "L_M": torch.tensor(float("nan"))}
+    message = raises(InputError, train_vmae.update, opt, model, sum(terms.values()), terms, 7, 0.1)
+    assert "step 7" in message and "L_M" in message and "L_R" not in message
+    assert torch.equal(model.weight, before)
+
+
+def test_checkpoint_survives_an_interrupted_save():
+    class Unwritable:
+        def __reduce__(self):
+            raise RuntimeError("power cut")
+
+    with tempfile.TemporaryDirectory() as folder:
+        path, model = f"{folder}/last.pt", tiny_vmae()
+        model_args = dict(img_size=16, patch_size=4, embed_dim=32, depth=2, num_heads=4, latent_dim=4)
+        vmae.save_checkpoint(path, model_args=model_args, model=model.state_dict())
+        raises(RuntimeError, vmae.save_checkpoint, path, model=Unwritable())
+        x = random_images()
+        close(vmae.load_vmae(path).encode(x).mode(), model.encode(x).mode(), 0)
+        assert os.listdir(folder) == ["last.pt"]
+
+
+def test_resume_continues_the_same_run():
+    with tempfile.TemporaryDirectory() as folder:
+        save_images(f"{folder}/data", 12)
+        common = ["--data", f"{folder}/data", "--size", 16, "--batch", 4, "--lambda-p", 0]
+        go = [*common, "--steps", 4, "--save-every", 2]
+        for name in ("whole", "parts"):
+            assert command(train_vmae.main, *go, "--out", f"{folder}/{name}")[0] == 0
+        # Pretend the second run was stopped after two steps: its checkpoint of then, made again.
+        ckpt = {}
+        save, vmae.save_checkpoint = vmae.save_checkpoint, lambda path, **kw: (
+            ckpt.setdefault(kw["step"], path), save(f"{path}.{kw['step']}", **kw))
+        try:
+            assert command(train_vmae.main, *go, "--out", f"{folder}/parts")[0] == 0
+        finally:
+            vmae.save_checkpoint = save
+        os.replace(f"{folder}/parts/last.pt.2", f"{folder}/parts/last.pt")
+        assert command(train_vmae.main, *go, "--out", f"{folder}/parts", "--resume")[0] == 0
+        a, b = (torch.load(f"{folder}/{n}/last.pt", weights_only=True) for n in ("whole", "parts"))
+        assert b["step"] == 4
+        for key, value in a["model"].items():
+            close(value, b["model"][key], 1e-6)
+        status, text = command(train_vmae.main, *go, "--out", f"{folder}/none", "--resume")
+        assert status == 1 and "no such checkpoint" in text
+
+
+# ---------------------------------------------------------------------------------------------
+# Evaluation
+# ---------------------------------------------------------------------------------------------
+
+def test_psnr_and_ssim_equal_scikit_image():
+    v = vector("metrics_reference.npz")
+    a, b = (torch.from_numpy(v[k]).permute(2, 0, 1)[None] for k in ("a", "b"))
+    close(evaluate.psnr(a, b), v["psnr"], 1e-6), close(evaluate.ssim(a, b), v["ssim"], 1e-6)
+
+
+def test_psnr_and_ssim_by_hand():
+    a = torch.randint(0, 250, (2, 3, 16, 16), dtype=torch.uint8)
+    close(evaluate.psnr(a, a + 5), 20 * math.log10(255 / 5), 1e-9)
+    close(evaluate.ssim(a, a), 1, 1e-12)
+    flat = torch.full((1, 3, 16, 16), 100.0)               # without variance SSIM is its first factor
+    c1 = (0.01 * 255) ** 2
+    close(evaluate.ssim(flat, flat + 20), (2 * 100 * 120 + c1) / (100**2 + 120**2 + c1), 1e-9)
+    raises(ValueError, evaluate.ssim, a[..., :8], a[..., :8])
+
+
+# ---------------------------------------------------------------------------------------------
+# The scripts, as a user types them
+# ---------------------------------------------------------------------------------------------
+
+def test_the_whole_chain():
+    with tempfile.TemporaryDirectory() as folder:
+        for name in ("left", "right"):
+            save_images(f"{folder}/data/{name}", 20)
+        steps = ["--data data --size 16 --mask 0.6 --lambda-p 0 --steps 3 --batch 8 --save-every 2",
+                 "--steps 3 --batch 8", "--n 5 --steps 4 --npz --trajectory", ""]
+        for script, options in zip(("train_vmae", "train_ldm", "sample", "evaluate"), steps):
+            done = subprocess.run([sys.executable, HERE / f"{script}.py", *options.split()],
+                                  cwd=folder, capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr
+        assert "| PSNR |" in done.stdout
+        run = Path(folder, "runs")
+        assert (run / "vmae" / "preview_000002.png").exists() and (run / "vmae/reconstruct.png").exists()
+        log = [json.loads(line) for line in open(run / "vmae" / "log.jsonl")]
+        assert log[-1]["step"] == 3 and {"L_R", "L_M", "L_reg", "lr", "images_per_s"} <= set(log[-1])
+        ckpt = torch.load(run / "ldm" / "last.pt", weights_only=True)
+        assert {"model_args", "model", "ema", "opt", "step", "rng", "train_args", "latent_mean",
+                "latent_std", "classes", "vmae"} <= set(ckpt) and ckpt["classes"] == ["left", "right"]
+        images = np.load(f"{folder}/samples/samples.npz")["arr_0"]
+        assert images.shape == (5, 16, 16, 3) and images.dtype == np.uint8
+        assert np.array_equal(np.array(Image.open(f"{folder}/samples/sample_000004.png")), images[4])
+        assert Image.open(f"{folder}/samples/trajectory.png").size[0] > 16
+        model, schedule, _ = ldm.load_ldm(run / "ldm" / "last.pt")
+        assert schedule.T == 1000 and model.num_classes == 2
+
+        # The same seed gives the same images whatever the batch, also where noise is added.
+        for extra in ([], ["--sampler", "ddpm"], ["--eta", "0.5"], ["--clip", "3"]):
+            for batch, out in ((5, "one"), (2, "two")):
+                status, text = command(sample.main, "--ckpt", run / "ldm/last.pt", "--n", 5, "--steps", 4,
+                                       "--batch", batch, "--out", f"{folder}/{out}", "--npz", *extra)
+                assert status == 0, text
+            one, two = (np.load(f"{folder}/{o}/samples.npz")["arr_0"].astype(int) for o in ("one", "two"))
+            assert abs(one - two).max() <= 1 and len(np.unique(one, axis=0)) == 5
+
+        command(sample.main, "--ckpt", run / "ldm/last.pt", "--n", 2, "--steps", 1, "--out", f"{folder}/one")
+        assert sum(re.match("sample_", f) is not None for f in os.listdir(f"{folder}/one")) == 2
+
+        # Unconditional on the same folders, eps instead of v; then bad input for stage two.
+        base = ["--vmae", run / "vmae/last.pt", "--steps", 1, "--batch", 4, "--out", f"{folder}/flat"]
+        data = ["--data", f"{folder}/data"]
+        status, text = command(train_ldm.main, *base, *data, "--no-classes", "--objective", "eps",
+                               "--schedule", "linear")
+        assert status == 0, text
+        flat = ["--ckpt", f"{folder}/flat/last.pt", "--n", 2, "--steps", 2, "--out", f"{folder}/none"]
+        assert command(sample.main, *flat[:-1], f"{folder}/flat_samples")[0] == 0
+        for arguments, words in ((flat + ["--class", "left"], "unconditional"),
+                                 (flat + ["--cfg", 2], "unconditional"),
+                                 (flat + ["--steps", 1001], "1000"),
+                                 (["--ckpt", run / "ldm/last.pt", "--class", "up"], "left, right"),
+                                 (["--ckpt", run / "vmae/last.pt"], "stage-two"),
+                                 (["--ckpt", f"{folder}/nothing.pt"], "no such checkpoint")):
+            status, text = command(sample.main, *arguments, "--out", f"{folder}/none")
+            assert status == 1 and words in text and len(text.strip().splitlines()) == 1, text
+        status, text = command(train_ldm.main, *base[:-1], f"{folder}/none", *data, "--size", 24)
+        assert status == 1 and "--size" in text, text
+        assert not os.path.exists(f"{folder}/none")
+
+
+def test_bad_input_is_one_line():
+    with tempfile.TemporaryDirectory() as folder:
+        save_images(f"{folder}/good", 4)
+        for name in ("empty", "text", "pixel"):
+            os.mkdir(f"{folder}/{name}")
+        Path(folder, "text", "a.jpg").write_text("not an image")
+        Image.new("RGB", (1, 1)).save(f"{folder}/pixel/a.png")
+        good = ["--data", f"{folder}/good", "--size", 16]
+        for arguments, words in (
+                (["--data", f"{folder}/nowhere"], "nowhere: no such folder"),
+                (["--data", f"{folder}/empty"], ".jpg"),
+                (["--data", f"{folder}/text"], "a.jpg: unreadable"),
+                (["--data", f"{folder}/pixel"], "1x1 pixels"),
+                (good + ["--mask", "1.0"], "--mask"), (good + ["--mask", "-1"], "--mask"),
+                (good + ["--mask", "0.99"], "leaves 0 of 16"),
+                (good + ["--size", 18], "multiple of the patch"),
+                (good + ["--steps", 0], "--steps"), (good + ["--device", "abacus"], "--device"),
+                (good + ["--lambda-p", 1, "--vgg-weights", "no.pth"], "--vgg-weights")):
+            status, text = command(train_vmae.main, *arguments, "--out", f"{folder}/out")
+            assert status == 1 and words in text, text
+            assert len(text.strip().splitlines()) == 1 and "Traceback" not in text, text
+        for main, option in ((train_ldm.main, "--vmae"), (evaluate.main, "--ckpt")):
+            first = ["reconstruct"] if main is evaluate.main else []
+            for path, words in ((f"{folder}/no.pt", "no such"), (f"{folder}/text/a.jpg", "not a check")):
+                status, text = command(main, *first, option, path, "--out", f"{folder}/out")
+                assert status == 1 and words in text and path in text, text
+        assert not os.path.exists(f"{folder}/out")
+
+
+# ---------------------------------------------------------------------------------------------
+
+def run():
+    """Run the tests whose names hold one of the words given; exit status 1 if any fails."""
+    words, counts = sys.argv[1:], {"passed": 0, "failed": 0, "skipped": 0}
+    tests = [(n, f) for n, f in globals().items() if n.startswith("test_") and callable(f)]
+    for name, test in tests:
+        if words and not any(word in name for word in words):
+            continue
+        start, outcome = time.perf_counter(), "passed"
+        torch.manual_seed(0)
+        try:
+            test()
+        except unittest.SkipTest as reason:
+            outcome = "skipped"
+            print(f"        {reason}")
+        except BaseException:
+            outcome = "failed"
+            traceback.print_exc()
+        counts[outcome] += 1
+        print(f"{outcome:8}{time.perf_counter() - start:6.1f} s  {name[5:]}", flush=True)
+    print(", ".join(f"{count} {outcome}" for outcome, count in counts.items()))
+    sys.exit(counts["failed"] > 0 or counts["passed"] == 0)
+
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,214 @@
+"""Train stage two, diffusion on the latents of a trained stage one (Section 3.2).
+
+    python train_ldm.py                                 after train_vmae.py: data, size and classes
+    python train_ldm.py --vmae runs/vmae/last.pt        come from its checkpoint
+    python train_ldm.py --no-classes                    unconditional, whatever the folders say
+
+The data is encoded once, each image and its mirror, into moments_*.npy in --out; training then
+reads latents only. Writes last.pt, log.jsonl and preview_*.png, samples of the EMA weights.
+"""
+import argparse
+import hashlib
+import os
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+import ldm
+import vmae
+from train_vmae import (Log, autocast, check, common_options, endless_loader, learning_rate,
+                        optimiser, resume, rng_state, start_processes, update)
+from vmae import InputError
+
+# What a run of each size wants by default. tiny: measured on 2 CPU cores. small, base: DiT's and
+# the authors' rate (2e-4 at batch 1024) at a batch that one GPU holds.
+RECIPES = {"tiny": dict(batch=64, steps=3000, lr=1.5e-3),
+           "small": dict(batch=256, steps=100_000, lr=2e-4),
+           "base": dict(batch=256, steps=100_000, lr=2e-4)}
+
+
+# ---------------------------------------------------------------------------------------------
+# The cache of moments
+# ---------------------------------------------------------------------------------------------
+
+class Moments(torch.utils.data.Dataset):
+    """Draws (z, y) with z ~ q(z|x), a new sample each time, x mirrored half of the time.
+
+    Backed by a memory-mapped float16 file of shape (n, 2, 2d, h, w): image and mirror, mu and
+    logvar. The file's name holds a hash of the stage-one weights and of the data, so that a cache
+    of anything else is never read; older ones in the folder are deleted.
+    """
+
+    def __init__(self, model, data, folder, device, batch=64, workers=0, build=True):
+        weights = b"".join(v.cpu().numpy().tobytes() for v in model.state_dict().values())
+        key = hashlib.sha256(weights + data.fingerprint().encode()).hexdigest()[:16]
+        self.path = os.path.join(folder, f"moments_{key}.npy")
+        if build and not os.path.exists(self.path):
+            for old in os.listdir(folder):
+                if old.startswith("moments_") and old.endswith((".npy", ".tmp")):
+                    os.remove(os.path.join(folder, old))
+            self._encode(model, data, device, batch, workers)
+        self.moments = None
+
+    def _encode(self, model, data, device, batch, workers):
+        shape = (len(data), 2, 2 * model.latent_dim, model.grid, model.grid)
+        temporary, labels, at = self.path + ".tmp", [], 0
+        file = np.lib.format.open_memmap(temporary, "w+", np.float16, shape)
+        loader = torch.utils.data.DataLoader(data, batch, num_workers=workers)
+        for x, y in tqdm(loader, desc="encoding", dynamic_ncols=True, mininterval=1):
+            x = x.to(device)
+            for mirror, view in enumerate((x, x.flip(-1))):
+                with torch.no_grad():
+                    q = model.encode(view)
+                file[at:at + len(x), mirror] = torch.cat([q.mu, q.logvar], 1).half().cpu().numpy()
+            labels.append(y)
+            at += len(x)
+        file.flush()
+        np.save(self.path[:-4] + "_labels.npy", torch.cat(labels).numpy())
+        os.replace(temporary, self.path)    # last, so that a cache that exists is complete
+
+    def open(self):
+        """Map the files; called when the cache is known to be there."""
+        self.moments = np.load(self.path, mmap_mode="r")
+        self.labels = torch.from_numpy(np.load(self.path[:-4] + "_labels.npy"))
+        return self
+
+    def __len__(self):
+        return len(self.moments)
+
+    def __getitems__(self, indices):
+        """A batch at once: z (B, d, h, w), y (B,), not yet normalised."""
+        order = np.sort(indices)            # a disk reads forward; the batch is a set
+        mirror = torch.randint(2, (len(order),)).numpy()
+        moments = torch.from_numpy(self.moments[order, mirror].astype(np.float32))
+        z = vmae.Gaussian(*moments.chunk(2, 1)).sample()
+        return z, self.labels[order]
+
+    def statistics(self):
+        """Mean and standard deviation of z per channel, (d,) each, over all draws, in float64:
+        var z = var mu + mean sigma^2, the law of total variance."""
+        total = 0
+        for start in range(0, len(self), 1024):
+            mu, logvar = np.split(self.moments[start:start + 1024].astype(np.float64), 2, axis=2)
+            total = total + np.stack([part.mean((1, 3, 4)).sum(0)
+                                      for part in (mu, mu**2 + np.exp(logvar))])
+        mean, square = total / len(self)
+        return (torch.from_numpy(mean).float(), torch.from_numpy(np.sqrt(square - mean**2)).float())
+
+
+# ---------------------------------------------------------------------------------------------
+# Stage two
+# ---------------------------------------------------------------------------------------------
+
+def options():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], usage="%(prog)s [options]")
+    common_options(parser, "runs/ldm", RECIPES, "small on CUDA for a folder, otherwise tiny")
+    add = parser.add_argument
+    add("--vmae", default="runs/vmae/last.pt", help="stage-one checkpoint (default: %(default)s)")
+    add("--no-classes", action="store_true", help="ignore sub-folders, train unconditionally")
+    add("--objective", choices=("eps", "v"), default="v", help="what the network predicts: eps is "
+        "the paper's L_LDM, v trains better at this scale (default: %(default)s)")
+    add("--schedule", choices=("linear", "cosine"), default="cosine", help="of the noise: linear, "
+        "Ho 2020; cosine, Nichol 2021 (default: %(default)s)")
+    add("--drop", type=float, default=0.1, help="share of labels replaced by the null class, which "
+        "guidance needs (default: %(default)s)")
+    args = parser.parse_args()
+    check(args, "size", "batch", "steps", "lr", "save_every")
+    if not 0 <= args.drop < 1:
+        raise InputError(f"--drop must be at least 0 and below 1, not {args.drop}")
+    return args
+
+
+def fill_in(args, stage_one, device):
+    """Choose what was not typed; data, held-out folder and size as stage one had them."""
+    for name in ("data", "val", "size"):
+        if getattr(args, name) is None:
+            setattr(args, name, stage_one["train_args"][name])
+    if args.size != stage_one["model_args"]["img_size"]:
+        raise InputError(f"--size {args.size}: {args.vmae} was trained at "
+                         f"{stage_one['model_args']['img_size']} pixels")
+    args.model = args.model or ("small" if device.type == "cuda" and args.data else "tiny")
+    for name, value in RECIPES[args.model].items():
+        setattr(args, name, getattr(args, name) or value)
+    if args.workers is None:
+        args.workers = 8 if device.type == "cuda" and args.data else 0
+
+
+def preview(model, first, schedule, mean, std, classes, path):
+    """32 samples, 8 a row, the classes in turn: DDIM, 50 steps, guidance 1.5 if there are any."""
+    generator = torch.Generator().manual_seed(0)
+    side, device = first.grid, mean.device
+    z_T = torch.randn(32, first.latent_dim, side, side, generator=generator).to(device)
+    y = torch.arange(32, device=device) % len(classes) if classes else None
+    z = ldm.ddim_sample(model, schedule, z_T, y, w=1.5 if classes else 1.0)
+    x = first.decode(ldm.denormalise(z, mean, std))
+    vmae.save_grid(x.split(8), path)
+
+
+def main():
+    args = options()
+    stage_one = vmae.read_checkpoint(args.vmae, "model_args", "model", "train_args")
+    stage_one = stage_one.get("vmae", stage_one)           # a stage-two file holds its stage one
+    rank, world, device = start_processes(vmae.pick_device(args.device))
+    fill_in(args, stage_one, device)
+    data = vmae.open_images(args.data, args.size, "train", args.val)
+    classes = [] if args.no_classes else data.classes
+    first = vmae.build_vmae(stage_one).to(device)
+
+    torch.manual_seed(args.seed)
+    model_args = dict(ldm.sizes[args.model], input_size=first.grid, in_channels=first.latent_dim,
+                      num_classes=len(classes))
+    try:
+        model = ldm.DiT(**model_args).to(device)
+    except ValueError as error:
+        raise InputError(f"--model {args.model}: {error}") from None
+    schedule_args = dict(kind=args.schedule, objective=args.objective)
+    schedule, opt, ema = ldm.Schedule(**schedule_args), optimiser(model), ldm.EMA(model)
+    start, last = 0, os.path.join(args.out, "last.pt")
+    torch.manual_seed(args.seed + 1000 * rank)
+    if args.resume:
+        start, ckpt = resume(last, model_args, model, opt, device)
+        ema.model.load_state_dict(ckpt["ema"])
+        ema.n = start
+    if rank == 0:
+        os.makedirs(args.out, exist_ok=True)
+        count = sum(p.numel() for p in model.parameters()) / 1e6
+        print(f"{len(data)} images, {len(classes) or 'no'} classes, {count:.2f} M parameters, "
+              f"{device}\n" + " ".join(f"{k}={v}" for k, v in vars(args).items()))
+    cache = Moments(first, data, args.out, device, workers=args.workers, build=rank == 0)
+    if world > 1:
+        dist.barrier()
+    mean, std = (s.to(device) for s in cache.open().statistics())
+
+    net = torch.compile(model) if args.compile else model
+    net = DistributedDataParallel(net) if world > 1 else net
+    loader = endless_loader(cache, args, start, rank, world, collate_fn=lambda batch: batch)
+    low_precision, log = autocast(device), Log(args.out, start, args, rank)
+
+    for step in range(start, args.steps):
+        lr = learning_rate(step, args.steps, args.lr)
+        z, y = (v.to(device, non_blocking=True) for v in next(loader))
+        z_0 = ldm.normalise(z, mean, std)
+        y = ldm.drop_labels(y, len(classes), args.drop) if classes else None
+        with low_precision():
+            loss = ldm.loss_LDM(net, schedule, z_0, y)
+        update(opt, model, loss, {"L_LDM": loss}, step, lr)
+        ema.update(model)
+        log.step(step + 1, {"L_LDM": loss}, lr)
+        if rank == 0 and ((step + 1) % args.save_every == 0 or step + 1 == args.steps):
+            vmae.save_checkpoint(
+                last, model_args=model_args, model=model.state_dict(), ema=ema.model.state_dict(),
+                opt=opt.state_dict(), step=step + 1, rng=rng_state(device), train_args=vars(args),
+                schedule=schedule_args, latent_mean=mean.cpu(), latent_std=std.cpu(),
+                classes=classes, vmae={k: stage_one[k] for k in ("model_args", "model", "train_args")})
+            preview(ema.model, first, schedule, mean, std, classes,
+                    os.path.join(args.out, f"preview_{step + 1:06d}.png"))
+    if world > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    vmae.cli(main)
