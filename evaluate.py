@@ -19,7 +19,10 @@ from vmae import InputError
 # ---------------------------------------------------------------------------------------------
 
 def psnr(a, b):
-    """Peak signal-to-noise ratio, 10 log10(255^2 / MSE), dB. a, b: (N, C, H, W) in 0..255 -> (N,)."""
+    """Peak signal-to-noise ratio, 10 log10(255^2 / MSE), dB -> (N,); infinite for equal images.
+
+    a, b: (N, C, H, W) in 0..255.
+    """
     mse = ((a.double() - b.double()) ** 2).mean((1, 2, 3))
     return 10 * torch.log10(255**2 / mse)
 
@@ -95,7 +98,7 @@ def main():
     sub = commands.add_parser("reconstruct", help="Table 1: L1, PSNR, SSIM")
     add = sub.add_argument
     add("--ckpt", default="runs/vmae/last.pt", help="stage-one checkpoint (default: %(default)s)")
-    add("--data", help="folder of images, all of which are used (default: those held out in training)")
+    add("--data", help="folder of images, all of them used (default: those held out in training)")
     add("--n", type=int, default=1000, help="images at the most (default: %(default)s)")
     add("--batch", type=int, default=64, help="images at a time (default: %(default)s)")
     add("--device", default="auto", help="cuda, cpu, mps... (default: cuda if there is one)")

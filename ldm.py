@@ -71,7 +71,9 @@ class Schedule:
     def target(self, z_0, t, eps):
         """What the network should say, given the noise that was added."""
         alpha_bar = self.at(t, z_0)
-        return eps if self.objective == "eps" else alpha_bar.sqrt() * eps - (1 - alpha_bar).sqrt() * z_0
+        if self.objective == "eps":
+            return eps
+        return alpha_bar.sqrt() * eps - (1 - alpha_bar).sqrt() * z_0       # v
 
     def z0_eps(self, z_t, output, alpha_bar, clip=None):
         """The network's output at z_t -> its estimates of z_0 and eps, both (B, d, h, w).
@@ -226,8 +228,8 @@ class Attention(nn.Module):
 
     def forward(self, x, rope):
         B, N, D = x.shape
-        qkv = self.qkv(x).reshape(B, N, 3, self.num_heads, -1)             # (B, N, 3, heads, D/heads)
-        qkv = qkv.permute(2, 0, 3, 1, 4)                                   # (3, B, heads, N, D/heads)
+        qkv = self.qkv(x).reshape(B, N, 3, self.num_heads, -1)             # (B, N, 3, heads, .)
+        qkv = qkv.permute(2, 0, 3, 1, 4)                                   # (3, B, heads, N, .)
         (q, k), v = rope(qkv[:2]), qkv[2]
         if x.device.type == "cpu":
             with torch.autocast("cpu", enabled=False):                     # as in vmae.py

@@ -32,8 +32,8 @@ def options():
     add("--class", dest="label", help="name or number of one class (default: all in turn)")
     add("--clip", type=float, help="bound the estimates of z_0 to this many standard deviations "
         "(default: not at all)")
-    add("--seed", type=int, default=0, help="image i of a seed is the same whatever --n and --batch "
-        "are (default: %(default)s)")
+    add("--seed", type=int, default=0, help="image i of a seed is the same whatever --n and "
+        "--batch are (default: %(default)s)")
     add("--batch", type=int, default=64, help="images at a time (default: %(default)s)")
     add("--device", default="auto", help="cuda, cpu, mps... (default: cuda if there is one)")
     add("--out", default="samples", help="folder (default: %(default)s)")
@@ -60,8 +60,8 @@ def pick_label(label, classes):
         return classes.index(label)
     if label.isdigit() and int(label) < len(classes):
         return int(label)
-    raise InputError(f"--class {label}: unknown; choose from {', '.join(classes)} or a number below "
-                     f"{len(classes)}")
+    raise InputError(f"--class {label}: unknown; choose from {', '.join(classes)} or a number "
+                     f"below {len(classes)}")
 
 
 def main():
@@ -120,7 +120,7 @@ def write(args, images, record):
         np.savez(os.path.join(args.out, "samples.npz"), arr_0=pixels)
     if record is not None:
         vmae.save_grid(torch.stack(record, 1), os.path.join(args.out, "trajectory.png"))
-    print(f"{len(images)} images in {args.out}, an overview in {os.path.join(args.out, 'grid.png')}")
+    print(f"{len(images)} images in {args.out}, an overview in {args.out}/grid.png")
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from vmae import InputError
 
 # What a run of each size wants by default. tiny: measured on 2 CPU cores. small, base: DiT's and
 # the authors' rate (2e-4 at batch 1024) at a batch that one GPU holds.
-RECIPES = {"tiny": dict(batch=64, steps=3000, lr=1.5e-3),
+RECIPES = {"tiny": dict(batch=32, steps=3000, lr=1.5e-3),
            "small": dict(batch=256, steps=100_000, lr=2e-4),
            "base": dict(batch=256, steps=100_000, lr=2e-4)}
 
@@ -203,7 +203,8 @@ def main():
                 last, model_args=model_args, model=model.state_dict(), ema=ema.model.state_dict(),
                 opt=opt.state_dict(), step=step + 1, rng=rng_state(device), train_args=vars(args),
                 schedule=schedule_args, latent_mean=mean.cpu(), latent_std=std.cpu(),
-                classes=classes, vmae={k: stage_one[k] for k in ("model_args", "model", "train_args")})
+                classes=classes,
+                vmae={k: stage_one[k] for k in ("model_args", "model", "train_args")})
             preview(ema.model, first, schedule, mean, std, classes,
                     os.path.join(args.out, f"preview_{step + 1:06d}.png"))
     if world > 1:

@@ -43,10 +43,10 @@ def common_options(parser, out, recipes, default_model):
     add("--save-every", type=int, default=1000, help="steps between checkpoints and previews "
         "(default: %(default)s)")
     add("--out", default=out, help="run folder (default: %(default)s)")
-    add("--seed", type=int, default=0, help="of weights, order, masks, noise (default: %(default)s)")
+    add("--seed", type=int, default=0, help="of weights, order, masks and noise (default: 0)")
     add("--device", default="auto", help="cuda, cpu, mps... (default: cuda if there is one)")
-    add("--workers", type=int, help="processes that decode images (default: 8 on CUDA, 0 elsewhere, "
-        "where decoded images are kept in memory instead)")
+    add("--workers", type=int, help="processes that decode images (default: 8 on CUDA, elsewhere 0 "
+        "and decoded images are kept in memory)")
     add("--resume", action="store_true", help="continue from last.pt in --out")
     add("--compile", action="store_true", help="torch.compile: faster after a slow first step")
 
@@ -67,8 +67,9 @@ def autocast(device):
     instructions, which no public function tells. So it is timed, best of ten, in some 50 ms."""
     if device.type == "cpu":
         a = torch.ones(512, 512)
-        seconds = [min(timeit.repeat(lambda: m @ m, number=1, repeat=10)) for m in (a, a.bfloat16())]
-        fast = seconds[1] < 0.6 * seconds[0]
+        full, half = (min(timeit.repeat(lambda: m @ m, number=1, repeat=10))
+                      for m in (a, a.bfloat16()))
+        fast = half < 0.6 * full
     else:
         fast = device.type == "cuda"
     return lambda: torch.autocast(device.type, torch.bfloat16, enabled=fast)
@@ -127,8 +128,8 @@ def update(opt, model, loss, terms, step, lr):
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     if not math.isfinite(loss.item() + norm.item()):
         broken = [k for k, v in {**terms, "the gradient": norm}.items() if not v.isfinite()]
-        raise InputError(f"step {step}: {', '.join(broken)} not finite; nothing was saved since the "
-                         f"last checkpoint, try a lower --lr")
+        raise InputError(f"step {step}: {', '.join(broken)} not finite; nothing was saved since "
+                         f"the last checkpoint, try a lower --lr")
     opt.step()
 
 
@@ -144,8 +145,8 @@ def resume(path, model_args, model, opt, device):
     """Load weights, optimiser and random state from last.pt -> (step to go on from, the dict)."""
     ckpt = vmae.read_checkpoint(path, "model_args", "model", "opt", "step", "rng")
     if ckpt["model_args"] != model_args:
-        raise InputError(f"{path}: holds a model of {ckpt['model_args']}, not of {model_args}; give "
-                         f"the options it was trained with, or another --out")
+        raise InputError(f"{path}: holds a model of {ckpt['model_args']}, not of {model_args}; "
+                         f"give the options it was trained with, or another --out")
     model.load_state_dict(ckpt["model"])
     opt.load_state_dict(ckpt["opt"])
     torch.set_rng_state(ckpt["rng"]["cpu"])
@@ -182,8 +183,8 @@ class Log:
             speed = (step - self.last) * self.batch / (now - self.clock)
             values = {k: round(v.item() if torch.is_tensor(v) else v, 5) for k, v in terms.items()}
             self.bar.set_postfix(img_s=f"{speed:.0f}", **values, refresh=False)
-            json.dump({"step": step, "lr": lr, "images_per_s": round(speed, 1), **values}, self.file)
-            self.file.write("\n")
+            line = {"step": step, "lr": lr, "images_per_s": round(speed, 1), **values}
+            self.file.write(json.dumps(line) + "\n")
             self.file.flush()
             self.clock, self.last = now, step
 
@@ -206,12 +207,12 @@ def options():
                    "elsewhere")
     add = parser.add_argument
     add("--mask", type=float, default=0.6, help="share of patches hidden (default: %(default)s)")
-    add("--whole", type=float, default=0.5, help="share of the steps, evenly spread, that see whole "
-        "images, as the model will be used; 0: never (default: %(default)s)")
+    add("--whole", type=float, default=0.5, help="share of the steps, evenly spread, that see "
+        "whole images, as the model will be used; 0: never (default: %(default)s)")
     add("--lambda-m", type=float, default=0.1, help="weight of L_M (default: %(default)s)")
     add("--lambda-reg", type=float, default=1e-4, help="weight of L_reg (default: %(default)s)")
-    add("--lambda-p", type=float, help="weight of L_P, LPIPS (default: the authors' 0.5 for a folder "
-        "if VGG's weights can be had, 0 for the built-in faces)")
+    add("--lambda-p", type=float, help="weight of L_P, LPIPS (default: the authors' 0.5 for a "
+        "folder if VGG's weights can be had, 0 for the built-in faces)")
     add("--kl-mean", choices=("free", "zero"), default="free", help="free: only the variance is "
         "pulled to 1, Section 4.4; zero: the textbook KL of Eq. (1) (default: %(default)s)")
     add("--vgg-weights", help="local copy of torchvision's vgg16-397923af.pth, for LPIPS")

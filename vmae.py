@@ -70,18 +70,28 @@ MAX_UNREADABLE = 0.01  # a few broken files are normal in a scraped folder, one 
 KEEP_BYTES = 2**30     # decoded images are kept in memory up to this size
 
 
+UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError,
+              Image.DecompressionBombWarning)  # Pillow raises all of these for broken files
+
+
+def open_image(path):
+    """File -> PIL image, its header read and its pixels not yet; OSError below MIN_SIDE pixels."""
+    with warnings.catch_warnings():         # a bomb is 90 million pixels or more: a warning, to PIL
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        image = Image.open(path)
+    if min(image.size) < MIN_SIDE:
+        raise OSError(f"{image.width}x{image.height} pixels, too small")
+    return image
+
+
 def read_image(path, size):
     """File -> uint8 (3, size, size): any mode to RGB, short side resized, centre cropped.
 
     Transparency is laid over white, since that is how such pictures are shown; EXIF rotation is
-    applied, since phones store portraits lying down. Raises OSError if it cannot be read.
+    applied, since phones store portraits lying down. Raises one of UNREADABLE.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        with Image.open(path) as file:
-            if min(file.size) < MIN_SIDE:
-                raise OSError(f"{file.size[0]}x{file.size[1]} pixels, too small")
-            image = ImageOps.exif_transpose(file)
+    with open_image(path) as file:
+        image = ImageOps.exif_transpose(file)
     if image.mode.startswith("I"):          # 16 bits: Pillow's own conversion clips at 255
         image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
     if image.has_transparency_data:
@@ -89,10 +99,6 @@ def read_image(path, size):
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     image = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BICUBIC)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
-
-
-UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError,
-              Image.DecompressionBombWarning)  # Pillow raises all of these for broken files
 
 
 def list_images(root):
@@ -143,23 +149,18 @@ class ImageFolder(torch.utils.data.Dataset):
 
     def _header_ok(self, path):
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("error", Image.DecompressionBombWarning)
-                with Image.open(os.path.join(self.root, path)) as file:
-                    if min(file.size) < MIN_SIDE:
-                        raise OSError(f"{file.size[0]}x{file.size[1]} pixels, too small")
+            open_image(os.path.join(self.root, path)).close()
             return True
         except UNREADABLE as error:
             return self._unreadable(path, error)
 
     def _unreadable(self, path, error):
         self.bad.add(path)
-        full = os.path.join(self.root, path)
+        what = f"{os.path.join(self.root, path)}: unreadable ({(str(error) or repr(error)).splitlines()[0]})"
         if len(self.bad) > self.limit:
-            raise InputError(f"{full}: unreadable ({str(error).splitlines()[0]}), and with it over "
-                             f"1 % of the folder; remove or repair the broken files")
-        warnings.warn(f"skipped {full}: unreadable ({str(error).splitlines()[0]}), "
-                      f"{len(self.bad)} so far")
+            raise InputError(f"{what}, and with it over 1 % of the folder; remove or repair the "
+                             f"broken files")
+        warnings.warn(f"skipped {what}, {len(self.bad)} so far")
         return False
 
     def __len__(self):
@@ -256,17 +257,18 @@ class Faces(torch.utils.data.Dataset):
         X, Y = axis.view(1, 1, S) - uniform(-.1, .1), axis.view(1, S, 1) - uniform(.05, .2)
         tilt = uniform(-.15, .15)
         X, Y = X * tilt.cos() + Y * tilt.sin(), Y * tilt.cos() - X * tilt.sin()     # (B, S, S)
-        a = uniform(.54, .66)                                                       # head, half width
-        b = a * uniform(.95, 1.1) * by_kind(.95, .88, 1.12, 1.0)                    # head, half height
+        a = uniform(.54, .66)                                              # head, half width
+        b = a * uniform(.95, 1.1) * by_kind(.95, .88, 1.12, 1.0)           # head, half height
 
         def ellipse(x, y, rx, ry, n=2.0):
             """Coverage in [0, 1] of each pixel; a radius of 0 draws nothing."""
-            r = ((x / rx.clamp(min=1e-3)).abs() ** n + (y / ry.clamp(min=1e-3)).abs() ** n) ** (1 / n)
+            x, y = x / rx.clamp(min=1e-3), y / ry.clamp(min=1e-3)
+            r = (x.abs() ** n + y.abs() ** n) ** (1 / n)                   # 1 on the edge
             return (0.5 + (1 - r) * torch.minimum(rx, ry) * (S / 2)).clamp(0, 1) * (rx > 0)
 
         ground, hue = uniform(0, 1), uniform(.2, .8)
         wall = hsv(ground, uniform(.15, .45), uniform(.75, 1.0))
-        skin = hsv((ground + hue) % 1, uniform(.35, .7), uniform(.65, .95))         # never the wall's hue
+        skin = hsv((ground + hue) % 1, uniform(.35, .7), uniform(.65, .95))  # not the wall's hue
         hair = hsv(uniform(0, 1), uniform(.3, .8), uniform(.1, .35))
         dark, white = torch.tensor(.08), torch.tensor(.97)
         human = (kind == 2).unsqueeze(1)
@@ -309,7 +311,8 @@ class Faces(torch.utils.data.Dataset):
               torch.where((kind % 2 == 1).unsqueeze(1), iris, white), 3)
         gaze = a * uniform(-.06, .06)
         paint(ellipse((X - gaze).abs() - eye_x, Y + level - gaze.abs() / 2,
-                      rx * by_kind(.62, .38, .58, .45), ry * by_kind(.62, .85, .72, .45), box), dark, 3)
+                      rx * by_kind(.62, .38, .58, .45), ry * by_kind(.62, .85, .72, .45), box),
+              dark, 3)
 
         # Nose, and a mouth that smiles or not: a stroke along y = bend * x^2.
         paint(ellipse(X, Y - b * by_kind(.30, .30, .18, 0), a * by_kind(.17, .11, .09, 0),
@@ -530,8 +533,8 @@ class Attention(nn.Module):
 
     def forward(self, x):
         B, N, D = x.shape
-        qkv = self.qkv(x).reshape(B, N, 3, self.num_heads, -1)             # (B, N, 3, heads, D/heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)                               # each (B, heads, N, D/heads)
+        qkv = self.qkv(x).reshape(B, N, 3, self.num_heads, -1)             # (B, N, 3, heads, .)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)                               # (B, heads, N, .) each
         if x.device.type == "cpu":          # its fused kernel is 6x slower backwards in bfloat16
             with torch.autocast("cpu", enabled=False):
                 x = F.scaled_dot_product_attention(q.float(), k.float(), v.float())
@@ -586,7 +589,7 @@ class Head(nn.Module):
         self.P = P
         self.linear_pred = nn.Linear(D, P * P * 3)
         self.conv_smoother = nn.Conv2d(3, 3, 3, padding=1)
-        with torch.no_grad():   # start as the identity: seams are mended, pixels not mixed at random
+        with torch.no_grad():               # start near the identity, not as a random blur
             self.conv_smoother.weight.mul_(0.1)
             self.conv_smoother.weight[range(3), range(3), 1, 1] += 1
 
@@ -635,7 +638,7 @@ class VMAE(nn.Module):
             nn.init.zeros_(module.bias)
 
     def forward(self, x, mask_ratio, generator=None):
-        """Training: (B, 3, H, W) -> x_hat (B, 3, H, W), q over (B, d, V), mask (B, N), 1 = masked."""
+        """Training. (B, 3, H, W) -> x_hat likewise, q over (B, d, V), mask (B, N), 1 = masked."""
         keep, mask = random_mask(len(x), self.grid**2, mask_ratio, generator, x.device)
         q = self.encode_tokens(x, keep)                    # q(z|x_v), never shown x_m
         z = q.sample(generator)                            # (B, d, V)
@@ -714,7 +717,7 @@ def save_checkpoint(path, **entries):
 def read_checkpoint(path, *needed):
     """A checkpoint's dict, on the CPU. InputError if it is missing, damaged or lacks a key."""
     if not os.path.isfile(path):
-        raise InputError(f"{path}: no such checkpoint; the training scripts write last.pt into --out")
+        raise InputError(f"{path}: no such checkpoint; training writes last.pt into its --out")
     try:
         ckpt = torch.load(path, map_location="cpu", weights_only=True)
         missing = set(needed) - set(ckpt)
