@@ -78,9 +78,9 @@ def reconstruct(args):
     scores, shown = [], []
     for x, _ in torch.utils.data.DataLoader(data, args.batch):
         x_hat = model.decode(model.encode(x.to(device)).mode())
-        a, b = vmae.to_uint8(x.to(device)), vmae.to_uint8(x_hat)
+        a, b = vmae.to_uint8(x), vmae.to_uint8(x_hat.cpu())                # float64 follows
         l1 = (a.double() - b.double()).abs().mean((1, 2, 3)) / 255
-        scores.append(torch.stack([l1, psnr(a, b), ssim(a, b)]).cpu())     # (3, B)
+        scores.append(torch.stack([l1, psnr(a, b), ssim(a, b)]))           # (3, B)
         shown = shown or [x[:16], x_hat[:16].cpu()]
     l1, db, structure = torch.cat(scores, 1).mean(1).tolist()
     picture = os.path.join(args.out or os.path.dirname(args.ckpt) or ".", "reconstruct.png")

@@ -56,12 +56,12 @@ class Schedule:
         else:
             s = torch.linspace(0, 1, T + 1, dtype=torch.float64)
             f = ((s + 0.008) / 1.008 * math.pi / 2).cos() ** 2
-            beta = 1 - f[1:] / f[:-1]
+            beta = 1 - f[1:] / f[:-1]       # f is alpha_bar, up to the clamp at the last step
         self.alpha_bar = (1 - beta.clamp(max=0.999)).cumprod(0)            # (T,), float64
 
     def at(self, t, like):
         """alpha_bar_t of each sample, (B,) -> (B, 1, 1, 1), on the device of `like`."""
-        return self.alpha_bar.to(like.device)[t].float().view(-1, 1, 1, 1)
+        return self.alpha_bar.float().to(like.device)[t].view(-1, 1, 1, 1)
 
     def q_sample(self, z_0, t, eps):
         """z_t = sqrt(alpha_bar_t) z_0 + sqrt(1 - alpha_bar_t) eps: noise in one jump. Ho Eq. 4."""
@@ -94,7 +94,7 @@ class Schedule:
         """
         if not 1 <= S <= self.T:
             raise ValueError(f"cannot sample in {S} steps: choose from 1 to {self.T}")
-        ts = [round(self.T - i * self.T / S) - 1 for i in range(S)]
+        ts = [round(self.T - i * self.T / S) - 1 for i in range(S)]        # S = 1 asks at T-1
         bars = [self.alpha_bar[t].item() for t in ts] + [1.0]
         return list(zip(ts, bars[:-1], bars[1:]))
 
@@ -111,7 +111,7 @@ def loss_LDM(model, schedule, z_0, y=None):
     z_0: normalised latents (B, d, h, w); y: classes (B,) or None. t is uniform. Mean over
     everything; returns a scalar in float32.
     """
-    t = torch.randint(schedule.T, (len(z_0),), device=z_0.device)
+    t = torch.randint(schedule.T, (len(z_0),), device=z_0.device)          # (B,)
     eps = torch.randn_like(z_0)
     output = model(schedule.q_sample(z_0, t, eps), t, y).float()
     return F.mse_loss(output, schedule.target(z_0, t, eps))
@@ -132,7 +132,7 @@ def guided(model, z_t, t, y, w):
         return model(z_t, t, y).float()
     null = torch.full_like(y, model.num_classes)
     both = model(torch.cat([z_t, z_t]), torch.cat([t, t]), torch.cat([y, null])).float()
-    out_y, out_null = both.chunk(2)
+    out_y, out_null = both.chunk(2)                                        # (B, d, h, w) each
     return out_null + w * (out_y - out_null)
 
 
@@ -151,8 +151,8 @@ def ddpm_sample(model, schedule, z_T, y=None, steps=None, w=1.0, clip=None, nois
     z = z_T
     for t, bar_t, bar_s in schedule.steps(steps or schedule.T):
         z_0, eps = schedule.z0_eps(z, guided(model, z, t, y, w), bar_t, clip)
-        alpha = bar_t / bar_s
-        sigma = math.sqrt((1 - bar_s) / (1 - bar_t) * (1 - alpha))
+        alpha = bar_t / bar_s                              # of this jump, 1 - beta
+        sigma = math.sqrt((1 - bar_s) / (1 - bar_t) * (1 - alpha))         # 0 on the last
         z = (z - (1 - alpha) / math.sqrt(1 - bar_t) * eps) / math.sqrt(alpha)
         z = z + sigma * noise(z) if sigma > 0 else z
         if record is not None:
@@ -220,6 +220,8 @@ class Rope(nn.Module):
 
 
 class Attention(nn.Module):
+    """Multi-head self-attention on rotated queries and keys, with the fused kernel."""
+
     def __init__(self, D, num_heads):
         super().__init__()
         self.num_heads = num_heads
@@ -230,13 +232,13 @@ class Attention(nn.Module):
         B, N, D = x.shape
         qkv = self.qkv(x).reshape(B, N, 3, self.num_heads, -1)             # (B, N, 3, heads, .)
         qkv = qkv.permute(2, 0, 3, 1, 4)                                   # (3, B, heads, N, .)
-        (q, k), v = rope(qkv[:2]), qkv[2]
+        (q, k), v = rope(qkv[:2]), qkv[2]                                  # v holds no position
         if x.device.type == "cpu":
             with torch.autocast("cpu", enabled=False):                     # as in vmae.py
                 x = F.scaled_dot_product_attention(q.float(), k.float(), v.float())
         else:
             x = F.scaled_dot_product_attention(q, k, v)
-        return self.proj(x.transpose(1, 2).reshape(B, N, D))
+        return self.proj(x.transpose(1, 2).reshape(B, N, D))               # (B, N, D)
 
 
 class SwiGLU(nn.Module):
@@ -245,12 +247,12 @@ class SwiGLU(nn.Module):
     def __init__(self, D):
         super().__init__()
         hidden = int(2 / 3 * 4 * D)
-        self.w12 = nn.Linear(D, 2 * hidden)
+        self.w12 = nn.Linear(D, 2 * hidden)                # W1 and W2 side by side
         self.w3 = nn.Linear(hidden, D)
 
     def forward(self, x):
         a, b = self.w12(x).chunk(2, -1)                                    # each (B, N, hidden)
-        return self.w3(F.silu(a) * b)
+        return self.w3(F.silu(a) * b)                                      # (B, N, D)
 
 
 class Block(nn.Module):
@@ -267,12 +269,14 @@ class Block(nn.Module):
     def forward(self, x, c, rope):
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, 1)
         h = self.attn(modulate(self.norm1(x), shift1, scale1), rope)       # (B, N, D)
-        x = x + gate1.unsqueeze(1) * h
+        x = x + gate1.unsqueeze(1) * h                                     # zero at the start
         h = self.mlp(modulate(self.norm2(x), shift2, scale2))              # (B, N, D)
         return x + gate2.unsqueeze(1) * h
 
 
 class PatchEmbed(nn.Module):
+    """Linear map of each P x P piece of the latent; nothing is masked here, so a convolution."""
+
     def __init__(self, C, P, D):
         super().__init__()
         self.proj = nn.Conv2d(C, D, P, stride=P)
@@ -291,7 +295,7 @@ class TimestepEmbed(nn.Module):
     def forward(self, t):
         omega = torch.exp(-math.log(10000) / 128 * torch.arange(128, device=t.device))
         angle = t.float()[:, None] * omega                                 # (B, 128)
-        return self.mlp(torch.cat([angle.cos(), angle.sin()], 1))
+        return self.mlp(torch.cat([angle.cos(), angle.sin()], 1))          # (B, 256) -> (B, D)
 
 
 class LabelEmbed(nn.Module):
@@ -306,6 +310,8 @@ class LabelEmbed(nn.Module):
 
 
 class FinalLayer(nn.Module):
+    """Tokens -> P x P pieces of the answer, under the condition once more."""
+
     def __init__(self, D, out):
         super().__init__()
         self.norm_final = nn.RMSNorm(D, eps=1e-6)
@@ -313,7 +319,8 @@ class FinalLayer(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(D, 2 * D))
 
     def forward(self, x, c):
-        return self.linear(modulate(self.norm_final(x), *self.adaLN_modulation(c).chunk(2, 1)))
+        shift, scale = self.adaLN_modulation(c).chunk(2, 1)                # (B, D) each
+        return self.linear(modulate(self.norm_final(x), shift, scale))     # (B, N, P*P*d)
 
 
 class DiT(nn.Module):
@@ -354,13 +361,13 @@ class DiT(nn.Module):
         """z_t (B, d, h, w), t (B,) in 0..T-1, y (B,) classes or None -> output, shaped like z_t."""
         B, d, h, w, P = *z_t.shape, self.patch_size
         if y is None:
-            y = torch.full((B,), self.num_classes, device=z_t.device)
+            y = torch.full((B,), self.num_classes, device=z_t.device)      # the null class
         c = self.t_embedder(t) + self.y_embedder(y)                        # (B, D)
         x = self.x_embedder(z_t) + self.pos_embed                          # (B, N, D)
         for block in self.blocks:
             x = block(x, c, self.feat_rope)
-        x = self.final_layer(x, c).reshape(B, h // P, w // P, P, P, d)
-        return x.permute(0, 5, 1, 3, 2, 4).reshape(B, d, h, w)
+        x = self.final_layer(x, c).reshape(B, h // P, w // P, P, P, d)     # rows of pieces
+        return x.permute(0, 5, 1, 3, 2, 4).reshape(B, d, h, w)             # side by side again
 
 
 # Rows of keyword arguments; grid, channels and classes are derived from stage one and the data.

@@ -20,6 +20,7 @@ from vmae import InputError
 
 
 def options():
+    """The command line -> checked options."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], usage="%(prog)s [options]")
     add = parser.add_argument
     add("--ckpt", default="runs/ldm/last.pt", help="stage-two checkpoint (default: %(default)s)")
@@ -72,23 +73,25 @@ def main():
     classes, label = ckpt["classes"], pick_label(args.label, ckpt["classes"])
     if args.cfg not in (None, 1) and not classes:
         raise InputError(f"--cfg {args.cfg}: this checkpoint is unconditional, leave --cfg out")
+    # Guidance of 1.5 is where the kinds become certain and the colours still vary.
     w = args.cfg if args.cfg is not None else 1.5 if classes else 1.0
     device = vmae.pick_device(args.device)
     model, first = model.to(device), vmae.build_vmae(ckpt["vmae"]).to(device)
     mean, std = ckpt["latent_mean"].to(device), ckpt["latent_std"].to(device)
     sampler, extra = ldm.ddim_sample, dict(eta=args.eta)
-    if args.sampler == "ddpm":
+    if args.sampler == "ddpm":              # always has its own noise
         sampler, extra = ldm.ddpm_sample, {}
 
     images, record = [], None
-    shape = (first.latent_dim, first.grid, first.grid)
+    shape = (first.latent_dim, first.grid, first.grid)                     # (d, h, w)
     for start in tqdm(range(0, args.n, args.batch), desc="sampling", dynamic_ncols=True):
         index = range(start, min(start + args.batch, args.n))
         # One generator an image, so that an image does not depend on its neighbours in the batch.
         own = [torch.Generator().manual_seed(args.seed * 1_000_003 + i) for i in index]
 
         def noise(_=None):
-            return torch.stack([torch.randn(shape, generator=g) for g in own]).to(device)
+            rows = [torch.randn(shape, generator=g) for g in own]          # on the CPU: the same
+            return torch.stack(rows).to(device)                            # images on any device
 
         y = None
         if classes:
@@ -98,8 +101,9 @@ def main():
         with torch.no_grad(), torch.autocast("cuda", torch.bfloat16, device.type == "cuda"):
             z = sampler(model, schedule, noise(), y, steps=args.steps, w=w, clip=args.clip,
                         noise=noise, record=estimates, **extra)
-            images.append(vmae.to_uint8(first.decode(ldm.denormalise(z, mean, std))).cpu())
-            if estimates is not None:
+            x = first.decode(ldm.denormalise(z, mean, std))                # (B, 3, H, W)
+            images.append(vmae.to_uint8(x).cpu())
+            if estimates is not None:       # ten of the steps, the first and the last among them
                 at = np.linspace(0, args.steps - 1, min(10, args.steps)).round().astype(int)
                 record = [first.decode(ldm.denormalise(estimates[k][:8], mean, std)) for k in at]
     write(args, torch.cat(images), record)
@@ -114,7 +118,7 @@ def write(args, images, record):
     pixels = images.permute(0, 2, 3, 1).numpy()                            # (N, H, W, 3)
     for i, image in enumerate(pixels):
         Image.fromarray(image).save(os.path.join(args.out, f"sample_{i:06d}.png"))
-    shown = images[:64] / 127.5 - 1
+    shown = images[:64] / 127.5 - 1         # an overview, 8 a row
     vmae.save_grid(shown.split(8), os.path.join(args.out, "grid.png"))
     if args.npz:
         np.savez(os.path.join(args.out, "samples.npz"), arr_0=pixels)

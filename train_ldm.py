@@ -19,8 +19,8 @@ from tqdm import tqdm
 
 import ldm
 import vmae
-from train_vmae import (Log, autocast, check, common_options, endless_loader, learning_rate,
-                        optimiser, resume, rng_state, start_processes, update)
+from train_vmae import (Log, autocast, begin, check, common_options, endless_loader,
+                        learning_rate, optimiser, resume, rng_state, start_processes, update)
 from vmae import InputError
 
 # What a run of each size wants by default. tiny: measured on 2 CPU cores. small, base: DiT's and
@@ -35,7 +35,7 @@ RECIPES = {"tiny": dict(batch=32, steps=3000, lr=1.5e-3),
 # ---------------------------------------------------------------------------------------------
 
 class Moments(torch.utils.data.Dataset):
-    """Draws (z, y) with z ~ q(z|x), a new sample each time, x mirrored half of the time.
+    """Draws of (z, y) with z ~ q(z|x), a new sample each time, x mirrored half of the time.
 
     Backed by a memory-mapped float16 file of shape (n, 2, 2d, h, w): image and mirror, mu and
     logvar. The file's name holds a hash of the stage-one weights and of the data, so that a cache
@@ -62,7 +62,7 @@ class Moments(torch.utils.data.Dataset):
             x = x.to(device)
             for mirror, view in enumerate((x, x.flip(-1))):
                 with torch.no_grad():
-                    q = model.encode(view)
+                    q = model.encode(view)                                 # over (B, d, h, w)
                 file[at:at + len(x), mirror] = torch.cat([q.mu, q.logvar], 1).half().cpu().numpy()
             labels.append(y)
             at += len(x)
@@ -83,8 +83,8 @@ class Moments(torch.utils.data.Dataset):
         """A batch at once: z (B, d, h, w), y (B,), not yet normalised."""
         order = np.sort(indices)            # a disk reads forward; the batch is a set
         mirror = torch.randint(2, (len(order),)).numpy()
-        moments = torch.from_numpy(self.moments[order, mirror].astype(np.float32))
-        z = vmae.Gaussian(*moments.chunk(2, 1)).sample()
+        moments = torch.from_numpy(self.moments[order, mirror].astype(np.float32))  # (B, 2d, h, w)
+        z = vmae.Gaussian(*moments.chunk(2, 1)).sample()                   # (B, d, h, w)
         return z, self.labels[order]
 
     def statistics(self):
@@ -92,10 +92,11 @@ class Moments(torch.utils.data.Dataset):
         var z = var mu + mean sigma^2, the law of total variance."""
         total = 0
         for start in range(0, len(self), 1024):
-            mu, logvar = np.split(self.moments[start:start + 1024].astype(np.float64), 2, axis=2)
-            total = total + np.stack([part.mean((1, 3, 4)).sum(0)
-                                      for part in (mu, mu**2 + np.exp(logvar))])
-        mean, square = total / len(self)
+            part = self.moments[start:start + 1024].astype(np.float64)     # bounded memory
+            mu, logvar = np.split(part, 2, axis=2)                         # (n, 2, d, h, w) each
+            total = total + np.stack([v.mean((1, 3, 4)).sum(0)             # E z, E z^2
+                                      for v in (mu, mu**2 + np.exp(logvar))])
+        mean, square = total / len(self)                                   # (d,) each
         return (torch.from_numpy(mean).float(), torch.from_numpy(np.sqrt(square - mean**2)).float())
 
 
@@ -104,6 +105,7 @@ class Moments(torch.utils.data.Dataset):
 # ---------------------------------------------------------------------------------------------
 
 def options():
+    """The command line -> checked options, None where main has to choose."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], usage="%(prog)s [options]")
     common_options(parser, "runs/ldm", RECIPES, "small on CUDA for a folder, otherwise tiny")
     add = parser.add_argument
@@ -116,9 +118,8 @@ def options():
     add("--drop", type=float, default=0.1, help="share of labels replaced by the null class, which "
         "guidance needs (default: %(default)s)")
     args = parser.parse_args()
-    check(args, "size", "batch", "steps", "lr", "save_every")
-    if not 0 <= args.drop < 1:
-        raise InputError(f"--drop must be at least 0 and below 1, not {args.drop}")
+    check(args, above=("size", "batch", "steps", "lr", "save_every"), below_one=("drop",),
+          from_zero=("workers",))
     return args
 
 
@@ -152,13 +153,14 @@ def main():
     args = options()
     stage_one = vmae.read_checkpoint(args.vmae, "model_args", "model", "train_args")
     stage_one = stage_one.get("vmae", stage_one)           # a stage-two file holds its stage one
-    rank, world, device = start_processes(vmae.pick_device(args.device))
+    device = vmae.pick_device(args.device)
     fill_in(args, stage_one, device)
+    rank, world, device = start_processes(device, args.batch)
     data = vmae.open_images(args.data, args.size, "train", args.val)
     classes = [] if args.no_classes else data.classes
     first = vmae.build_vmae(stage_one).to(device)
 
-    torch.manual_seed(args.seed)
+    torch.manual_seed(args.seed)            # the same weights on every process
     model_args = dict(ldm.sizes[args.model], input_size=first.grid, in_channels=first.latent_dim,
                       num_classes=len(classes))
     try:
@@ -168,19 +170,14 @@ def main():
     schedule_args = dict(kind=args.schedule, objective=args.objective)
     schedule, opt, ema = ldm.Schedule(**schedule_args), optimiser(model), ldm.EMA(model)
     start, last = 0, os.path.join(args.out, "last.pt")
-    torch.manual_seed(args.seed + 1000 * rank)
     if args.resume:
-        start, ckpt = resume(last, model_args, model, opt, device)
+        start, ckpt = resume(last, model_args, model, opt, device, args.steps)
         ema.model.load_state_dict(ckpt["ema"])
-        ema.n = start
-    if rank == 0:
-        os.makedirs(args.out, exist_ok=True)
-        count = sum(p.numel() for p in model.parameters()) / 1e6
-        print(f"{len(data)} images, {len(classes) or 'no'} classes, {count:.2f} M parameters, "
-              f"{device}\n" + " ".join(f"{k}={v}" for k, v in vars(args).items()))
+        ema.n = start                       # the decay's warm-up goes on where it was
+    begin(args, model, f"{len(data)} images, {len(classes) or 'no'} classes", start, rank)
     cache = Moments(first, data, args.out, device, workers=args.workers, build=rank == 0)
     if world > 1:
-        dist.barrier()
+        dist.barrier()                      # process 0 encodes, the others wait and then read
     mean, std = (s.to(device) for s in cache.open().statistics())
 
     net = torch.compile(model) if args.compile else model
@@ -191,8 +188,8 @@ def main():
     for step in range(start, args.steps):
         lr = learning_rate(step, args.steps, args.lr)
         z, y = (v.to(device, non_blocking=True) for v in next(loader))
-        z_0 = ldm.normalise(z, mean, std)
-        y = ldm.drop_labels(y, len(classes), args.drop) if classes else None
+        z_0 = ldm.normalise(z, mean, std)                                  # (B, d, h, w)
+        y = ldm.drop_labels(y, len(classes), args.drop) if classes else None   # (B,)
         with low_precision():
             loss = ldm.loss_LDM(net, schedule, z_0, y)
         update(opt, model, loss, {"L_LDM": loss}, step, lr)

@@ -156,7 +156,8 @@ class ImageFolder(torch.utils.data.Dataset):
 
     def _unreadable(self, path, error):
         self.bad.add(path)
-        what = f"{os.path.join(self.root, path)}: unreadable ({(str(error) or repr(error)).splitlines()[0]})"
+        why = (str(error) or repr(error)).splitlines()[0]
+        what = f"{os.path.join(self.root, path)}: unreadable ({why})"
         if len(self.bad) > self.limit:
             raise InputError(f"{what}, and with it over 1 % of the folder; remove or repair the "
                              f"broken files")
@@ -197,9 +198,9 @@ FACES_TRAIN, FACES_VAL = 16384, 1024
 
 def hsv(h, s, v):
     """Hue, saturation, value in [0, 1], each (B, 1, 1) -> RGB in [0, 1], (B, 3, 1, 1)."""
-    n = torch.tensor([5.0, 3.0, 1.0]).view(1, 3, 1, 1)
-    k = (n + 6 * h.unsqueeze(1)) % 6
-    s, v = s.unsqueeze(1), v.unsqueeze(1)
+    n = torch.tensor([5.0, 3.0, 1.0]).view(1, 3, 1, 1)     # red, green, blue on the colour wheel
+    k = (n + 6 * h.unsqueeze(1)) % 6                       # (B, 3, 1, 1)
+    s, v = s.unsqueeze(1), v.unsqueeze(1)                  # (B, 1, 1, 1)
     return v - v * s * torch.minimum(k, 4 - k).clamp(0, 1)
 
 
@@ -246,17 +247,17 @@ class Faces(torch.utils.data.Dataset):
         def uniform(low, high):
             return low + (high - low) * next(draw)
 
-        kind = uniform(0, 4).long().clamp(max=3)
-        pattern = uniform(0, 3).long().clamp(max=2)
+        kind = uniform(0, 4).long().clamp(max=3)                           # (B, 1, 1)
+        pattern = uniform(0, 3).long().clamp(max=2)                        # (B, 1, 1)
 
-        def by_kind(bear, cat, human, robot):
+        def by_kind(bear, cat, human, robot):  # one number an object, in the order of OBJECTS
             return torch.tensor([bear, cat, human, robot], dtype=torch.float32)[kind]
 
         # Coordinates: the picture is [-1, 1]^2, y down; the head is moved and tilted a little.
-        axis = (torch.arange(S) + 0.5) * (2 / S) - 1
+        axis = (torch.arange(S) + 0.5) * (2 / S) - 1                       # centres of pixels
         X, Y = axis.view(1, 1, S) - uniform(-.1, .1), axis.view(1, S, 1) - uniform(.05, .2)
-        tilt = uniform(-.15, .15)
-        X, Y = X * tilt.cos() + Y * tilt.sin(), Y * tilt.cos() - X * tilt.sin()     # (B, S, S)
+        tilt = uniform(-.15, .15)                                          # radians
+        X, Y = X * tilt.cos() + Y * tilt.sin(), Y * tilt.cos() - X * tilt.sin()  # (B, S, S)
         a = uniform(.54, .66)                                              # head, half width
         b = a * uniform(.95, 1.1) * by_kind(.95, .88, 1.12, 1.0)           # head, half height
 
@@ -267,13 +268,13 @@ class Faces(torch.utils.data.Dataset):
             return (0.5 + (1 - r) * torch.minimum(rx, ry) * (S / 2)).clamp(0, 1) * (rx > 0)
 
         ground, hue = uniform(0, 1), uniform(.2, .8)
-        wall = hsv(ground, uniform(.15, .45), uniform(.75, 1.0))
+        wall = hsv(ground, uniform(.15, .45), uniform(.75, 1.0))             # light
         skin = hsv((ground + hue) % 1, uniform(.35, .7), uniform(.65, .95))  # not the wall's hue
-        hair = hsv(uniform(0, 1), uniform(.3, .8), uniform(.1, .35))
+        hair = hsv(uniform(0, 1), uniform(.3, .8), uniform(.1, .35))         # dark
         dark, white = torch.tensor(.08), torch.tensor(.97)
         human = (kind == 2).unsqueeze(1)
         ears = torch.where(human, hair, skin * .7)
-        image = wall * (1 + .12 * Y.unsqueeze(1))                                   # (B, 3, S, S)
+        image = wall * (1 + .12 * Y.unsqueeze(1))                          # (B, 3, S, S)
         part = torch.zeros(B, S, S, dtype=torch.long)
 
         def paint(cover, colour, label):
@@ -282,34 +283,34 @@ class Faces(torch.utils.data.Dataset):
             part = torch.where(cover > 0.5, label, part)
 
         # Ears, or long hair behind the head; then the head with its pattern.
-        box = by_kind(2, 2, 2, 8)
-        ear = uniform(.9, 1.15)
+        box = by_kind(2, 2, 2, 8)                                          # robots are angular
+        ear = uniform(.9, 1.15)                                            # free size
         paint(ellipse(X.abs() - a * by_kind(.72, .58, .38, 1.0), Y + b * by_kind(.78, .82, .22, 0),
                       a * ear * by_kind(.36, .44, .75, .16), b * ear * by_kind(.36, .72, .92, .28),
                       by_kind(2, 1, 2, 8)), ears, 1)
         angle, pitch, phase = uniform(0, math.pi), uniform(.36, .5), uniform(0, 1)
         along, across = X * angle.cos() + Y * angle.sin(), Y * angle.cos() - X * angle.sin()
-        wave = (2 * math.pi * (along / pitch + phase)).cos()
-        dots = wave * (2 * math.pi * across / pitch).cos()
+        wave = (2 * math.pi * (along / pitch + phase)).cos()               # stripes
+        dots = wave * (2 * math.pi * across / pitch).cos()                 # stripes x stripes
         texture = torch.where(pattern == 1, wave, torch.where(pattern == 2, 2 * dots - .6, -1))
-        mark = uniform(.25, .4) * (.5 + .5 * texture.clamp(-1, 1))                  # (B, S, S)
-        shade = 1 - mark - .12 * (X / a) ** 2
+        mark = uniform(.25, .4) * (.5 + .5 * texture.clamp(-1, 1))         # (B, S, S)
+        shade = 1 - mark - .12 * (X / a) ** 2                              # darker at the cheeks
         paint(ellipse(X, Y, a, b, box), skin * shade.unsqueeze(1), 2)
 
         # Fringe of a human, antenna of a robot; the light muzzle of bear and cat.
         paint(ellipse(X - a * uniform(-.35, .35) * (kind == 2), Y + b * by_kind(0, 0, .85, 1.22),
                       a * by_kind(0, 0, .80, .10), b * by_kind(0, 0, .36, .28), box), ears, 1)
         paint(ellipse(X, Y - b * .45, a * by_kind(.45, .42, 0, 0), b * by_kind(.38, .30, 0, 0)),
-              skin + .55 * (1 - skin), 2)
+              skin + .55 * (1 - skin), 2)                                  # muzzle
 
         # Eyes: the pupils look somewhere; a cat's are slits, a robot's whole eyes are boxes.
         eye, apart, level = uniform(.9, 1.15), uniform(.9, 1.1), b * uniform(.12, .22)
-        eye_x = a * apart * by_kind(.40, .44, .40, .44)
+        eye_x = a * apart * by_kind(.40, .44, .40, .44)                    # from the middle
         rx, ry = a * eye * by_kind(.21, .27, .25, .27), a * eye * by_kind(.21, .23, .19, .22)
         iris = hsv(uniform(0, 1), uniform(.4, .9), uniform(.75, 1.0))
         paint(ellipse(X.abs() - eye_x, Y + level, rx, ry, box),
-              torch.where((kind % 2 == 1).unsqueeze(1), iris, white), 3)
-        gaze = a * uniform(-.06, .06)
+              torch.where((kind % 2 == 1).unsqueeze(1), iris, white), 3)   # coloured or white
+        gaze = a * uniform(-.06, .06)                                      # both look one way
         paint(ellipse((X - gaze).abs() - eye_x, Y + level - gaze.abs() / 2,
                       rx * by_kind(.62, .38, .58, .45), ry * by_kind(.62, .85, .72, .45), box),
               dark, 3)
@@ -317,12 +318,12 @@ class Faces(torch.utils.data.Dataset):
         # Nose, and a mouth that smiles or not: a stroke along y = bend * x^2.
         paint(ellipse(X, Y - b * by_kind(.30, .30, .18, 0), a * by_kind(.17, .11, .09, 0),
                       b * by_kind(.11, .09, .14, 0), by_kind(2, 1, 2, 2)),
-              torch.where(human, skin * .7, dark), 2)
+              torch.where(human, skin * .7, dark), 2)                      # nose
         wide, bend = a * uniform(.28, .40), uniform(-.2, .9)
         curve = Y - b * by_kind(.58, .54, .56, .58) + bend * X**2 / a - bend * wide**2 / (2 * a)
         lips = hsv(uniform(.95, 1.02) % 1, uniform(.6, .8), uniform(.45, .65))
-        thick = a * by_kind(.09, .08, .11, .16)
-        paint(ellipse(X, curve, wide, thick, box * 2), torch.where(human, lips, dark), 4)
+        thick = a * by_kind(.09, .08, .11, .16)                            # half height
+        paint(ellipse(X, curve, wide, thick, box * 2), torch.where(human, lips, dark), 4)  # mouth
         return image.clamp(0, 1) * 2 - 1, kind.flatten(), pattern.flatten(), part
 
 
@@ -351,9 +352,9 @@ def to_uint8(x):
 def save_grid(rows, path, gap=2):
     """Rows of images in [-1, 1], each row (K, 3, H, W), as one PNG with white lines between."""
     cells = [torch.cat([F.pad(to_uint8(x.cpu()), (0, gap, 0, gap), value=255) for x in row], 2)
-             for row in rows]
+             for row in rows]                              # each (3, H + gap, K(W + gap))
     picture = Image.fromarray(torch.cat(cells, 1).permute(1, 2, 0).numpy()[:-gap, :-gap])
-    scale = max(1, 64 // rows[0].shape[-1])  # 32 px is too small to look at
+    scale = max(1, 64 // rows[0].shape[-1])                # 32 px is too small to look at
     picture.resize((picture.width * scale, picture.height * scale), Image.NEAREST).save(path)
 
 
@@ -367,14 +368,14 @@ def patchify(x, P):
     if H % P or W % P:
         raise ValueError(f"an image of {H}x{W} pixels does not divide into patches of {P}")
     x = x.reshape(B, C, H // P, P, W // P, P)              # (B, C, h, P, w, P)
-    return x.permute(0, 2, 4, 3, 5, 1).reshape(B, -1, P * P * C)
+    return x.permute(0, 2, 4, 3, 5, 1).reshape(B, -1, P * P * C)           # (B, N, P*P*C)
 
 
 def unpatchify(patches, P, H, W):
     """The exact inverse of patchify: (B, N, P*P*C) -> (B, C, H, W)."""
     B, N, _ = patches.shape
     x = patches.reshape(B, H // P, W // P, P, P, -1)       # (B, h, w, P, P, C)
-    return x.permute(0, 5, 1, 3, 2, 4).reshape(B, -1, H, W)
+    return x.permute(0, 5, 1, 3, 2, 4).reshape(B, -1, H, W)                # (B, C, H, W)
 
 
 def random_mask(B, N, mask_ratio, generator=None, device="cpu"):
@@ -410,7 +411,7 @@ class Gaussian:
         """z = mu + sigma * eps, eps ~ N(0, 1): the reparameterisation trick (Kingma 2014)."""
         device = generator.device if generator else self.mu.device
         eps = torch.randn(self.mu.shape, generator=generator, device=device).to(self.mu)
-        return self.mu + (0.5 * self.logvar).exp() * eps
+        return self.mu + (0.5 * self.logvar).exp() * eps                   # sigma = e^(logvar/2)
 
     def mode(self):
         """The most likely z, which for a Gaussian is mu."""
@@ -478,8 +479,7 @@ def load_lpips(vgg_weights=None):
     except Exception as error:
         raise InputError(f"LPIPS needs VGG-16: {path} cannot be read ({error}); download {VGG_URL} "
                          f"to that path, or name a copy with --vgg-weights") from None
-    import_torchvision()
-    import lpips
+    lpips = import_lpips()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")     # lpips 0.1.4 uses argument names torchvision retired
         net = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
@@ -491,20 +491,22 @@ def load_lpips(vgg_weights=None):
     return net.eval().requires_grad_(False)
 
 
-def import_torchvision():
-    """Import torchvision, which lpips needs for VGG's layout, even if built for another torch.
+def import_lpips():
+    """The lpips package, even beside a torchvision that was built for another torch.
 
-    Such a build cannot load its compiled operators and stops while describing two of them to
-    torch. Nothing here calls them, so declaring their signatures is enough to get past.
+    Of torchvision lpips needs VGG's layout alone. Such a build cannot load its compiled operators
+    and stops at import, while describing two of them to torch; nothing here calls those, so
+    declaring their signatures is enough to get past.
     """
     try:
-        import torchvision  # noqa: F401
+        import lpips
     except RuntimeError:
         library = torch.library.Library("torchvision", "DEF")
         for name in ("nms", "qnms"):
             library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        import_torchvision.library = library  # the declarations live as long as this object
-        import torchvision  # noqa: F401
+        import_lpips.library = library      # the declarations live as long as this object
+        import lpips
+    return lpips
 
 
 # ---------------------------------------------------------------------------------------------
@@ -528,7 +530,7 @@ class Attention(nn.Module):
     def __init__(self, D, num_heads):
         super().__init__()
         self.num_heads = num_heads
-        self.qkv = nn.Linear(D, 3 * D)
+        self.qkv = nn.Linear(D, 3 * D)                     # queries, keys, values in one product
         self.proj = nn.Linear(D, D)
 
     def forward(self, x):
@@ -540,10 +542,12 @@ class Attention(nn.Module):
                 x = F.scaled_dot_product_attention(q.float(), k.float(), v.float())
         else:
             x = F.scaled_dot_product_attention(q, k, v)
-        return self.proj(x.transpose(1, 2).reshape(B, N, D))
+        return self.proj(x.transpose(1, 2).reshape(B, N, D))               # (B, N, D)
 
 
 class Mlp(nn.Module):
+    """Two layers, four times as wide in between, on each token alone."""
+
     def __init__(self, D):
         super().__init__()
         self.fc1 = nn.Linear(D, 4 * D)
@@ -574,7 +578,7 @@ class PatchEmbed(nn.Module):
 
     def __init__(self, P, D):
         super().__init__()
-        self.proj = nn.Conv2d(3, D, P, stride=P)
+        self.proj = nn.Conv2d(3, D, P, stride=P)           # only ever used through its weight
 
     def forward(self, patches):
         weight = self.proj.weight.permute(0, 2, 3, 1).flatten(1)           # (D, P*P*C), as patchify
@@ -594,7 +598,8 @@ class Head(nn.Module):
             self.conv_smoother.weight[range(3), range(3), 1, 1] += 1
 
     def forward(self, tokens, H, W):
-        return self.conv_smoother(unpatchify(self.linear_pred(tokens), self.P, H, W))
+        patches = self.linear_pred(tokens)                                 # (B, N, P*P*3)
+        return self.conv_smoother(unpatchify(patches, self.P, H, W))       # (B, 3, H, W)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -623,8 +628,8 @@ class VMAE(nn.Module):
         self.to_latent = nn.Linear(D, 2 * latent_dim)                      # mu | logvar
 
         self.register_buffer("decoder_pos_embed", self.pos_embed.clone())
-        self.from_latent = nn.Linear(latent_dim, D)
-        self.decoder_embed = nn.Linear(D, D)
+        self.from_latent = nn.Linear(latent_dim, D)        # two layers and nothing in between, as
+        self.decoder_embed = nn.Linear(D, D)               # in the authors' checkpoints
         self.mask_token = nn.Parameter(0.02 * torch.randn(1, 1, D))
         self.decoder_blocks = nn.ModuleList(Block(D, num_heads) for _ in range(depth))
         self.decoder_norm = nn.LayerNorm(D, eps=1e-6)
@@ -633,7 +638,7 @@ class VMAE(nn.Module):
 
     @staticmethod
     def _init(module):
-        if isinstance(module, nn.Linear):   # Xavier, zero bias: as MAE and the authors
+        if isinstance(module, nn.Linear):                  # as MAE does
             nn.init.xavier_uniform_(module.weight)
             nn.init.zeros_(module.bias)
 
@@ -673,7 +678,7 @@ class VMAE(nn.Module):
             raise ValueError(f"this model encodes {self.img_size}x{self.img_size} pixels, "
                              f"not {x.shape[-2]}x{x.shape[-1]}")
         q = self.encode_tokens(x, self._all_patches(x))
-        shape = (len(x), self.latent_dim, self.grid, self.grid)
+        shape = (len(x), self.latent_dim, self.grid, self.grid)            # (B, d, h, w)
         return Gaussian(q.mu.reshape(shape), q.logvar.reshape(shape))
 
     def decode(self, z):
