@@ -146,6 +146,22 @@ def test_encoder_works_on_visible_tokens_only():
     assert seen == [6] * 4                                 # floor(16 * .4)
 
 
+def test_masking_saves_the_encoders_work_and_attention_is_fused():
+    from torch.profiler import profile
+    from torch.utils.flop_counter import FlopCounterMode
+    model, x, work = VMAE(256, **vmae.sizes["base"]), random_images(1, 256), {}
+    for ratio in (0.0, 0.6):
+        keep, _ = vmae.random_mask(1, 1024, ratio)
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            model.encode_tokens(x, keep)
+        work[ratio] = counter.get_total_flops()
+    assert work[0.6] <= 0.4 * work[0.0]                    # 409 of 1,024 patches, at most
+    with profile() as log, torch.no_grad():
+        model.blocks[0].attn(torch.randn(1, 1024, 192))
+    names = {event.key for event in log.key_averages()}
+    assert any("flash" in name for name in names) and "aten::softmax" not in names
+
+
 # ---------------------------------------------------------------------------------------------
 # Posterior and losses
 # ---------------------------------------------------------------------------------------------

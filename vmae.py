@@ -47,7 +47,7 @@ def cli(main):
     except (InputError, OSError) as error:  # a DataLoader worker prefixes its whole traceback
         sys.exit(f"error: {str(error).strip().splitlines()[-1].removeprefix('vmae.InputError: ')}")
     except KeyboardInterrupt:
-        sys.exit("stopped; --resume goes on from the last checkpoint")
+        sys.exit("stopped; a training run goes on from its last checkpoint with --resume")
 
 
 def pick_device(name):
@@ -68,8 +68,6 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff",
 MIN_SIDE = 8           # pixels; anything smaller is a tracking pixel or a placeholder, not a photo
 MAX_UNREADABLE = 0.01  # a few broken files are normal in a scraped folder, one in a hundred is not
 KEEP_BYTES = 2**30     # decoded images are kept in memory up to this size
-
-
 UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError,
               Image.DecompressionBombWarning)  # Pillow raises all of these for broken files
 
@@ -232,8 +230,8 @@ class Faces(torch.utils.data.Dataset):
         return hashlib.sha256(pixels + f"{self.first} {self.count}".encode()).hexdigest()
 
     def render(self, indices):
-        """Indices, B of them -> x (B, 3, S, S) in [-1, 1], object (B,), pattern (B,),
-        part (B, S, S): indices into OBJECTS, PATTERNS and PARTS.
+        """B indices -> x (B, 3, S, S) in [-1, 1], object (B,), pattern (B,) and part (B, S, S),
+        these three as indices into OBJECTS, PATTERNS and PARTS.
 
         Painted back to front with one brush, the superellipse |x/a|^n + |y/b|^n <= 1: n = 1 is a
         diamond (cat's ear), 2 an ellipse, 8 a rounded box (robot). Both ears, or both eyes, are
