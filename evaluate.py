@@ -72,7 +72,8 @@ def reconstruct(args):
         data = vmae.ImageFolder(args.data, size)
     else:
         data = vmae.open_images(trained["data"], size, "val", trained["val"])
-    data = torch.utils.data.Subset(data, range(min(args.n, len(data))))
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))  # mixes classes
+    data = torch.utils.data.Subset(data, order[:args.n].tolist())
     model = vmae.build_vmae(ckpt).to(device)
 
     scores, shown = [], []

@@ -53,13 +53,13 @@ def options():
 
 def pick_label(label, classes):
     """--class as typed -> class index, or None for all. InputError lists what there is."""
-    if label is None:
+    if label is None:                       # all of them, image i of class i mod their number
         return None
     if not classes:
         raise InputError(f"--class {label}: this checkpoint is unconditional, it has no classes")
     if label in classes:
         return classes.index(label)
-    if label.isdigit() and int(label) < len(classes):
+    if label.isdigit() and int(label) < len(classes):      # a name that is a number comes first
         return int(label)
     raise InputError(f"--class {label}: unknown; choose from {', '.join(classes)} or a number "
                      f"below {len(classes)}")
@@ -67,25 +67,25 @@ def pick_label(label, classes):
 
 def main():
     args = options()
-    model, schedule, ckpt = ldm.load_ldm(args.ckpt)
+    model, schedule, ckpt = ldm.load_ldm(args.ckpt)        # the EMA weights
     if args.steps > schedule.T:
         raise InputError(f"--steps {args.steps}: this model was trained with {schedule.T} steps")
-    classes, label = ckpt["classes"], pick_label(args.label, ckpt["classes"])
+    classes, label = ckpt["classes"], pick_label(args.label, ckpt["classes"])  # [] without classes
     if args.cfg not in (None, 1) and not classes:
         raise InputError(f"--cfg {args.cfg}: this checkpoint is unconditional, leave --cfg out")
     # Guidance of 1.5 is where the kinds become certain and the colours still vary.
     w = args.cfg if args.cfg is not None else 1.5 if classes else 1.0
     device = vmae.pick_device(args.device)
     model, first = model.to(device), vmae.build_vmae(ckpt["vmae"]).to(device)
-    mean, std = ckpt["latent_mean"].to(device), ckpt["latent_std"].to(device)
+    mean, std = ckpt["latent_mean"].to(device), ckpt["latent_std"].to(device)  # (d,) each
     sampler, extra = ldm.ddim_sample, dict(eta=args.eta)
     if args.sampler == "ddpm":              # always has its own noise
         sampler, extra = ldm.ddpm_sample, {}
 
-    images, record = [], None
+    images, record = [], None               # uint8 batches; the trajectory in pixels
     shape = (first.latent_dim, first.grid, first.grid)                     # (d, h, w)
     for start in tqdm(range(0, args.n, args.batch), desc="sampling", dynamic_ncols=True):
-        index = range(start, min(start + args.batch, args.n))
+        index = range(start, min(start + args.batch, args.n))              # the last may be short
         # One generator an image, so that an image does not depend on its neighbours in the batch.
         own = [torch.Generator().manual_seed(args.seed * 1_000_003 + i) for i in index]
 
@@ -96,17 +96,18 @@ def main():
         y = None
         if classes:
             y = torch.tensor([label if label is not None else i % len(classes) for i in index],
-                             device=device)
-        estimates = [] if args.trajectory and start == 0 else None
+                             device=device)                                # (B,)
+        estimates = [] if args.trajectory and start == 0 else None         # of z_0, a step each
+        # float32 on a CPU: rounding in bfloat16 would make an image depend on its batch.
         with torch.no_grad(), torch.autocast("cuda", torch.bfloat16, device.type == "cuda"):
             z = sampler(model, schedule, noise(), y, steps=args.steps, w=w, clip=args.clip,
-                        noise=noise, record=estimates, **extra)
+                        noise=noise, record=estimates, **extra)            # (B, d, h, w)
             x = first.decode(ldm.denormalise(z, mean, std))                # (B, 3, H, W)
             images.append(vmae.to_uint8(x).cpu())
             if estimates is not None:       # ten of the steps, the first and the last among them
                 at = np.linspace(0, args.steps - 1, min(10, args.steps)).round().astype(int)
                 record = [first.decode(ldm.denormalise(estimates[k][:8], mean, std)) for k in at]
-    write(args, torch.cat(images), record)
+    write(args, torch.cat(images), record)  # nothing is written before all of it is there
 
 
 def write(args, images, record):
@@ -116,7 +117,7 @@ def write(args, images, record):
         if (number := re.fullmatch(r"sample_(\d+)\.png", old)) and int(number[1]) >= len(images):
             os.remove(os.path.join(args.out, old))
     pixels = images.permute(0, 2, 3, 1).numpy()                            # (N, H, W, 3)
-    for i, image in enumerate(pixels):
+    for i, image in enumerate(pixels):      # PNG loses nothing, which FID would notice
         Image.fromarray(image).save(os.path.join(args.out, f"sample_{i:06d}.png"))
     shown = images[:64] / 127.5 - 1         # an overview, 8 a row
     vmae.save_grid(shown.split(8), os.path.join(args.out, "grid.png"))

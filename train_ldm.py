@@ -49,22 +49,22 @@ class Moments(torch.utils.data.Dataset):
         if build and not os.path.exists(self.path):
             for old in os.listdir(folder):
                 if old.startswith("moments_") and old.endswith((".npy", ".tmp")):
-                    os.remove(os.path.join(folder, old))
+                    os.remove(os.path.join(folder, old))   # stale, or left by a crash
             self._encode(model, data, device, batch, workers)
         self.moments = None
 
     def _encode(self, model, data, device, batch, workers):
         shape = (len(data), 2, 2 * model.latent_dim, model.grid, model.grid)
         temporary, labels, at = self.path + ".tmp", [], 0
-        file = np.lib.format.open_memmap(temporary, "w+", np.float16, shape)
+        file = np.lib.format.open_memmap(temporary, "w+", np.float16, shape)   # pages, not memory
         loader = torch.utils.data.DataLoader(data, batch, num_workers=workers)
         for x, y in tqdm(loader, desc="encoding", dynamic_ncols=True, mininterval=1):
-            x = x.to(device)
+            x = x.to(device)                                               # (B, 3, H, W)
             for mirror, view in enumerate((x, x.flip(-1))):
                 with torch.no_grad():
                     q = model.encode(view)                                 # over (B, d, h, w)
                 file[at:at + len(x), mirror] = torch.cat([q.mu, q.logvar], 1).half().cpu().numpy()
-            labels.append(y)
+            labels.append(y)                                               # (B,)
             at += len(x)
         file.flush()
         np.save(self.path[:-4] + "_labels.npy", torch.cat(labels).numpy())
@@ -117,16 +117,14 @@ def options():
         "Ho 2020; cosine, Nichol 2021 (default: %(default)s)")
     add("--drop", type=float, default=0.1, help="share of labels replaced by the null class, which "
         "guidance needs (default: %(default)s)")
-    args = parser.parse_args()
-    check(args, above=("size", "batch", "steps", "lr", "save_every"), below_one=("drop",),
-          from_zero=("workers",))
-    return args
+    return check(parser.parse_args(), above=("size", "batch", "steps", "lr", "save_every"),
+                 from_zero=("workers",), below_one=("drop",))
 
 
 def fill_in(args, stage_one, device):
     """Choose what was not typed; data, held-out folder and size as stage one had them."""
-    for name in ("data", "val", "size"):
-        if getattr(args, name) is None:
+    for name in ("data", "val", "size"):    # so that nothing held out in one stage leaks into the
+        if getattr(args, name) is None:     # training of the other
             setattr(args, name, stage_one["train_args"][name])
     if args.size != stage_one["model_args"]["img_size"]:
         raise InputError(f"--size {args.size}: {args.vmae} was trained at "
@@ -144,8 +142,8 @@ def preview(model, first, schedule, mean, std, classes, path):
     side, device = first.grid, mean.device
     z_T = torch.randn(32, first.latent_dim, side, side, generator=generator).to(device)
     y = torch.arange(32, device=device) % len(classes) if classes else None
-    z = ldm.ddim_sample(model, schedule, z_T, y, w=1.5 if classes else 1.0)
-    x = first.decode(ldm.denormalise(z, mean, std))
+    z = ldm.ddim_sample(model, schedule, z_T, y, w=1.5 if classes else 1.0)    # (32, d, h, w)
+    x = first.decode(ldm.denormalise(z, mean, std))                        # (32, 3, H, W)
     vmae.save_grid(x.split(8), path)
 
 
@@ -158,11 +156,13 @@ def main():
     rank, world, device = start_processes(device, args.batch)
     data = vmae.open_images(args.data, args.size, "train", args.val)
     classes = [] if args.no_classes else data.classes
-    first = vmae.build_vmae(stage_one).to(device)
+    first = vmae.build_vmae(stage_one).to(device)          # frozen: stage two never changes it
 
     torch.manual_seed(args.seed)            # the same weights on every process
     model_args = dict(ldm.sizes[args.model], input_size=first.grid, in_channels=first.latent_dim,
-                      num_classes=len(classes))
+                      num_classes=len(classes))            # the null class is number num_classes
+    if first.grid <= 16:                    # 256 tokens at most: merging latents saves nothing
+        model_args["patch_size"] = 1
     try:
         model = ldm.DiT(**model_args).to(device)
     except ValueError as error:
@@ -171,29 +171,29 @@ def main():
     schedule, opt, ema = ldm.Schedule(**schedule_args), optimiser(model), ldm.EMA(model)
     start, last = 0, os.path.join(args.out, "last.pt")
     if args.resume:
-        start, ckpt = resume(last, model_args, model, opt, device, args.steps)
+        ckpt = resume(last, model_args, model, opt, device, args.steps)
         ema.model.load_state_dict(ckpt["ema"])
-        ema.n = start                       # the decay's warm-up goes on where it was
+        start = ema.n = ckpt["step"]        # the decay's warm-up goes on where it was
     begin(args, model, f"{len(data)} images, {len(classes) or 'no'} classes", start, rank)
     cache = Moments(first, data, args.out, device, workers=args.workers, build=rank == 0)
     if world > 1:
         dist.barrier()                      # process 0 encodes, the others wait and then read
-    mean, std = (s.to(device) for s in cache.open().statistics())
+    mean, std = (s.to(device) for s in cache.open().statistics())         # (d,) each
 
     net = torch.compile(model) if args.compile else model
-    net = DistributedDataParallel(net) if world > 1 else net
+    net = DistributedDataParallel(net) if world > 1 else net               # averages gradients
     loader = endless_loader(cache, args, start, rank, world, collate_fn=lambda batch: batch)
     low_precision, log = autocast(device), Log(args.out, start, args, rank)
 
     for step in range(start, args.steps):
         lr = learning_rate(step, args.steps, args.lr)
-        z, y = (v.to(device, non_blocking=True) for v in next(loader))
+        z, y = (v.to(device, non_blocking=True) for v in next(loader))     # a new draw of q(z|x)
         z_0 = ldm.normalise(z, mean, std)                                  # (B, d, h, w)
         y = ldm.drop_labels(y, len(classes), args.drop) if classes else None   # (B,)
         with low_precision():
             loss = ldm.loss_LDM(net, schedule, z_0, y)
         update(opt, model, loss, {"L_LDM": loss}, step, lr)
-        ema.update(model)
+        ema.update(model)                   # what is sampled, and what sample.py will load
         log.step(step + 1, {"L_LDM": loss}, lr)
         if rank == 0 and ((step + 1) % args.save_every == 0 or step + 1 == args.steps):
             vmae.save_checkpoint(

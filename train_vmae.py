@@ -12,7 +12,6 @@ import argparse
 import json
 import math
 import os
-import time
 import timeit
 
 import torch
@@ -21,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import vmae
-from vmae import InputError, VMAE, loss_M, loss_P, loss_R
+from vmae import InputError, loss_M, loss_P, loss_R
 
 # ---------------------------------------------------------------------------------------------
 # Plumbing, shared with train_ldm.py
@@ -34,45 +33,43 @@ def common_options(parser, out, recipes, default_model):
                         for key in ("batch", "steps", "lr"))               # for the help
     add("--data", help="folder of images, sub-folders are classes (default: the built-in faces)")
     add("--val", help="folder of held-out images (default: one in twenty of --data, by name)")
-    add("--size", type=int, help="side of the square images, pixels (default: 32 for the built-in "
-        "faces; for a folder 256 on CUDA, 64 elsewhere)")
+    add("--size", type=int, help="pixels a side (default: faces 32, folder 256 on CUDA, else 64)")
     add("--model", choices=models, help=f"row of the sizes table (default: {default_model})")
     add("--batch", type=int, help=f"images a step, over all processes (default: {batch})")
     add("--steps", type=int, help=f"optimiser steps in all (default: {steps})")
     add("--lr", type=float, help=f"peak learning rate (default: {lr})")
-    add("--save-every", type=int, default=1000, help="steps between checkpoints and previews "
-        "(default: %(default)s)")
+    add("--save-every", type=int, default=1000, help="steps between checkpoints (default: 1000)")
     add("--out", default=out, help="run folder (default: %(default)s)")
     add("--seed", type=int, default=0, help="of weights, order, masks and noise (default: 0)")
     add("--device", default="auto", help="cuda, cpu, mps... (default: cuda if there is one)")
-    add("--workers", type=int, help="processes that decode images (default: 8 on CUDA, elsewhere 0 "
-        "and decoded images are kept in memory)")
+    add("--workers", type=int, help="image decoding processes (default: 8 on CUDA, elsewhere 0)")
     add("--resume", action="store_true", help="continue from last.pt in --out")
     add("--compile", action="store_true", help="torch.compile: faster after a slow first step")
 
 
 def check(args, above=(), from_zero=(), below_one=()):
-    """Refuse numbers out of range, in one line with the option's name."""
+    """Refuse numbers out of range, in one line with the option's name -> args."""
     rules = ((above, lambda v: v > 0, "above 0"), (from_zero, lambda v: v >= 0, "at least 0"),
              (below_one, lambda v: 0 <= v < 1, "at least 0 and below 1"))
-    for names, holds, words in rules:
-        for name in names:
-            value = getattr(args, name)
-            if value is not None and not holds(value):     # None: to be chosen later
-                raise InputError(f"--{name.replace('_', '-')} must be {words}, not {value}")
+    for name, holds, words in ((name, *rule) for names, *rule in rules for name in names):
+        value = getattr(args, name)
+        if value is not None and not holds(value):         # None: to be chosen later
+            raise InputError(f"--{name.replace('_', '-')} must be {words}, not {value}")
+    return args
 
 
 def start_processes(device, batch):
     """Join the group if torchrun started us -> (rank, processes, this process's device)."""
-    if "WORLD_SIZE" not in os.environ:
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if world == 1:
         return 0, 1, device
-    if batch % int(os.environ["WORLD_SIZE"]):
-        raise InputError(f"--batch {batch} cannot be shared by {os.environ['WORLD_SIZE']} processes")
+    if batch % world:
+        raise InputError(f"--batch {batch} cannot be shared by {world} processes")
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))       # one GPU each
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return dist.get_rank(), dist.get_world_size(), device
+    return dist.get_rank(), world, device
 
 
 def autocast(device):
@@ -82,9 +79,7 @@ def autocast(device):
         a = torch.ones(512, 512)
         full, half = (min(timeit.repeat(lambda: m @ m, number=1, repeat=10))
                       for m in (a, a.bfloat16()))
-        fast = half < 0.6 * full            # casting costs too; with the instructions it is .25
-    else:
-        fast = device.type == "cuda"
+    fast = half < 0.6 * full if device.type == "cpu" else device.type == "cuda"  # .25 if they exist
     return lambda: torch.autocast(device.type, torch.bfloat16, enabled=fast)
 
 
@@ -95,7 +90,7 @@ def endless(n, seed, first, rank, world):
     while True:
         if p // n != epoch:
             epoch = p // n
-            generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+            generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)    # 32 bits count
             order = torch.randperm(n, generator=generator).tolist()
         yield order[p % n]
         p += world                          # the other processes take the places between
@@ -104,16 +99,15 @@ def endless(n, seed, first, rank, world):
 def endless_loader(data, args, start, rank, world, **options):
     """Iterator over this process's share of the batches, from step `start` on. It has a generator
     of its own: DataLoader would draw from the one that --resume has just restored."""
-    order = endless(len(data), args.seed, start * args.batch, rank, world)
-    generator = torch.Generator().manual_seed(args.seed)
-    return iter(torch.utils.data.DataLoader(data, args.batch // world, sampler=order,
-                                            generator=generator, **options))
+    options["sampler"] = endless(len(data), args.seed, start * args.batch, rank, world)
+    options["generator"] = torch.Generator().manual_seed(args.seed)
+    return iter(torch.utils.data.DataLoader(data, args.batch // world, **options))
 
 
 def learning_rate(step, steps, peak):
     """Linear warm-up over 2 % of the run, then a cosine down to zero."""
-    warm = max(1, steps // 50)
-    return peak * min(1, (step + 1) / warm) * 0.5 * (1 + math.cos(math.pi * step / steps))
+    warm = min(1, (step + 1) / max(1, steps // 50))        # AdamW's second moments have to settle
+    return peak * warm * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
 def optimiser(model):
@@ -130,8 +124,8 @@ def update(opt, model, loss, terms, step, lr):
     finite before it can reach the weights, and so before it can be saved."""
     for group in opt.param_groups:
         group["lr"] = lr
-    opt.zero_grad(set_to_none=True)
-    loss.backward()
+    opt.zero_grad(set_to_none=True)         # nothing to fill, nothing to add to
+    loss.backward()                         # DDP averages over the processes here
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     if not math.isfinite(loss.item() + norm.item()):
         broken = [k for k, v in {**terms, "the gradient": norm}.items() if not v.isfinite()]
@@ -141,15 +135,13 @@ def update(opt, model, loss, terms, step, lr):
 
 
 def rng_state(device):
-    """The random state that --resume needs, as tensors."""
-    states = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":               # a run on the CPU never asks CUDA for anything
-        states["cuda"] = torch.cuda.get_rng_state(device)
-    return states
+    """The random state that --resume needs; a run on the CPU never asks CUDA for anything."""
+    cuda = {"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {}
+    return {"cpu": torch.get_rng_state(), **cuda}
 
 
 def resume(path, model_args, model, opt, device, steps):
-    """Load weights, optimiser and random state from last.pt -> (step to go on from, the dict)."""
+    """Load weights, optimiser and random state from last.pt -> the checkpoint's dict."""
     ckpt = vmae.read_checkpoint(path, "model_args", "model", "opt", "step", "rng")
     if ckpt["model_args"] != model_args:
         raise InputError(f"{path}: holds a model of {ckpt['model_args']}, not of {model_args}; "
@@ -157,22 +149,20 @@ def resume(path, model_args, model, opt, device, steps):
     if ckpt["step"] >= steps:
         raise InputError(f"{path}: is at step {ckpt['step']} already; give more --steps")
     model.load_state_dict(ckpt["model"])
-    opt.load_state_dict(ckpt["opt"])
+    opt.load_state_dict(ckpt["opt"])        # without AdamW's moments the loss would jump
     torch.set_rng_state(ckpt["rng"]["cpu"])
     if device.type == "cuda" and "cuda" in ckpt["rng"]:
         torch.cuda.set_rng_state(ckpt["rng"]["cuda"], device)
-    return ckpt["step"], ckpt
+    return ckpt
 
 
 def begin(args, model, what, start, rank):
     """Say what will run, make the run folder; not before all that was typed has proved usable."""
     if rank > 0:                            # the same weights as process 0, but other noise
-        torch.manual_seed(args.seed + 1000 * rank + start)
-        return
+        return torch.manual_seed(args.seed + 1000 * rank + start)
     os.makedirs(args.out, exist_ok=True)
     count = sum(p.numel() for p in model.parameters()) / 1e6
-    print(f"{what}, {count:.2f} M parameters\n"
-          + " ".join(f"{k}={v}" for k, v in vars(args).items()))
+    print(f"{what}, {count:.2f} M parameters\n", *(f"{k}={v}" for k, v in vars(args).items()))
 
 
 class Log:
@@ -183,25 +173,23 @@ class Log:
         if rank == 0:
             self.bar = tqdm(total=args.steps, initial=start, dynamic_ncols=True, mininterval=1)
             self.file = open(os.path.join(out, "log.jsonl"), "a" if start else "w")
-        self.clock, self.last, self.seen = time.perf_counter(), start, {}
+        self.clock, self.last, self.seen = timeit.default_timer(), start, {}
 
     def step(self, step, terms, lr):
-        """After each step; every 50 steps, and at the end, each term's mean over the steps that
-        had it is shown and written. Sums stay on the device, so that no step waits for them."""
+        """After each step; every 50 the mean of each term, over the steps that had it, is told."""
         if self.rank > 0:
             return
         self.bar.update()
         for name, value in terms.items():
             total, count = self.seen.get(name, (0, 0))
-            self.seen[name] = total + value.detach(), count + 1
+            self.seen[name] = total + value.detach(), count + 1            # stays on the device
         if step % 50 == 0 or step == self.steps:
-            now = time.perf_counter()
+            now = timeit.default_timer()
             speed = (step - self.last) * self.batch / (now - self.clock)   # images a second
             means = {k: round((total / n).item(), 5) for k, (total, n) in self.seen.items()}
             self.bar.set_postfix(img_s=f"{speed:.0f}", **means, refresh=False)
             line = {"step": step, "lr": lr, "images_per_s": round(speed, 1), **means}
-            self.file.write(json.dumps(line) + "\n")
-            self.file.flush()               # so that a plot can follow the run
+            print(json.dumps(line), file=self.file, flush=True)            # a plot may follow it
             self.clock, self.last, self.seen = now, step, {}
 
 
@@ -212,34 +200,30 @@ class Log:
 RECIPES = {                                 # what a run of each size wants by default
     "tiny": dict(batch=16, steps=5000, lr=1.5e-3),         # measured, 2 cores: 16 beat 32 and 64
     "small": dict(batch=16, steps=8000, lr=1e-3),
-    "base": dict(batch=128, steps=100_000, lr=2e-4),       # the authors' 8e-4 at 2048 images,
-}                                                          # times the root of 128 / 2048
+    "base": dict(batch=128, steps=100_000, lr=2e-4)}       # the authors' 8e-4 x sqrt(128 / 2048)
 
 
 def options():
     """The command line -> checked options, None where main has to choose."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], usage="%(prog)s [options]")
-    common_options(parser, "runs/vmae", RECIPES, "tiny up to 32 px; above, base on CUDA and small "
-                   "elsewhere")
+    common_options(parser, "runs/vmae", RECIPES, "tiny to 32 px; above, base on CUDA, else small")
     add = parser.add_argument
     add("--mask", type=float, default=0.6, help="share of patches hidden (default: %(default)s)")
     # Without whole images the encoder never meets what it is used on: 23 dB instead of 31 (2,500
     # and 2,200 steps on the faces). Only whole images at the end: 30.4, but it forgets to infer.
-    add("--whole", type=float, default=0.5, help="share of the steps, evenly spread, that see "
-        "whole images, as the model will be used (default: %(default)s)")
+    add("--whole", type=float, default=0.5, help="share of steps without mask (default: 0.5)")
     # At 1, the authors' balance, the many hidden patches crowd out the visible: 28.7 dB, not 31.0.
     add("--lambda-m", type=float, default=0.1, help="weight of L_M (default: %(default)s)")
     # sigma is .8 after 2,200 steps; 3e-4 costs no PSNR either, 1e-5 leaves sigma at a useless .06.
     add("--lambda-reg", type=float, default=1e-4, help="weight of L_reg (default: %(default)s)")
     add("--lambda-p", type=float, help="weight of L_P, LPIPS (default: the authors' 0.5 for a "
-        "folder if VGG's weights can be had, 0 for the built-in faces)")
-    add("--kl-mean", choices=("free", "zero"), default="free", help="free: only the variance is "
+        "folder if VGG's weights are to be had, 0 for the built-in faces)")
+    add("--kl-mean", choices=("free", "zero"), default="free", help="free: the variance alone is "
         "pulled to 1, Section 4.4; zero: the textbook KL of Eq. (1) (default: %(default)s)")
     add("--vgg-weights", help="local copy of torchvision's vgg16-397923af.pth, for LPIPS")
-    args = parser.parse_args()
-    check(args, above=("size", "batch", "steps", "lr", "save_every"), below_one=("mask",),
-          from_zero=("whole", "lambda_m", "lambda_reg", "lambda_p", "workers"))
-    return args
+    return check(parser.parse_args(), above=("size", "batch", "steps", "lr", "save_every"),
+                 from_zero=("whole", "lambda_m", "lambda_reg", "lambda_p", "workers"),
+                 below_one=("mask",))
 
 
 def fill_in(args, device):
@@ -249,20 +233,20 @@ def fill_in(args, device):
     args.model = args.model or ("tiny" if args.size <= 32 else "base" if cuda else "small")
     for name, value in RECIPES[args.model].items():
         setattr(args, name, getattr(args, name) or value)
-    if args.workers is None:
-        args.workers = 8 if cuda and args.data else 0
+    args.workers = args.workers if args.workers is not None else 8 if cuda and args.data else 0
 
 
 def perceptual(args, device):
     """The LPIPS network, or None when its weight is 0 or, by default, VGG cannot be had."""
-    wanted = args.lambda_p
-    args.lambda_p = wanted if wanted is not None else 0.5 if args.data else 0.0
+    by_hand = args.lambda_p is not None or args.vgg_weights
+    if args.lambda_p is None:               # at 32 px VGG would cost more than all the rest
+        args.lambda_p = 0.5 if args.data else 0.0
     if args.lambda_p == 0:
         return None
     try:
         return vmae.load_lpips(args.vgg_weights).to(device)
     except InputError as error:
-        if wanted is not None or args.vgg_weights:         # asked for by hand
+        if by_hand:
             raise
         print(f"warning: training without L_P, which blurs; {error}")
         args.lambda_p = 0.0
@@ -270,42 +254,44 @@ def perceptual(args, device):
 
 def preview(model, x, mask_ratio, path):
     """Rows: original, masked input (grey where hidden), reconstruction of everything from it."""
-    P, H, W = model.patch_size, *x.shape[2:]
     with torch.no_grad():
         keep, mask = vmae.random_mask(len(x), model.grid**2, mask_ratio,
                                       torch.Generator().manual_seed(0), x.device)
-        x_hat = model.decode_tokens(model.encode_tokens(x, keep).mode(), keep)
-    masked = vmae.unpatchify(vmae.patchify(x, P) * (1 - mask[..., None]), P, H, W)
-    vmae.save_grid([x, masked, x_hat], path)
+        x_hat = model.decode_tokens(model.encode_tokens(x, keep).mode(), keep)  # (8, 3, H, W)
+    x_v = vmae.patchify(x, model.patch_size) * (1 - mask[..., None])       # hidden: 0, so grey
+    vmae.save_grid([x, vmae.unpatchify(x_v, model.patch_size, *x.shape[2:]), x_hat], path)
 
 
 def main():
     args = options()
     device = vmae.pick_device(args.device)
     fill_in(args, device)
-    rank, world, device = start_processes(device, args.batch)
+    rank, world, device = start_processes(device, args.batch)              # 0, 1 without torchrun
     train = vmae.open_images(args.data, args.size, "train", args.val, keep=args.workers == 0)
     val = vmae.open_images(args.data, args.size, "val", args.val)
     torch.manual_seed(args.seed)            # the same weights on every process
     model_args = dict(img_size=args.size, **vmae.sizes[args.model])
     try:
-        model = VMAE(**model_args).to(device)
+        model = vmae.VMAE(**model_args).to(device)
         vmae.random_mask(1, model.grid**2, args.mask)
     except ValueError as error:
-        raise InputError(f"--size {args.size} --mask {args.mask}: {error}") from None
-    lpips_net = perceptual(args, device)
+        raise InputError(f"--size {args.size} --mask {args.mask}: {error}") from None  # one line
+    lpips_net = perceptual(args, device)                                   # None: no L_P
     opt, start, last = optimiser(model), 0, os.path.join(args.out, "last.pt")
     if args.resume:
-        start, _ = resume(last, model_args, model, opt, device, args.steps)
+        start = resume(last, model_args, model, opt, device, args.steps)["step"]
     begin(args, model, f"{len(train)} images to train on, {len(val)} held out", start, rank)
 
     net = torch.compile(model) if args.compile else model
     net = DistributedDataParallel(net) if world > 1 else net               # averages gradients
     loader = endless_loader(train, args, start, rank, world, num_workers=args.workers,
                             pin_memory=device.type == "cuda")
-    x_val = torch.stack([val[i][0] for i in range(min(8, len(val)))]).to(device)
+    shown = torch.randperm(len(val), generator=torch.Generator().manual_seed(0))[:8].tolist()
+    x_val = torch.stack([val[i][0] for i in shown]).to(device)             # (8, 3, H, W)
     low_precision, log = autocast(device), Log(args.out, start, args, rank)
 
+    # x -> x_v -> q(z|x_v) -> z -> x_hat, and L_VMAE = L_R + lambda_M L_M + lambda_reg L_reg +
+    # lambda_P L_P (Section 4.4), term by term; the losses leave the low precision for float32.
     for step in range(start, args.steps):
         lr = learning_rate(step, args.steps, args.lr)
         whole = int((step + 1) * args.whole) > int(step * args.whole)      # every other, at .5
@@ -313,7 +299,7 @@ def main():
         with low_precision():
             x_hat, q, mask = net(x, 0.0 if whole else args.mask)
         terms = {"L_R": loss_R(x, x_hat, mask, model.patch_size), "L_reg": q.kl(args.kl_mean)}
-        loss = terms["L_R"] + args.lambda_reg * terms["L_reg"]
+        loss = terms["L_R"] + args.lambda_reg * terms["L_reg"]             # a scalar
         if not whole and args.mask > 0:     # otherwise there is no x_m
             terms["L_M"] = loss_M(x, x_hat, mask, model.patch_size)
             loss = loss + args.lambda_m * terms["L_M"]
