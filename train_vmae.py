@@ -213,7 +213,7 @@ def options():
     add("--whole", type=float, default=0.5, help="share of steps without mask (default: 0.5)")
     # At 1, the authors' balance, 28.6: the hidden patches' large errors crowd out the visible.
     add("--lambda-m", type=float, default=0.1, help="weight of L_M (default: %(default)s)")
-    # 1e-6 gains .2 dB, but leaves sigma at .016 of mu's spread, which smooths little; this: .11.
+    # 1e-6 gains .2 dB, but leaves sigma at .016 of mu's spread, which smooths little; this: .12.
     add("--lambda-reg", type=float, default=1e-4, help="weight of L_reg (default: %(default)s)")
     add("--lambda-p", type=float, help="weight of L_P, LPIPS (default: the authors' 0.5 for a "
         "folder if VGG's weights are to be had, 0 for the built-in faces)")
