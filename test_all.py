@@ -209,6 +209,16 @@ def test_lpips_is_frozen_and_reads_vgg_from_a_file():
         path = os.path.join(folder, "vgg.pth")
         torch.save(weights, path)
         net = vmae.load_lpips(path)
+        save_images(f"{folder}/data", 8)
+        learnt = []
+        for weight in (0, 1):
+            status, text = command(train_vmae.main, "--data", f"{folder}/data", "--size", 16,
+                                   "--steps", 2, "--batch", 4, "--vgg-weights", path,
+                                   "--lambda-p", weight, "--out", f"{folder}/{weight}")
+            assert status == 0, text
+            learnt.append(vmae.load_vmae(f"{folder}/{weight}/last.pt").to_latent.weight)
+        assert not torch.equal(*learnt)
+        assert "L_P" in Path(folder, "1", "log.jsonl").read_text()
     assert not net.training and not any(p.requires_grad for p in net.parameters())
     assert torch.equal(net.net.slice5[-2].weight, weights["features.28.weight"])
     x = random_images(2, 32).requires_grad_()
