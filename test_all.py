@@ -727,6 +727,9 @@ def test_the_whole_chain():
         assert Image.open(f"{folder}/samples/trajectory.png").size[0] > 16
         model, schedule, _ = ldm.load_ldm(run / "ldm" / "last.pt")
         assert schedule.T == 1000 and model.num_classes == 2
+        name = "final_layer.linear.weight"                 # it is the average that samples
+        assert torch.equal(model.state_dict()[name], ckpt["ema"][name])
+        assert not torch.equal(ckpt["model"][name], ckpt["ema"][name])
 
         ckpt_of_run = ["--ckpt", run / "ldm/last.pt"]
         # The same seed gives the same images whatever the batch, also where noise is added.
@@ -772,6 +775,7 @@ def test_bad_input_is_one_line():
             os.mkdir(f"{folder}/{name}")
         Path(folder, "text", "a.jpg").write_text("not an image")
         Image.new("RGB", (1, 1)).save(f"{folder}/pixel/a.png")
+        torch.save({"weight": torch.zeros(1)}, f"{folder}/other.pth")
         good = ["--data", f"{folder}/good", "--size", 16]
         for arguments, words in (
                 (["--data", f"{folder}/nowhere"], "nowhere: no such folder"),
@@ -782,7 +786,9 @@ def test_bad_input_is_one_line():
                 (good + ["--mask", "0.99"], "leaves 0 of 16"),
                 (good + ["--size", 18], "multiple of the patch"),
                 (good + ["--steps", 0], "--steps"), (good + ["--device", "abacus"], "--device"),
-                (good + ["--lambda-p", 1, "--vgg-weights", "no.pth"], "--vgg-weights")):
+                (good + ["--lambda-p", 1, "--vgg-weights", "no.pth"], "no.pth cannot be read"),
+                (good + ["--vgg-weights", f"{folder}/text/a.jpg"], "a.jpg cannot be read"),
+                (good + ["--vgg-weights", f"{folder}/other.pth"], "other.pth cannot be read")):
             status, text = command(train_vmae.main, *arguments, "--out", f"{folder}/out")
             assert status == 1 and words in text, text
             assert len(text.strip().splitlines()) == 1 and "Traceback" not in text, text

@@ -274,7 +274,7 @@ def main():
         model = vmae.VMAE(**model_args).to(device)
         vmae.random_mask(1, model.grid**2, args.mask)
     except ValueError as error:
-        raise InputError(f"--size {args.size} --mask {args.mask}: {error}") from None  # one line
+        raise InputError(f"--size {args.size} --mask {args.mask}: {error}") from None
     lpips_net = perceptual(args, device)                                   # None: no L_P
     opt, start, last = optimiser(model), 0, os.path.join(args.out, "last.pt")
     if args.resume:

@@ -474,8 +474,10 @@ def load_lpips(vgg_weights=None):
         if not path.exists() and vgg_weights is None:
             torch.hub.load_state_dict_from_url(VGG_URL, map_location="cpu", check_hash=True)
         weights = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise InputError(f"LPIPS needs VGG-16: {path} cannot be read ({error}); download {VGG_URL} "
+        weights["features.28.weight"]       # VGG-16's last convolution, unless it is another net
+    except Exception as error:              # torch explains itself over many lines
+        why = (str(error) or repr(error)).splitlines()[0]
+        raise InputError(f"LPIPS needs VGG-16: {path} cannot be read ({why}); download {VGG_URL} "
                          f"to that path, or name a copy with --vgg-weights") from None
     lpips = import_lpips()
     with warnings.catch_warnings():
@@ -713,7 +715,7 @@ def save_checkpoint(path, **entries):
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
-        os.remove(temporary)
+        Path(temporary).unlink(missing_ok=True)
         raise
 
 
