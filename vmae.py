@@ -15,6 +15,7 @@ import os
 import sys
 import warnings
 import zlib
+from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
@@ -524,8 +525,16 @@ def sincos_positions(D, h, w):
     return torch.cat([f(a) for a in angles for f in (torch.sin, torch.cos)], 1).float()[None]
 
 
+def fused_attention(q, k, v):
+    """softmax(q k^T / sqrt(.)) v, each (B, heads, N, .), never forming the (N, N) matrix."""
+    if q.device.type != "cpu":
+        return F.scaled_dot_product_attention(q, k, v)
+    with torch.autocast("cpu", enabled=False):             # 6x slower backwards in bfloat16
+        return F.scaled_dot_product_attention(q.float(), k.float(), v.float())
+
+
 class Attention(nn.Module):
-    """Multi-head self-attention; the fused kernel never forms the (N, N) matrix in memory."""
+    """Multi-head self-attention (Vaswani 2017)."""
 
     def __init__(self, D, num_heads):
         super().__init__()
@@ -537,11 +546,7 @@ class Attention(nn.Module):
         B, N, D = x.shape
         qkv = self.qkv(x).reshape(B, N, 3, self.num_heads, -1)             # (B, N, 3, heads, .)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                               # (B, heads, N, .) each
-        if x.device.type == "cpu":          # its fused kernel is 6x slower backwards in bfloat16
-            with torch.autocast("cpu", enabled=False):
-                x = F.scaled_dot_product_attention(q.float(), k.float(), v.float())
-        else:
-            x = F.scaled_dot_product_attention(q, k, v)
+        x = fused_attention(q, k, v)                                       # (B, heads, N, .)
         return self.proj(x.transpose(1, 2).reshape(B, N, D))               # (B, N, D)
 
 
@@ -701,6 +706,152 @@ sizes = {
 
 
 # ---------------------------------------------------------------------------------------------
+# The other autoencoders' body and their discriminator; a reader of the paper can skip to the end
+# ---------------------------------------------------------------------------------------------
+
+def conv3(c_in, c_out):
+    """A 3x3 convolution that keeps the size."""
+    return nn.Conv2d(c_in, c_out, 3, padding=1)
+
+
+def group_norm(C):
+    """GroupNorm (Wu & He 2018) in 32 groups, or one a channel where there are fewer."""
+    return nn.GroupNorm(min(32, C), C, eps=1e-6)
+
+
+def named(**modules):
+    """Modules run one after the other, under the names of diffusers' AutoencoderKL."""
+    return nn.Sequential(OrderedDict(modules))
+
+
+class ResnetBlock(nn.Module):
+    """x + conv(silu(norm(conv(silu(norm(x)))))), x itself through a 1x1 where the widths differ."""
+
+    def __init__(self, c_in, c_out):
+        super().__init__()
+        self.norm1, self.conv1 = group_norm(c_in), conv3(c_in, c_out)
+        self.norm2, self.conv2 = group_norm(c_out), conv3(c_out, c_out)
+        self.conv_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+
+    def forward(self, x):
+        h = self.conv1(F.silu(self.norm1(x)))                              # (B, c_out, h, w)
+        return self.conv_shortcut(x) + self.conv2(F.silu(self.norm2(h)))
+
+
+class MidBlock(nn.Module):
+    """At the smallest size: a residual block, attention among all its pixels, another block."""
+
+    def __init__(self, C):
+        super().__init__()
+        self.resnets = nn.ModuleList([ResnetBlock(C, C), ResnetBlock(C, C)])
+        self.attentions = nn.ModuleList([nn.ModuleDict(dict(
+            group_norm=group_norm(C), to_q=nn.Linear(C, C), to_k=nn.Linear(C, C),
+            to_v=nn.Linear(C, C), to_out=nn.Sequential(nn.Linear(C, C))))])
+
+    def forward(self, x):
+        x, attn = self.resnets[0](x), self.attentions[0]                   # (B, C, h, w)
+        tokens = attn["group_norm"](x).flatten(2).transpose(1, 2)          # (B, h*w, C)
+        q, k, v = (attn[name](tokens).unsqueeze(1) for name in ("to_q", "to_k", "to_v"))
+        mixed = attn["to_out"](fused_attention(q, k, v).squeeze(1))        # (B, h*w, C), one head
+        return self.resnets[1](x + mixed.transpose(1, 2).reshape(x.shape))
+
+
+def level(c_in, c_out, blocks, **resize):
+    """Residual blocks at one size, then the step to the next: downsamplers, upsamplers or none."""
+    resnets = [ResnetBlock(c_out if i else c_in, c_out) for i in range(blocks)]
+    return named(resnets=nn.Sequential(*resnets), **resize)
+
+
+def down(C):
+    """Half the size. Padded below and on the right only, as published weights expect."""
+    return nn.Sequential(named(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=nn.Conv2d(C, C, 3, stride=2)))
+
+
+def up(C):
+    """Twice the size: each pixel four times, then a convolution, which leaves no checkerboard."""
+    return nn.Sequential(named(nearest=nn.Upsample(scale_factor=2), conv=conv3(C, C)))
+
+
+class ConvAutoencoder(nn.Module):
+    """SD-VAE's convolutional body, in the shape of SD3's: the paper's AE, DAE, VAE and SD-VAE.
+
+    channels: width of each level; a level halves the size of the one before, so that four give
+    f8. Attributes and methods as VMAE's. ValueError if f does not divide the image.
+    """
+
+    def __init__(self, img_size=256, channels=(128, 256, 512, 512), latent_dim=16):
+        super().__init__()
+        self.img_size, self.latent_dim = img_size, latent_dim
+        self.patch_size = f = 2 ** (len(channels) - 1)     # pixels to a side of a latent cell
+        if img_size % f:
+            raise ValueError(f"an image size of {img_size} is not a multiple of {f}")
+        self.grid, wide, narrow = img_size // f, channels[-1], channels[0]
+        pairs = list(zip((narrow, *channels), channels))                   # (c_in, c_out) a level
+        self.encoder = named(
+            conv_in=conv3(3, narrow),
+            down_blocks=nn.Sequential(*(level(a, b, 2, downsamplers=down(b)) for a, b in pairs[:-1]),
+                                      level(*pairs[-1], 2)),
+            mid_block=MidBlock(wide), conv_norm_out=group_norm(wide), silu=nn.SiLU(),
+            conv_out=conv3(wide, 2 * latent_dim))          # mu | logvar
+        pairs = list(zip((wide, *channels[::-1]), channels[::-1]))
+        self.decoder = named(
+            conv_in=conv3(latent_dim, wide), mid_block=MidBlock(wide),
+            up_blocks=nn.Sequential(*(level(a, b, 3, upsamplers=up(b)) for a, b in pairs[:-1]),
+                                    level(*pairs[-1], 3)),
+            conv_norm_out=group_norm(narrow), silu=nn.SiLU(), conv_out=conv3(narrow, 3))
+
+    def forward(self, x, mask_ratio=0.0, generator=None):
+        """Training, as VMAE's; but a convolution visits every pixel, so nothing can be hidden."""
+        q = self.encode(x)
+        return self.decode(q.sample(generator)), q, x.new_zeros(len(x), self.grid**2)
+
+    def encode(self, x):
+        """x (B, 3, H, W) in [-1, 1] -> Gaussian over (B, d, h, w)."""
+        return Gaussian(*self.encoder(x).float().chunk(2, 1))
+
+    def decode(self, z):
+        """z (B, d, h, w) -> x_hat (B, 3, H, W), about [-1, 1] but not clamped."""
+        return self.decoder(z).float()
+
+
+conv_sizes = {                              # rows as in `sizes`, with the same latents
+    "tiny": dict(channels=(16, 32, 64), latent_dim=16),
+    "small": dict(channels=(32, 64, 128, 128), latent_dim=16),
+    "base": dict(channels=(128, 256, 512, 512), latent_dim=16),            # SD3's, 83.82 M
+}
+
+
+def discriminator(width=64, layers=3):
+    """PatchGAN (Isola 2017): image -> (B, 1, h', w') scores, each of a patch, high for real ones.
+
+    With GroupNorm for BatchNorm: a score then does not depend on the other images of the batch.
+    """
+    widths = [width * 2**i for i in range(layers + 1)]
+    net = [nn.Conv2d(3, width, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
+    for i, (a, b) in enumerate(zip(widths, widths[1:]), 1):
+        net += [nn.Conv2d(a, b, 4, stride=2 if i < layers else 1, padding=1), group_norm(b),
+                nn.LeakyReLU(0.2)]
+    return nn.Sequential(*net, nn.Conv2d(widths[-1], 1, 4, padding=1))
+
+
+def loss_D(real, fake):
+    """Hinge loss of the discriminator's scores, 1/2 E[max(0, 1 - real) + max(0, 1 + fake)]."""
+    return 0.5 * (F.relu(1 - real.float()).mean() + F.relu(1 + fake.float()).mean())
+
+
+def loss_G(fake, reconstruction, last_layer):
+    """Adversarial loss -E[D(x_hat)], scaled so that on the decoder's last layer its gradient is
+    as long as that of the reconstruction's losses (Esser 2021, Eq. 7; Rombach 2022).
+
+    fake: D's scores of x_hat; reconstruction: the scalar it competes with; last_layer: a weight.
+    """
+    adversarial = -fake.float().mean()
+    a, b = (torch.autograd.grad(loss, last_layer, retain_graph=True)[0].norm()
+            for loss in (reconstruction, adversarial))
+    return (a / (b + 1e-4)).clamp(max=1e4).detach() * adversarial
+
+
+# ---------------------------------------------------------------------------------------------
 # Save, load
 # ---------------------------------------------------------------------------------------------
 
@@ -735,7 +886,8 @@ def read_checkpoint(path, *needed):
 
 def build_vmae(ckpt):
     """The stage-one entries of either stage's checkpoint -> VMAE in eval mode."""
-    model = VMAE(**ckpt["model_args"])
+    kind = ConvAutoencoder if "channels" in ckpt["model_args"] else VMAE
+    model = kind(**ckpt["model_args"])
     model.load_state_dict(ckpt["model"])
     return model.eval().requires_grad_(False)
 
