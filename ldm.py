@@ -20,9 +20,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-# ---------------------------------------------------------------------------------------------
-# Latent normalisation: diffusion starts from N(0, 1), so its data should have that scale
-# ---------------------------------------------------------------------------------------------
+# ---- Latent normalisation: diffusion starts from N(0, 1), so its data should have that scale --
 
 def normalise(z, mean, std):
     """(z - mean) / std per channel. z (B, d, h, w); mean, std (d,), kept in the checkpoint."""
@@ -34,9 +32,7 @@ def denormalise(z, mean, std):
     return z * std.view(1, -1, 1, 1) + mean.view(1, -1, 1, 1)
 
 
-# ---------------------------------------------------------------------------------------------
-# Noise schedule and the loss
-# ---------------------------------------------------------------------------------------------
+# ---- Noise schedule and the loss --------------------------------------------------------------
 
 class Schedule:
     """q(z_t | z_0) = N(sqrt(alpha_bar_t) z_0, (1 - alpha_bar_t) I), t = 0..T-1. Ho 2020, Eq. 4.
@@ -136,9 +132,7 @@ def loss_flow(model, z_0, y=None):
     return F.mse_loss(velocity, z_0 - eps)
 
 
-# ---------------------------------------------------------------------------------------------
-# Samplers. `model` is any function (z_t, t, y) -> output; tests use the optimal one of a Gaussian.
-# ---------------------------------------------------------------------------------------------
+# ---- Samplers. `model` is any function (z_t, t, y) -> output ----------------------------------
 
 def guided(model, z_t, t, y, w):
     """Classifier-free guidance: out = out_null + w (out_y - out_null), on every channel.
@@ -228,9 +222,7 @@ def sampler_for(schedule):
     return euler_sample if schedule.objective == "flow" else ddim_sample
 
 
-# ---------------------------------------------------------------------------------------------
-# Diffusion transformer: DiT (Peebles & Xie 2023) with the parts of LightningDiT (Yao 2025)
-# ---------------------------------------------------------------------------------------------
+# ---- Diffusion transformer: DiT (Peebles 2023) with the parts of LightningDiT (Yao 2025) ------
 
 def sincos_positions(D, size):
     """Fixed 2-D sin-cos positions (1, size*size, D), column half first, as in vmae.py."""
@@ -428,9 +420,7 @@ sizes = {
 }
 
 
-# ---------------------------------------------------------------------------------------------
-# EMA, load
-# ---------------------------------------------------------------------------------------------
+# ---- EMA, load --------------------------------------------------------------------------------
 
 class EMA:
     """Average of the weights over training, which samples better than the last weights.

@@ -40,7 +40,7 @@ def options():
     add("--shift", type=float, help="of euler's times; the authors' 0.3 spends more of them on "
         "noise (default: 1)")
     add("--cfg", type=float, help="guidance weight w, 1: none (default: 1.5 with classes, else 1)")
-    add("--interval", type=float, help="guidance of euler from this time on, in 0 to 1 (default: 0)")
+    add("--interval", type=float, help="euler guides from this time on, 0 to 1 (default: 0)")
     add("--class", dest="label", help="name or number of one class (default: all in turn)")
     add("--clip", type=float, help="bound the estimates of z_0 to this many standard deviations "
         "(default: not at all)")
@@ -80,9 +80,8 @@ def pick_label(label, classes):
 
 def pick_sampler(args, schedule):
     """--sampler -> (function, its options as typed). InputError for one that does not fit."""
-    flow = schedule.objective == "flow"
-    name = args.sampler or ("euler" if flow else "ddim")
-    if (name == "euler") != flow:
+    name = args.sampler or ldm.sampler_for(schedule).__name__.removesuffix("_sample")
+    if (name == "euler") != (schedule.objective == "flow"):
         raise InputError(f"--sampler {name}: does not go with the objective of this checkpoint, "
                          f"{schedule.objective}; leave it out")
     function, own = SAMPLERS[name]

@@ -99,9 +99,7 @@ def save_images(folder, count, size=20, seed=0):
         Image.fromarray(pixels).save(Path(folder, f"{i:03d}.png"))
 
 
-# ---------------------------------------------------------------------------------------------
-# Patches and masks
-# ---------------------------------------------------------------------------------------------
+# ---- Patches and masks ------------------------------------------------------------------------
 
 def test_patchify_round_trip_is_exact():
     x = torch.randn(2, 3, 24, 16)
@@ -164,9 +162,7 @@ def test_masking_saves_the_encoders_work_and_attention_is_fused():
     assert any("flash" in name for name in names) and "aten::softmax" not in names
 
 
-# ---------------------------------------------------------------------------------------------
-# Posterior and losses
-# ---------------------------------------------------------------------------------------------
+# ---- Posterior and losses ---------------------------------------------------------------------
 
 def test_kl_equals_torch_distributions():
     mu, logvar = torch.randn(3, 4, 5), torch.randn(3, 4, 5)
@@ -252,9 +248,7 @@ def test_every_loss_weight_changes_what_is_learnt():
                                weights("--lambda-reg", 1, "--kl-mean", "zero"))
 
 
-# ---------------------------------------------------------------------------------------------
-# VMAE
-# ---------------------------------------------------------------------------------------------
+# ---- VMAE -------------------------------------------------------------------------------------
 
 def test_vmae_equals_the_authors():
     v = vector("vmae_official.pt")
@@ -292,9 +286,7 @@ def test_encode_and_decode_use_the_whole_grid():
     raises(ValueError, VMAE, img_size=30, patch_size=4)
 
 
-# ---------------------------------------------------------------------------------------------
-# Images
-# ---------------------------------------------------------------------------------------------
+# ---- Images -----------------------------------------------------------------------------------
 
 def test_faces_repeat_whatever_the_batch():
     faces = Faces(32)
@@ -401,9 +393,7 @@ def test_decompression_bomb_is_unreadable():
         Image.MAX_IMAGE_PIXELS = limit
 
 
-# ---------------------------------------------------------------------------------------------
-# Schedule, loss, samplers
-# ---------------------------------------------------------------------------------------------
+# ---- Schedule, loss, samplers -----------------------------------------------------------------
 
 def test_schedule_runs_from_signal_to_noise():
     for kind in ("linear", "cosine"):
@@ -516,9 +506,7 @@ def test_drop_labels_makes_null_classes():
     close((y == 7).float().mean(), 0.1, 0.02)
 
 
-# ---------------------------------------------------------------------------------------------
-# DiT, EMA, normalisation
-# ---------------------------------------------------------------------------------------------
+# ---- DiT, EMA, normalisation ------------------------------------------------------------------
 
 def tiny_dit(num_classes=0, **kwargs):
     """With random weights everywhere, as adaLN-zero starts by answering zero."""
@@ -572,9 +560,7 @@ def test_ema_warms_up_and_copies_buffers():
     assert ema.model.running_mean == 7 and model.weight == 2
 
 
-# ---------------------------------------------------------------------------------------------
-# Cache, plumbing, checkpoints
-# ---------------------------------------------------------------------------------------------
+# ---- Cache, plumbing, checkpoints -------------------------------------------------------------
 
 def test_cache_equals_fresh_encoding_and_is_never_stale():
     with tempfile.TemporaryDirectory() as folder:
@@ -677,9 +663,7 @@ def test_resume_continues_the_same_run():
         assert status == 1 and "no such checkpoint" in text
 
 
-# ---------------------------------------------------------------------------------------------
-# The other autoencoders, published weights, decoder tuning
-# ---------------------------------------------------------------------------------------------
+# ---- The other autoencoders, published weights, decoder tuning --------------------------------
 
 def test_conv_autoencoder_equals_diffusers():
     v = vector("sd3vae_diffusers.pt")
@@ -698,8 +682,9 @@ def test_conv_autoencoder_is_sd3s_in_size_and_vmaes_in_use():
     assert sum(p.numel() for p in base.parameters()) == 83_819_683         # 319.7 MiB
     assert base.patch_size == 8 and base.grid == 32
     for name in vmae.sizes:                                # the same latents, row by row
-        f, d = 2 ** (len(vmae.conv_sizes[name]["channels"]) - 1), vmae.conv_sizes[name]["latent_dim"]
-        assert (f, d) == (vmae.sizes[name]["patch_size"], vmae.sizes[name]["latent_dim"])
+        conv, vit = vmae.conv_sizes[name], vmae.sizes[name]
+        assert 2 ** (len(conv["channels"]) - 1) == vit["patch_size"]
+        assert conv["latent_dim"] == vit["latent_dim"]
     model, x = vmae.ConvAutoencoder(16, (8, 16), 4), random_images()
     x_hat, q, mask = model(x, 0.0)
     assert x_hat.shape == x.shape and q.mu.shape == (2, 4, 8, 8) and mask.sum() == 0
@@ -738,7 +723,8 @@ def test_published_lightningdit_loads_and_samples():
                                                     "std": torch.full((1, 16, 1, 1), 2.0)}
     with tempfile.TemporaryDirectory() as folder:
         path, numbers, first = (f"{folder}/{n}" for n in ("dit.pt", "stats.pt", "vmae.pt"))
-        torch.save({"model": {}, "ema": {f"module.{k}": w for k, w in v["state_dict"].items()}}, path)
+        weights = {f"module.{k}": w for k, w in v["state_dict"].items()}
+        torch.save({"model": {}, "ema": weights}, path)
         torch.save(stats, numbers)
         with contextlib.redirect_stdout(io.StringIO()):
             model, schedule, ckpt = ldm.load_ldm(path, numbers)
@@ -782,8 +768,8 @@ def test_presets_differ_in_what_they_learn_from():
                                    "--size", 16, "--steps", 4, "--batch", 4, "--lambda-p", 0,
                                    "--out", out, *options)
             assert status == 0, text
-            model, log = vmae.load_vmae(f"{out}/last.pt"), json.loads(Path(out, "log.jsonl").read_text())
-            return model, {k for k in log if k.startswith("L_")}
+            log = json.loads(Path(out, "log.jsonl").read_text())
+            return vmae.load_vmae(f"{out}/last.pt"), {k for k in log if k.startswith("L_")}
 
         models = {name: train(name) for name in train_vmae.PRESETS}
         assert {name: sorted(terms) for name, (_, terms) in models.items()} == {
@@ -817,6 +803,8 @@ def test_adversarial_loss_waits_and_is_weighed_on_the_last_layer():
         assert "L_G" not in before and "L_D" not in before
         assert all(math.isfinite(after[k]) for k in ("L_R", "L_G", "L_D"))
         assert {"disc", "disc_opt"} <= set(torch.load(f"{folder}/last.pt", weights_only=True))
+        go[go.index("--steps") + 1] = 102
+        assert command(train_vmae.main, *go, "--resume")[0] == 0
     close(vmae.loss_D(torch.tensor([2.0, 0.5]), torch.tensor([-3.0, 0.0])), 0.375, 1e-6)
     last = torch.nn.Linear(4, 4)
     x_hat = last(torch.randn(3, 4))
@@ -897,9 +885,7 @@ def test_guidance_interval_spares_the_noise():
     assert widths == [2, 2, 4, 4]                          # two passes in one from t = 1/2 on
 
 
-# ---------------------------------------------------------------------------------------------
-# Evaluation
-# ---------------------------------------------------------------------------------------------
+# ---- Evaluation -------------------------------------------------------------------------------
 
 def test_psnr_and_ssim_equal_scikit_image():
     v = vector("metrics_reference.npz")
@@ -917,9 +903,7 @@ def test_psnr_and_ssim_by_hand():
     raises(ValueError, evaluate.ssim, a[..., :8], a[..., :8])
 
 
-# ---------------------------------------------------------------------------------------------
-# The scripts, as a user types them
-# ---------------------------------------------------------------------------------------------
+# ---- The scripts, as a user types them --------------------------------------------------------
 
 def test_the_whole_chain():
     with tempfile.TemporaryDirectory() as folder:

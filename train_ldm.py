@@ -30,9 +30,7 @@ RECIPES = {"tiny": dict(batch=32, steps=3000, lr=1.5e-3),
            "base": dict(batch=256, steps=100_000, lr=2e-4)}
 
 
-# ---------------------------------------------------------------------------------------------
-# The cache of moments
-# ---------------------------------------------------------------------------------------------
+# ---- The cache of moments ---------------------------------------------------------------------
 
 class Moments(torch.utils.data.Dataset):
     """Draws of (z, y) with z ~ q(z|x), a new sample each time, x mirrored half of the time.
@@ -100,9 +98,7 @@ class Moments(torch.utils.data.Dataset):
         return (torch.from_numpy(mean).float(), torch.from_numpy(np.sqrt(square - mean**2)).float())
 
 
-# ---------------------------------------------------------------------------------------------
-# Stage two
-# ---------------------------------------------------------------------------------------------
+# ---- Stage two --------------------------------------------------------------------------------
 
 def options():
     """The command line -> checked options, None where main has to choose."""

@@ -22,9 +22,7 @@ from tqdm import tqdm
 import vmae
 from vmae import InputError, loss_M, loss_P, loss_R
 
-# ---------------------------------------------------------------------------------------------
-# Plumbing, shared with train_ldm.py
-# ---------------------------------------------------------------------------------------------
+# ---- Plumbing, shared with train_ldm.py -------------------------------------------------------
 
 def common_options(parser, out, recipes, default_model):
     """The options both trainers have, with the same names, order and meaning."""
@@ -140,16 +138,16 @@ def rng_state(device):
     return {"cpu": torch.get_rng_state(), **cuda}
 
 
-def resume(path, model_args, model, opt, device, steps):
-    """Load weights, optimiser and random state from last.pt -> the checkpoint's dict."""
-    ckpt = vmae.read_checkpoint(path, "model_args", "model", "opt", "step", "rng")
+def resume(path, model_args, model, opt, device, steps, extra={}):
+    """Load weights, optimiser, random state and `extra` from last.pt -> the checkpoint's dict."""
+    ckpt = vmae.read_checkpoint(path, "model_args", "model", "opt", "step", "rng", *extra)
     if ckpt["model_args"] != model_args:
         raise InputError(f"{path}: holds a model of {ckpt['model_args']}, not of {model_args}; "
                          f"give the options it was trained with, or another --out")
     if ckpt["step"] >= steps:
         raise InputError(f"{path}: is at step {ckpt['step']} already; give more --steps")
-    model.load_state_dict(ckpt["model"])
-    opt.load_state_dict(ckpt["opt"])        # without AdamW's moments the loss would jump
+    for name, part in {"model": model, "opt": opt, **extra}.items():
+        part.load_state_dict(ckpt[name])    # without AdamW's moments the loss would jump
     torch.set_rng_state(ckpt["rng"]["cpu"])
     if device.type == "cuda" and "cuda" in ckpt["rng"]:
         torch.cuda.set_rng_state(ckpt["rng"]["cuda"], device)
@@ -193,9 +191,7 @@ class Log:
             self.clock, self.last, self.seen = now, step, {}
 
 
-# ---------------------------------------------------------------------------------------------
-# Stage one
-# ---------------------------------------------------------------------------------------------
+# ---- Stage one --------------------------------------------------------------------------------
 
 RECIPES = {                                 # what a run of each size wants by default
     "tiny": dict(batch=16, steps=5000, lr=1.5e-3),         # measured, 2 cores: 16 beat 32 and 64
@@ -207,7 +203,7 @@ RECIPES = {                                 # what a run of each size wants by d
 PRESETS = {
     "ae": dict(arch="conv", mask=0.0, noise=0.0, lambda_reg=0.0, lambda_p=0.0),
     "dae": dict(arch="conv", mask=0.0, noise=0.2, lambda_reg=0.0, lambda_p=0.0),
-    "vae": dict(arch="conv", mask=0.0, noise=0.0, lambda_reg=1e-3, lambda_p=0.0, kl_mean="zero"),
+    "vae": dict(arch="conv", mask=0.0, noise=0.0, lambda_reg=3e-4, lambda_p=0.0, kl_mean="zero"),
     "sdvae": dict(arch="conv", mask=0.0, noise=0.0, lambda_reg=1e-5, lambda_p=None, kl_mean="zero",
                   lambda_adv=0.5),
     "mae": dict(arch="vit", mask=0.6, noise=0.0, lambda_reg=0.0, lambda_p=0.0),
@@ -235,7 +231,7 @@ def options():
     # At 1, the authors' balance, 28.6: the hidden patches' large errors crowd out the visible.
     add("--lambda-m", type=float, default=0.1, help="weight of L_M (default: %(default)s)")
     add("--lambda-reg", type=float, help="weight of L_reg; 0: z without variance (default: vmae "
-        "1e-4, vae 1e-3, sdvae 1e-5, others 0)")
+        "1e-4, vae 3e-4, sdvae 1e-5, others 0)")
     add("--lambda-p", type=float, help="weight of L_P, LPIPS (default for vmae and sdvae: the "
         "authors' 0.5 for a folder if VGG's weights are to be had, 0 for the built-in faces)")
     add("--lambda-adv", type=float, default=0.0, help="weight of the adversarial loss, which "
@@ -335,13 +331,10 @@ def main():
     model, lpips_net = model.to(device), perceptual(args, device)          # None: no L_P
     opt, start, last = optimiser(model), 0, os.path.join(args.out, "last.pt")
     disc = vmae.discriminator(args.size).to(device) if args.lambda_adv > 0 else None
-    disc_opt, adv_start = disc and optimiser(disc), args.steps // 2        # Esser 2021: a late start
+    disc_opt, adv_start = disc and optimiser(disc), args.steps // 2        # late, as Esser 2021
+    extra = {"disc": disc, "disc_opt": disc_opt} if disc else {}           # saved and resumed too
     if args.resume:
-        ckpt = resume(last, model_args, model, opt, device, args.steps)
-        start = ckpt["step"]
-        if disc is not None:
-            disc.load_state_dict(ckpt["disc"])
-            disc_opt.load_state_dict(ckpt["disc_opt"])
+        start = resume(last, model_args, model, opt, device, args.steps, extra)["step"]
     begin(args, model, f"{len(train)} images to train on, {len(val)} held out", start, rank)
 
     net = torch.compile(model) if args.compile else model
@@ -388,10 +381,10 @@ def main():
             update(disc_opt, disc, terms["L_D"], terms, step, lr)
         log.step(step + 1, terms, lr)
         if rank == 0 and ((step + 1) % args.save_every == 0 or step + 1 == args.steps):
-            extra = dict(disc=disc.state_dict(), disc_opt=disc_opt.state_dict()) if disc else {}
-            vmae.save_checkpoint(last, model_args=model_args, model=model.state_dict(), ema=None,
-                                 opt=opt.state_dict(), step=step + 1, rng=rng_state(device),
-                                 train_args=vars(args), **extra)
+            parts = {"model": model, "opt": opt, **extra}
+            vmae.save_checkpoint(last, model_args=model_args, ema=None, step=step + 1,
+                                 rng=rng_state(device), train_args=vars(args),
+                                 **{name: part.state_dict() for name, part in parts.items()})
             preview(model, x_val, args, os.path.join(args.out, f"preview_{step + 1:06d}.png"))
     if world > 1:
         dist.destroy_process_group()

@@ -63,9 +63,7 @@ def pick_device(name):
         raise InputError(f"--device {name}: torch finds no such device here") from None
 
 
-# ---------------------------------------------------------------------------------------------
-# Images: a folder
-# ---------------------------------------------------------------------------------------------
+# ---- Images: a folder -------------------------------------------------------------------------
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 MIN_SIDE = 8           # pixels; anything smaller is a tracking pixel or a placeholder, not a photo
@@ -187,9 +185,7 @@ class ImageFolder(torch.utils.data.Dataset):
         return hashlib.sha256(f"{self.size} {self.split} {listing}".encode()).hexdigest()
 
 
-# ---------------------------------------------------------------------------------------------
-# Images: the built-in faces, known down to the pixel on the paper's three levels
-# ---------------------------------------------------------------------------------------------
+# ---- Images: the built-in faces, known down to the pixel on the paper's three levels ----------
 
 OBJECTS = ("bear", "cat", "human", "robot")               # level 1: what it is, the class label
 PARTS = ("background", "hair/ears", "skin", "eyes", "mouth")  # level 2: a map over the pixels
@@ -359,9 +355,7 @@ def save_grid(rows, path, gap=2):
     picture.resize((picture.width * scale, picture.height * scale), Image.NEAREST).save(path)
 
 
-# ---------------------------------------------------------------------------------------------
-# Patches and masks
-# ---------------------------------------------------------------------------------------------
+# ---- Patches and masks ------------------------------------------------------------------------
 
 def patchify(x, P):
     """(B, C, H, W) -> (B, N, P*P*C), rows first, colours innermost. ValueError unless P divides."""
@@ -395,9 +389,7 @@ def random_mask(B, N, mask_ratio, generator=None, device="cpu"):
     return keep, mask
 
 
-# ---------------------------------------------------------------------------------------------
-# The posterior q(z|x) and the four losses of Section 4
-# ---------------------------------------------------------------------------------------------
+# ---- The posterior q(z|x) and the four losses of Section 4 ------------------------------------
 
 class Gaussian:
     """q(z|x) = N(mu, diag exp(logvar)); mu and logvar have any shape with the channels along 1.
@@ -486,11 +478,8 @@ def load_lpips(vgg_weights=None):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")     # lpips 0.1.4 uses argument names torchvision retired
         net = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
-    for vgg_slice in (net.net.slice1, net.net.slice2, net.net.slice3, net.net.slice4,
-                      net.net.slice5):
-        for i, layer in vgg_slice.named_children():  # layers keep their number in VGG
-            layer.load_state_dict({k.rsplit(".", 1)[1]: v for k, v in weights.items()
-                                   if k.startswith(f"features.{i}.")})
+    net.net.load_state_dict({name: weights["features." + name.split(".", 1)[1]]
+                             for name in net.net.state_dict()})            # "slice3.10.bias" etc.
     return net.eval().requires_grad_(False)
 
 
@@ -512,9 +501,7 @@ def import_lpips():
     return lpips
 
 
-# ---------------------------------------------------------------------------------------------
-# The transformer
-# ---------------------------------------------------------------------------------------------
+# ---- The transformer --------------------------------------------------------------------------
 
 def sincos_positions(D, grid, trained_grid=None):
     """Fixed 2-D sin-cos positions (1, N, D): half of D for the column, half for the row.
@@ -612,9 +599,7 @@ class Head(nn.Module):
         return self.conv_smoother(unpatchify(patches, self.P, H, W))       # (B, 3, H, W)
 
 
-# ---------------------------------------------------------------------------------------------
-# VMAE: the variational masked autoencoder
-# ---------------------------------------------------------------------------------------------
+# ---- VMAE: the variational masked autoencoder -------------------------------------------------
 
 class VMAE(nn.Module):
     """Section 4. An asymmetric masked autoencoder whose tokens are Gaussian latents.
@@ -735,157 +720,7 @@ sizes = {
 }
 
 
-# ---------------------------------------------------------------------------------------------
-# The other autoencoders' body and their discriminator; a reader of the paper can skip to the end
-# ---------------------------------------------------------------------------------------------
-
-def conv3(c_in, c_out):
-    """A 3x3 convolution that keeps the size."""
-    return nn.Conv2d(c_in, c_out, 3, padding=1)
-
-
-def group_norm(C):
-    """GroupNorm (Wu & He 2018) in 32 groups, or one a channel where there are fewer."""
-    return nn.GroupNorm(min(32, C), C, eps=1e-6)
-
-
-def named(**modules):
-    """Modules run one after the other, under the names of diffusers' AutoencoderKL."""
-    return nn.Sequential(OrderedDict(modules))
-
-
-class ResnetBlock(nn.Module):
-    """x + conv(silu(norm(conv(silu(norm(x)))))), x itself through a 1x1 where the widths differ."""
-
-    def __init__(self, c_in, c_out):
-        super().__init__()
-        self.norm1, self.conv1 = group_norm(c_in), conv3(c_in, c_out)
-        self.norm2, self.conv2 = group_norm(c_out), conv3(c_out, c_out)
-        self.conv_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
-
-    def forward(self, x):
-        h = self.conv1(F.silu(self.norm1(x)))                              # (B, c_out, h, w)
-        return self.conv_shortcut(x) + self.conv2(F.silu(self.norm2(h)))
-
-
-class MidBlock(nn.Module):
-    """At the smallest size: a residual block, attention among all its pixels, another block."""
-
-    def __init__(self, C):
-        super().__init__()
-        self.resnets = nn.ModuleList([ResnetBlock(C, C), ResnetBlock(C, C)])
-        self.attentions = nn.ModuleList([nn.ModuleDict(dict(
-            group_norm=group_norm(C), to_q=nn.Linear(C, C), to_k=nn.Linear(C, C),
-            to_v=nn.Linear(C, C), to_out=nn.Sequential(nn.Linear(C, C))))])
-
-    def forward(self, x):
-        x, attn = self.resnets[0](x), self.attentions[0]                   # (B, C, h, w)
-        tokens = attn["group_norm"](x).flatten(2).transpose(1, 2)          # (B, h*w, C)
-        q, k, v = (attn[name](tokens).unsqueeze(1) for name in ("to_q", "to_k", "to_v"))
-        mixed = attn["to_out"](fused_attention(q, k, v).squeeze(1))        # (B, h*w, C), one head
-        return self.resnets[1](x + mixed.transpose(1, 2).reshape(x.shape))
-
-
-def level(c_in, c_out, blocks, **resize):
-    """Residual blocks at one size, then the step to the next: downsamplers, upsamplers or none."""
-    resnets = [ResnetBlock(c_out if i else c_in, c_out) for i in range(blocks)]
-    return named(resnets=nn.Sequential(*resnets), **resize)
-
-
-def down(C):
-    """Half the size. Padded below and on the right only, as published weights expect."""
-    return nn.Sequential(named(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=nn.Conv2d(C, C, 3, stride=2)))
-
-
-def up(C):
-    """Twice the size: each pixel four times, then a convolution, which leaves no checkerboard."""
-    return nn.Sequential(named(nearest=nn.Upsample(scale_factor=2), conv=conv3(C, C)))
-
-
-class ConvAutoencoder(nn.Module):
-    """SD-VAE's convolutional body, in the shape of SD3's: the paper's AE, DAE, VAE and SD-VAE.
-
-    channels: width of each level; a level halves the size of the one before, so that four give
-    f8. Attributes and methods as VMAE's. ValueError if f does not divide the image.
-    """
-
-    def __init__(self, img_size=256, channels=(128, 256, 512, 512), latent_dim=16):
-        super().__init__()
-        self.img_size, self.latent_dim = img_size, latent_dim
-        self.patch_size = f = 2 ** (len(channels) - 1)     # pixels to a side of a latent cell
-        if img_size % f:
-            raise ValueError(f"an image size of {img_size} is not a multiple of {f}")
-        self.grid, wide, narrow = img_size // f, channels[-1], channels[0]
-        pairs = list(zip((narrow, *channels), channels))                   # (c_in, c_out) a level
-        self.encoder = named(
-            conv_in=conv3(3, narrow),
-            down_blocks=nn.Sequential(*(level(a, b, 2, downsamplers=down(b)) for a, b in pairs[:-1]),
-                                      level(*pairs[-1], 2)),
-            mid_block=MidBlock(wide), conv_norm_out=group_norm(wide), silu=nn.SiLU(),
-            conv_out=conv3(wide, 2 * latent_dim))          # mu | logvar
-        pairs = list(zip((wide, *channels[::-1]), channels[::-1]))
-        self.decoder = named(
-            conv_in=conv3(latent_dim, wide), mid_block=MidBlock(wide),
-            up_blocks=nn.Sequential(*(level(a, b, 3, upsamplers=up(b)) for a, b in pairs[:-1]),
-                                    level(*pairs[-1], 3)),
-            conv_norm_out=group_norm(narrow), silu=nn.SiLU(), conv_out=conv3(narrow, 3))
-
-    def forward(self, x, mask_ratio=0.0, generator=None):
-        """Training, as VMAE's; but a convolution visits every pixel, so nothing can be hidden."""
-        q = self.encode(x)
-        return self.decode(q.sample(generator)), q, x.new_zeros(len(x), self.grid**2)
-
-    def encode(self, x):
-        """x (B, 3, H, W) in [-1, 1] -> Gaussian over (B, d, h, w)."""
-        return Gaussian(*self.encoder(x).float().chunk(2, 1))
-
-    def decode(self, z):
-        """z (B, d, h, w) -> x_hat (B, 3, H, W), about [-1, 1] but not clamped."""
-        return self.decoder(z).float()
-
-
-conv_sizes = {                              # rows as in `sizes`, with the same latents
-    "tiny": dict(channels=(16, 32, 64), latent_dim=16),
-    "small": dict(channels=(32, 64, 128, 128), latent_dim=16),
-    "base": dict(channels=(128, 256, 512, 512), latent_dim=16),            # SD3's, 83.82 M
-}
-
-
-def discriminator(img_size, width=64):
-    """PatchGAN (Isola 2017): image -> (B, 1, h', w') scores, each of a patch, high for real ones.
-
-    Its patches of 70 pixels, three halvings, shrink to 34 and 16 for images below 64 and 32. With
-    GroupNorm for BatchNorm: a score then does not depend on the other images of the batch.
-    """
-    layers = max(1, min(3, img_size.bit_length() - 4))
-    widths = [width * 2**i for i in range(layers + 1)]
-    net = [nn.Conv2d(3, width, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
-    for i, (a, b) in enumerate(zip(widths, widths[1:]), 1):
-        net += [nn.Conv2d(a, b, 4, stride=2 if i < layers else 1, padding=1), group_norm(b),
-                nn.LeakyReLU(0.2)]
-    return nn.Sequential(*net, nn.Conv2d(widths[-1], 1, 4, padding=1))
-
-
-def loss_D(real, fake):
-    """Hinge loss of the discriminator's scores, 1/2 E[max(0, 1 - real) + max(0, 1 + fake)]."""
-    return 0.5 * (F.relu(1 - real.float()).mean() + F.relu(1 + fake.float()).mean())
-
-
-def loss_G(fake, reconstruction, last_layer):
-    """Adversarial loss -E[D(x_hat)], scaled so that on the decoder's last layer its gradient is
-    as long as that of the reconstruction's losses (Esser 2021, Eq. 7; Rombach 2022).
-
-    fake: D's scores of x_hat; reconstruction: the scalar it competes with; last_layer: a weight.
-    """
-    adversarial = -fake.float().mean()
-    a, b = (torch.autograd.grad(loss, last_layer, retain_graph=True)[0].norm()
-            for loss in (reconstruction, adversarial))
-    return (a / (b + 1e-4)).clamp(max=1e4).detach() * adversarial
-
-
-# ---------------------------------------------------------------------------------------------
-# Save, load
-# ---------------------------------------------------------------------------------------------
+# ---- Save, load -------------------------------------------------------------------------------
 
 def save_checkpoint(path, **entries):
     """Write one dict of tensors and plain values, whole or not at all: to a temporary name in the
@@ -969,10 +804,156 @@ def read_stage_one(path, num_heads=12):
     """Stage one's entries (model_args, model, train_args) of a checkpoint of ours, of either
     stage, or of published weights. num_heads: of published VMAE weights, 12 in the authors'."""
     ckpt = read_checkpoint(path)
-    ckpt = ckpt.get("vmae", ckpt)           # stage two's holds its stage one
+    ckpt = ckpt.get("vmae", ckpt)           # stage two's file holds its stage one
     return ckpt if "model_args" in ckpt else published(path, ckpt, num_heads)
 
 
 def load_vmae(path, num_heads=12):
     """A checkpoint as read_stage_one takes it -> the model in eval mode."""
     return build_vmae(read_stage_one(path, num_heads))
+
+
+# ---- Last: the other autoencoders' body and their discriminator. The paper's model is above ---
+
+def conv3(c_in, c_out):
+    """A 3x3 convolution that keeps the size."""
+    return nn.Conv2d(c_in, c_out, 3, padding=1)
+
+
+def group_norm(C):
+    """GroupNorm (Wu & He 2018) in 32 groups, or one a channel where there are fewer."""
+    return nn.GroupNorm(min(32, C), C, eps=1e-6)
+
+
+def named(**modules):
+    """Modules run one after the other, under the names of diffusers' AutoencoderKL."""
+    return nn.Sequential(OrderedDict(modules))
+
+
+class ResnetBlock(nn.Module):
+    """x + conv(silu(norm(conv(silu(norm(x)))))), x itself through a 1x1 where the widths differ."""
+
+    def __init__(self, c_in, c_out):
+        super().__init__()
+        self.norm1, self.conv1 = group_norm(c_in), conv3(c_in, c_out)
+        self.norm2, self.conv2 = group_norm(c_out), conv3(c_out, c_out)
+        self.conv_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+
+    def forward(self, x):
+        h = self.conv1(F.silu(self.norm1(x)))                              # (B, c_out, h, w)
+        return self.conv_shortcut(x) + self.conv2(F.silu(self.norm2(h)))
+
+
+class MidBlock(nn.Module):
+    """At the smallest size: a residual block, attention among all its pixels, another block."""
+
+    def __init__(self, C):
+        super().__init__()
+        self.resnets = nn.ModuleList([ResnetBlock(C, C), ResnetBlock(C, C)])
+        self.attentions = nn.ModuleList([nn.ModuleDict(dict(
+            group_norm=group_norm(C), to_q=nn.Linear(C, C), to_k=nn.Linear(C, C),
+            to_v=nn.Linear(C, C), to_out=nn.Sequential(nn.Linear(C, C))))])
+
+    def forward(self, x):
+        x, attn = self.resnets[0](x), self.attentions[0]                   # (B, C, h, w)
+        tokens = attn["group_norm"](x).flatten(2).transpose(1, 2)          # (B, h*w, C)
+        q, k, v = (attn[name](tokens).unsqueeze(1) for name in ("to_q", "to_k", "to_v"))
+        mixed = attn["to_out"](fused_attention(q, k, v).squeeze(1))        # (B, h*w, C), one head
+        return self.resnets[1](x + mixed.transpose(1, 2).reshape(x.shape))
+
+
+def level(c_in, c_out, blocks, **resize):
+    """Residual blocks at one size, then the step to the next: downsamplers, upsamplers or none."""
+    resnets = [ResnetBlock(c_out if i else c_in, c_out) for i in range(blocks)]
+    return named(resnets=nn.Sequential(*resnets), **resize)
+
+
+def down(C):
+    """Half the size. Padded below and on the right only, as published weights expect."""
+    return nn.Sequential(named(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=nn.Conv2d(C, C, 3, stride=2)))
+
+
+def up(C):
+    """Twice the size: each pixel four times, then a convolution, which leaves no checkerboard."""
+    return nn.Sequential(named(nearest=nn.Upsample(scale_factor=2), conv=conv3(C, C)))
+
+
+class ConvAutoencoder(nn.Module):
+    """SD-VAE's convolutional body, in the shape of SD3's: the paper's AE, DAE, VAE and SD-VAE.
+
+    channels: width of each level; a level halves the size of the one before, so that four give
+    f8. Attributes and methods as VMAE's. ValueError if f does not divide the image.
+    """
+
+    def __init__(self, img_size=256, channels=(128, 256, 512, 512), latent_dim=16):
+        super().__init__()
+        self.img_size, self.latent_dim = img_size, latent_dim
+        self.patch_size = f = 2 ** (len(channels) - 1)     # pixels to a side of a latent cell
+        if img_size % f:
+            raise ValueError(f"an image size of {img_size} is not a multiple of {f}")
+        self.grid, wide, narrow = img_size // f, channels[-1], channels[0]
+        pairs = list(zip((narrow, *channels), channels))                   # (c_in, c_out) a level
+        self.encoder = named(
+            conv_in=conv3(3, narrow),
+            down_blocks=nn.Sequential(
+                *(level(*p, 2, downsamplers=down(p[1])) for p in pairs[:-1]), level(*pairs[-1], 2)),
+            mid_block=MidBlock(wide), conv_norm_out=group_norm(wide), silu=nn.SiLU(),
+            conv_out=conv3(wide, 2 * latent_dim))          # mu | logvar
+        pairs = list(zip((wide, *channels[::-1]), channels[::-1]))
+        self.decoder = named(
+            conv_in=conv3(latent_dim, wide), mid_block=MidBlock(wide),
+            up_blocks=nn.Sequential(
+                *(level(*p, 3, upsamplers=up(p[1])) for p in pairs[:-1]), level(*pairs[-1], 3)),
+            conv_norm_out=group_norm(narrow), silu=nn.SiLU(), conv_out=conv3(narrow, 3))
+
+    def forward(self, x, mask_ratio=0.0, generator=None):
+        """Training, as VMAE's; but a convolution visits every pixel, so nothing can be hidden."""
+        q = self.encode(x)
+        return self.decode(q.sample(generator)), q, x.new_zeros(len(x), self.grid**2)
+
+    def encode(self, x):
+        """x (B, 3, H, W) in [-1, 1] -> Gaussian over (B, d, h, w)."""
+        return Gaussian(*self.encoder(x).float().chunk(2, 1))
+
+    def decode(self, z):
+        """z (B, d, h, w) -> x_hat (B, 3, H, W), about [-1, 1] but not clamped."""
+        return self.decoder(z).float()
+
+
+conv_sizes = {                              # rows as in `sizes`, with the same latents
+    "tiny": dict(channels=(16, 32, 64), latent_dim=16),
+    "small": dict(channels=(32, 64, 128, 128), latent_dim=16),
+    "base": dict(channels=(128, 256, 512, 512), latent_dim=16),            # SD3's, 83.82 M
+}
+
+
+def discriminator(img_size, width=64):
+    """PatchGAN (Isola 2017): image -> (B, 1, h', w') scores, each of a patch, high for real ones.
+
+    Its patches of 70 pixels, three halvings, shrink to 34 and 16 for images below 64 and 32. With
+    GroupNorm for BatchNorm: a score then does not depend on the other images of the batch.
+    """
+    layers = max(1, min(3, img_size.bit_length() - 4))
+    widths = [width * 2**i for i in range(layers + 1)]
+    net = [nn.Conv2d(3, width, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
+    for i, (a, b) in enumerate(zip(widths, widths[1:]), 1):
+        net += [nn.Conv2d(a, b, 4, stride=2 if i < layers else 1, padding=1), group_norm(b),
+                nn.LeakyReLU(0.2)]
+    return nn.Sequential(*net, nn.Conv2d(widths[-1], 1, 4, padding=1))
+
+
+def loss_D(real, fake):
+    """Hinge loss of the discriminator's scores, 1/2 E[max(0, 1 - real) + max(0, 1 + fake)]."""
+    return 0.5 * (F.relu(1 - real.float()).mean() + F.relu(1 + fake.float()).mean())
+
+
+def loss_G(fake, reconstruction, last_layer):
+    """Adversarial loss -E[D(x_hat)], scaled so that on the decoder's last layer its gradient is
+    as long as that of the reconstruction's losses (Esser 2021, Eq. 7; Rombach 2022).
+
+    fake: D's scores of x_hat; reconstruction: the scalar it competes with; last_layer: a weight.
+    """
+    adversarial = -fake.float().mean()
+    a, b = (torch.autograd.grad(loss, last_layer, retain_graph=True)[0].norm()
+            for loss in (reconstruction, adversarial))
+    return (a / (b + 1e-4)).clamp(max=1e4).detach() * adversarial
