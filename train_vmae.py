@@ -1,8 +1,10 @@
-"""Train stage one, the variational masked autoencoder of vmae.py (Sections 4.1 to 4.4).
+"""Train stage one, VMAE (Sections 4.1 to 4.4) or one of the autoencoders it is compared with.
 
     python train_vmae.py                                the built-in faces, on a laptop
     python train_vmae.py --data path --mask 0.6         a folder of images
     python train_vmae.py --data path --resume           go on from runs/vmae/last.pt
+    python train_vmae.py --preset sdvae --out runs/sdvae     another autoencoder of the paper
+    python train_vmae.py --init runs/vmae/last.pt --tune decoder --size 256 --out runs/tuned
     torchrun --nproc-per-node 4 train_vmae.py --data path    several GPUs
 
 Writes into --out: last.pt, log.jsonl (one JSON object a line) and preview_*.png, whose rows are
@@ -222,7 +224,7 @@ def options():
     add("--init", help="checkpoint to start from, ours or published: VMAE's or an SD3-style VAE's")
     add("--tune", choices=("decoder",), help="leave the encoder of --init as it is; no mask, and "
         "LPIPS weighs 10, as in the last stage of the authors' recipe")
-    add("--mask", type=float, help="share of patches hidden (default: 0.6; without mask 0)")
+    add("--mask", type=float, help="share of patches hidden (default: vmae, mae 0.6, else 0)")
     # Measured on held-out faces after 2,200 steps: 31.0 dB with these defaults. --whole 0: 28.3,
     # since the encoder then never meets the whole images that it is used on.
     add("--whole", type=float, default=0.5, help="share of steps without mask (default: 0.5)")
