@@ -850,7 +850,7 @@ def generation(fake, real, net, args):
     """--fake and --real as in `open_source`, or --real a .npz of mu and sigma as pytorch-fid's ->
     (a row of `fid`'s metrics, the real side's statistics). Both sides are cropped and resized by
     the same code, to the size of the fakes."""
-    own = os.path.isfile(fake) and not fake.endswith(".npz")               # our generator
+    own = not fake.endswith(".npz") and not os.path.isdir(fake)            # our generator
     if real is None and not own:
         raise InputError('--real: name a folder, a .npz or "faces" to compare with')
     real = real or ldm.load_ldm(fake)[2]["train_args"]["data"] or "faces"
@@ -888,8 +888,8 @@ def fid(args):
     fakes; and of the first --pairs images of each side, whose features stay in memory, KID,
     precision and recall.
     """
-    net = load_inception(args.inception_weights, args.resize, args.fast)
-    row, known = generation(args.fake, args.real, net.to(vmae.pick_device(args.device)), args)
+    net = args.nets[1]
+    row, known = generation(args.fake, args.real, net, args)
     if args.save_stats:
         np.savez(args.save_stats, **known)
     digits = ", bfloat16, so two or three digits count" if args.fast else ""
@@ -1002,8 +1002,8 @@ COMMANDS = (  # function, what it is, options besides --batch, --device and --ou
     (efficiency, "Table 3: sizes, operations, times", "--size --time", dict(batch=1)),
     (neighbours, "samples beside the nearest training images", f"--ckpt --n --cfg {NET}",
      dict(ckpt=["runs/ldm/last.pt"], n=16)),
-    (fid, "Table 2: FID, sFID, IS, KID, precision, recall", f"--fake --real --n --pairs --cfg "
-     f"--save-stats {NET}", dict(n=10000)),
+    (fid, "Table 2: FID, sFID, IS, KID, precision, recall", "--fake --real --n --pairs --cfg "
+     "--save-stats --resize --fast --inception-weights", dict(n=10000, download=True)),
     (compare, "Fig. 2: several runs on one radar", f"runs --data --n --cfg {NETS}", dict(n=256)),
 )
 
