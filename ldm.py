@@ -1,7 +1,7 @@
 """Stage two of LDMAE (Latent Diffusion Models with Masked AutoEncoders, ICCV 2025).
 
 Diffusion on the latents of vmae.py, in reading order: latent normalisation, noise schedule, the
-loss L_LDM, the DDPM and DDIM samplers with guidance, the transformer, EMA, load. Section 3.2.
+loss L_LDM, rectified flow, the samplers with guidance, the transformer, EMA, load. Section 3.2.
 
     z_0 --q_sample--> z_t --DiT--> eps_theta(z_t, t, y) --ddim_sample--> z_0
 
@@ -14,14 +14,13 @@ alpha_bar_t what is left of the signal's variance at t, y a class, w the guidanc
 import copy
 import math
 import os
+import re
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-# ---------------------------------------------------------------------------------------------
-# Latent normalisation: diffusion starts from N(0, 1), so its data should have that scale
-# ---------------------------------------------------------------------------------------------
+# ---- Latent normalisation: diffusion starts from N(0, 1), so its data should have that scale --
 
 def normalise(z, mean, std):
     """(z - mean) / std per channel. z (B, d, h, w); mean, std (d,), kept in the checkpoint."""
@@ -33,22 +32,21 @@ def denormalise(z, mean, std):
     return z * std.view(1, -1, 1, 1) + mean.view(1, -1, 1, 1)
 
 
-# ---------------------------------------------------------------------------------------------
-# Noise schedule and the loss
-# ---------------------------------------------------------------------------------------------
+# ---- Noise schedule and the loss --------------------------------------------------------------
 
 class Schedule:
     """q(z_t | z_0) = N(sqrt(alpha_bar_t) z_0, (1 - alpha_bar_t) I), t = 0..T-1. Ho 2020, Eq. 4.
 
     kind       "linear": beta from 1e-4 to .02, Ho 2020. "cosine": Nichol & Dhariwal 2021, Eq. 17,
                which spends fewer steps on latents that are already noise.
-    objective  what the network predicts: "eps", the paper's L_LDM, or
-               "v" = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) z_0 (Salimans & Ho 2022).
-    Raises ValueError for a name that is neither.
+    objective  what the network predicts: "eps", the paper's L_LDM;
+               "v" = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) z_0 (Salimans & Ho 2022);
+               "flow", another path altogether, which needs nothing of this class: see loss_flow.
+    Raises ValueError for a name that is none of these.
     """
 
     def __init__(self, kind="cosine", T=1000, objective="v"):
-        if kind not in ("linear", "cosine") or objective not in ("eps", "v"):
+        if kind not in ("linear", "cosine") or objective not in ("eps", "v", "flow"):
             raise ValueError(f"unknown schedule {kind!r} or objective {objective!r}")
         self.T, self.objective = T, objective
         if kind == "linear":                # the published range is for 1000 steps
@@ -92,8 +90,8 @@ class Schedule:
 
         The last alpha_bar_next is 1: sampling ends on clean latents, whatever S is.
         """
-        if not 1 <= S <= self.T:
-            raise ValueError(f"cannot sample in {S} steps: choose from 1 to {self.T}")
+        if not 1 <= S <= self.T or self.objective == "flow":
+            raise ValueError(f"no {S} steps of {self.T} on the path of {self.objective!r}")
         ts = [round(self.T - i * self.T / S) - 1 for i in range(S)]        # S = 1 asks at T-1
         bars = [self.alpha_bar[t].item() for t in ts] + [1.0]
         return list(zip(ts, bars[:-1], bars[1:]))
@@ -111,15 +109,30 @@ def loss_LDM(model, schedule, z_0, y=None):
     z_0: normalised latents (B, d, h, w); y: classes (B,) or None. t is uniform. Mean over
     everything; returns a scalar in float32.
     """
+    if schedule.objective == "flow":
+        return loss_flow(model, z_0, y)
     t = torch.randint(schedule.T, (len(z_0),), device=z_0.device)          # (B,)
     eps = torch.randn_like(z_0)
     output = model(schedule.q_sample(z_0, t, eps), t, y).float()
     return F.mse_loss(output, schedule.target(z_0, t, eps))
 
 
-# ---------------------------------------------------------------------------------------------
-# Samplers. `model` is any function (z_t, t, y) -> output; tests use the optimal one of a Gaussian.
-# ---------------------------------------------------------------------------------------------
+def loss_flow(model, z_0, y=None):
+    """Rectified flow, E || (z_0 - eps) - v_theta(z_t, t, y) ||^2 on the straight path
+
+        z_t = t z_0 + (1 - t) eps,   t = sigmoid(N(0, 1))    (Liu 2023; logit-normal t: Esser 2024)
+
+    The paper's generator was trained like this, and its generation figures come from here, while
+    its Section 3.2 gives L_LDM. Time runs as in the authors' LightningDiT, whose weights thus fit:
+    from noise at t = 0 to latents at t = 1, against DDPM's direction.
+    """
+    t = torch.randn(len(z_0), device=z_0.device).sigmoid()                 # (B,), in (0, 1)
+    eps, s = torch.randn_like(z_0), t.view(-1, 1, 1, 1)
+    velocity = model(s * z_0 + (1 - s) * eps, t, y).float()                # (B, d, h, w)
+    return F.mse_loss(velocity, z_0 - eps)
+
+
+# ---- Samplers. `model` is any function (z_t, t, y) -> output ----------------------------------
 
 def guided(model, z_t, t, y, w):
     """Classifier-free guidance: out = out_null + w (out_y - out_null), on every channel.
@@ -181,9 +194,35 @@ def ddim_sample(model, schedule, z_T, y=None, steps=50, w=1.0, clip=None, noise=
     return z
 
 
-# ---------------------------------------------------------------------------------------------
-# Diffusion transformer: DiT (Peebles & Xie 2023) with the parts of LightningDiT (Yao 2025)
-# ---------------------------------------------------------------------------------------------
+@torch.no_grad()
+def euler_sample(model, schedule, z_T, y=None, steps=50, w=1.0, record=None, shift=1.0,
+                 interval=0.0):
+    """Rectified flow's sampler: dz/dt = v_theta(z, t, y) from noise at t = 0 to latents at t = 1,
+
+        z <- z + (t' - t) v_theta(z, t, y),    t_i = shift u / (1 + (shift - 1) u),  u = i / steps
+
+    in `steps` evaluations (the authors' loop makes one fewer than it says). shift below 1: smaller
+    steps near the noise. interval: guidance from this t on only, since near the noise it costs
+    variety (Kynkaanniemi 2024). Other arguments as ddpm_sample's; first order in 1 / steps.
+    """
+    if schedule.objective != "flow" or steps < 1:
+        raise ValueError(f"no Euler sampling of {schedule.objective!r} in {steps} steps")
+    z, u = z_T, torch.linspace(0, 1, steps + 1, dtype=torch.float64)
+    ts = (shift * u / (1 + (shift - 1) * u)).tolist()
+    for t, t_next in zip(ts, ts[1:]):
+        v = guided(model, z, t, y, w if t >= interval else 1.0)            # (B, d, h, w)
+        if record is not None:
+            record.append(z + (1 - t) * v)  # where a straight path from here would end
+        z = z + (t_next - t) * v
+    return z
+
+
+def sampler_for(schedule):
+    """The sampler to use unless another is asked for: Euler for rectified flow, otherwise DDIM."""
+    return euler_sample if schedule.objective == "flow" else ddim_sample
+
+
+# ---- Diffusion transformer: DiT (Peebles 2023) with the parts of LightningDiT (Yao 2025) ------
 
 def sincos_positions(D, size):
     """Fixed 2-D sin-cos positions (1, size*size, D), column half first, as in vmae.py."""
@@ -381,9 +420,7 @@ sizes = {
 }
 
 
-# ---------------------------------------------------------------------------------------------
-# EMA, load
-# ---------------------------------------------------------------------------------------------
+# ---- EMA, load --------------------------------------------------------------------------------
 
 class EMA:
     """Average of the weights over training, which samples better than the last weights.
@@ -406,22 +443,66 @@ class EMA:
             mine.copy_(theirs)
 
 
-def load_ldm(path):
-    """A stage-two checkpoint -> (DiT with the EMA weights, Schedule, the checkpoint's dict).
-
-    The dict also holds latent_mean, latent_std, classes and `vmae`, the whole stage-one model.
-    Raises OSError, in one sentence, for anything that is not such a file.
-    """
+def read(path):
+    """torch.load of tensors and plain values alone; OSError, in one sentence, if that fails."""
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{path}: no such checkpoint; train_ldm.py makes one")
     try:
         ckpt = torch.load(path, map_location="cpu", weights_only=True)
-        missing = {"model_args", "ema", "latent_mean", "latent_std", "vmae"} - set(ckpt)
+        return dict(ckpt)
     except Exception:
         raise OSError(f"{path}: not a checkpoint, or a damaged one") from None
+
+
+def published(path, ckpt):
+    """The authors' LightningDiT in the form of our checkpoints, but for statistics and stage one.
+
+    Its weights lie in {"ema": ...} or {"model": ...}, under DDP's and torch.compile's prefixes;
+    shapes tell the constructor's arguments, the rotary tables how many heads. Says what was
+    missing or left over; OSError if it is another model or a part of one.
+    """
+    weights = ckpt.get("ema") or ckpt.get("model") or ckpt
+    weights = {re.sub(r"^(module\.|_orig_mod\.)+", "", k): v for k, v in weights.items()}
+    try:
+        D, d, P, _ = weights["x_embedder.proj.weight"].shape
+        num_classes = len(weights["y_embedder.embedding_table.weight"]) - 1    # the last is null
+        args = dict(
+            input_size=P * math.isqrt(weights["pos_embed"].shape[1]), patch_size=P, in_channels=d,
+            hidden_size=D, depth=len({k.split(".")[1] for k in weights if k[:7] == "blocks."}),
+            num_heads=D // weights["feat_rope.freqs_cos"].shape[1], num_classes=num_classes)
+        model = DiT(**args)
+        missing, left_over = model.load_state_dict(weights, strict=False)
+    except (KeyError, RuntimeError) as error:
+        raise OSError(f"{path}: neither a stage-two checkpoint, such as runs/ldm/last.pt, nor a "
+                      f"LightningDiT ({str(error).splitlines()[-1].strip()})") from None
     if missing:
-        raise OSError(f"{path}: not a stage-two checkpoint (no {', '.join(sorted(missing))}); "
-                      f"give the file that train_ldm.py writes, runs/ldm/last.pt by default")
+        raise OSError(f"{path}: lacks {len(missing)} weights of a LightningDiT, as {missing[0]}")
+    print(f"{path}: {len(weights) - len(left_over)} tensors read, none missing; left over: "
+          f"{', '.join(left_over) or 'none'}")
+    return dict(model_args=args, ema=model.state_dict(), schedule=dict(objective="flow"),
+                classes=[str(i) for i in range(num_classes)])
+
+
+def load_ldm(path, stats=None):
+    """A stage-two checkpoint, ours or the authors' -> (DiT with the EMA weights, Schedule, dict).
+
+    The dict also holds latent_mean, latent_std, classes and, in a checkpoint of ours, `vmae`, the
+    whole stage-one model. stats: a file of {"mean": d numbers, "std": d numbers}, which the authors
+    keep beside their weights. Raises OSError, in one sentence, for anything else.
+    """
+    ckpt = read(path)
+    if not {"model_args", "ema", "latent_mean", "latent_std", "vmae"} <= set(ckpt):
+        ckpt = published(path, ckpt)
+    if stats is not None:
+        numbers = read(stats)
+        for name in ("mean", "std"):
+            ckpt[f"latent_{name}"] = torch.as_tensor(numbers.get(name, ())).float().flatten()
+            if len(ckpt[f"latent_{name}"]) != ckpt["model_args"]["in_channels"]:
+                raise OSError(f"{stats}: holds no {name} of the latent's "
+                              f"{ckpt['model_args']['in_channels']} channels")
+    if "latent_mean" not in ckpt:
+        raise OSError(f"{path}: published weights come with a file of latent statistics; name it "
+                      f"with --stats")
     model = DiT(**ckpt["model_args"])
     model.load_state_dict(ckpt["ema"])
     return model.eval(), Schedule(**ckpt["schedule"]), ckpt

@@ -3,6 +3,7 @@
     python sample.py                                    64 images into samples/, and grid.png
     python sample.py --class cat --cfg 3 --n 16         one class, by name or number
     python sample.py --sampler ddpm --steps 1000        Ho 2020; the default is DDIM, 50 steps
+    python sample.py --ckpt lightningdit.pt --vmae vmae.pth --stats latents_stats.pt --steps 250
     python sample.py --n 10000 --npz --trajectory       also samples.npz, trajectory.png
 """
 import argparse
@@ -19,17 +20,27 @@ import vmae
 from vmae import InputError
 
 
+SAMPLERS = {                                # and the options that belong to each
+    "ddpm": (ldm.ddpm_sample, ("clip",)), "ddim": (ldm.ddim_sample, ("clip", "eta")),
+    "euler": (ldm.euler_sample, ("shift", "interval"))}
+
+
 def options():
     """The command line -> checked options."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], usage="%(prog)s [options]")
     add = parser.add_argument
     add("--ckpt", default="runs/ldm/last.pt", help="stage-two checkpoint (default: %(default)s)")
     add("--n", type=int, default=64, help="images (default: %(default)s)")
-    add("--steps", type=int, default=50, help="network evaluations an image, from 1 to the T of "
-        "training (default: %(default)s)")
-    add("--sampler", choices=("ddpm", "ddim"), default="ddim", help="(default: %(default)s)")
-    add("--eta", type=float, default=0.0, help="noise of DDIM: 0 none, 1 as DDPM (default: 0)")
+    add("--vmae", help="stage-one checkpoint (default: the one inside --ckpt)")
+    add("--stats", help="latent statistics beside the authors' weights (default: those in --ckpt)")
+    add("--steps", type=int, default=50, help="network evaluations an image; of ddpm and ddim at "
+        "most the T of training (default: %(default)s)")
+    add("--sampler", choices=SAMPLERS, help="(default: euler for rectified flow, else ddim)")
+    add("--eta", type=float, help="noise of ddim: 0 none, 1 as ddpm (default: 0)")
+    add("--shift", type=float, help="of euler's times; the authors' 0.3 spends more of them on "
+        "noise (default: 1)")
     add("--cfg", type=float, help="guidance weight w, 1: none (default: 1.5 with classes, else 1)")
+    add("--interval", type=float, help="euler guides from this time on, 0 to 1 (default: 0)")
     add("--class", dest="label", help="name or number of one class (default: all in turn)")
     add("--clip", type=float, help="bound the estimates of z_0 to this many standard deviations "
         "(default: not at all)")
@@ -42,12 +53,14 @@ def options():
     add("--trajectory", action="store_true", help="also trajectory.png: the estimate of x_0 along "
         "the way, 8 images down, noise to image across")
     args = parser.parse_args()
-    for name in ("n", "steps", "batch", "clip"):
+    for name in ("n", "steps", "batch", "clip", "shift"):
         value = getattr(args, name)
         if value is not None and not value > 0:
             raise InputError(f"--{name} must be above 0, not {value}")
-    if not 0 <= args.eta <= 1:
-        raise InputError(f"--eta must be from 0 to 1, not {args.eta}")
+    for name in ("eta", "interval"):
+        value = getattr(args, name)
+        if value is not None and not 0 <= value <= 1:
+            raise InputError(f"--{name} must be from 0 to 1, not {value}")
     return args
 
 
@@ -65,10 +78,37 @@ def pick_label(label, classes):
                      f"below {len(classes)}")
 
 
+def pick_sampler(args, schedule):
+    """--sampler -> (function, its options as typed). InputError for one that does not fit."""
+    name = args.sampler or ldm.sampler_for(schedule).__name__.removesuffix("_sample")
+    if (name == "euler") != (schedule.objective == "flow"):
+        raise InputError(f"--sampler {name}: does not go with the objective of this checkpoint, "
+                         f"{schedule.objective}; leave it out")
+    function, own = SAMPLERS[name]
+    typed = {o: getattr(args, o) for o in ("clip", "eta", "shift", "interval")
+             if getattr(args, o) is not None}
+    if strange := set(typed) - set(own):
+        raise InputError(f"--{min(strange)}: the sampler {name} has no such option")
+    return function, typed
+
+
+def stage_one(args, ckpt):
+    """The decoder of --vmae or of the checkpoint itself, if its latents are those of stage two."""
+    if args.vmae is None and "vmae" not in ckpt:
+        raise InputError(f"{args.ckpt}: published weights hold no stage one; name it with --vmae")
+    first = vmae.load_vmae(args.vmae) if args.vmae else vmae.build_vmae(ckpt["vmae"])
+    wanted = ckpt["model_args"]["in_channels"], ckpt["model_args"]["input_size"]
+    if (first.latent_dim, first.grid) != wanted:
+        raise InputError(f"--vmae {args.vmae}: its latents have {first.latent_dim} channels on a "
+                         f"side of {first.grid}, those of {args.ckpt} {wanted[0]} on {wanted[1]}")
+    return first
+
+
 def main():
     args = options()
-    model, schedule, ckpt = ldm.load_ldm(args.ckpt)        # the EMA weights
-    if args.steps > schedule.T:
+    model, schedule, ckpt = ldm.load_ldm(args.ckpt, args.stats)            # the EMA weights
+    sampler, extra = pick_sampler(args, schedule)
+    if args.steps > schedule.T and sampler is not ldm.euler_sample:
         raise InputError(f"--steps {args.steps}: this model was trained with {schedule.T} steps")
     classes, label = ckpt["classes"], pick_label(args.label, ckpt["classes"])  # [] without classes
     if args.cfg not in (None, 1) and not classes:
@@ -76,11 +116,8 @@ def main():
     # Guidance of 1.5 is where the kinds become certain and the colours still vary.
     w = args.cfg if args.cfg is not None else 1.5 if classes else 1.0
     device = vmae.pick_device(args.device)
-    model, first = model.to(device), vmae.build_vmae(ckpt["vmae"]).to(device)
+    model, first = model.to(device), stage_one(args, ckpt).to(device)
     mean, std = ckpt["latent_mean"].to(device), ckpt["latent_std"].to(device)  # (d,) each
-    sampler, extra = ldm.ddim_sample, dict(eta=args.eta)
-    if args.sampler == "ddpm":              # always has its own noise
-        sampler, extra = ldm.ddpm_sample, {}
 
     images, record = [], None               # uint8 batches; the trajectory in pixels
     shape = (first.latent_dim, first.grid, first.grid)                     # (d, h, w)
@@ -100,8 +137,10 @@ def main():
         estimates = [] if args.trajectory and start == 0 else None         # of z_0, a step each
         # float32 on a CPU: rounding in bfloat16 would make an image depend on its batch.
         with torch.no_grad(), torch.autocast("cuda", torch.bfloat16, device.type == "cuda"):
-            z = sampler(model, schedule, noise(), y, steps=args.steps, w=w, clip=args.clip,
-                        noise=noise, record=estimates, **extra)            # (B, d, h, w)
+            if sampler is not ldm.euler_sample:            # the others may add noise on the way
+                extra["noise"] = noise
+            z = sampler(model, schedule, noise(), y, steps=args.steps, w=w, record=estimates,
+                        **extra)                                           # (B, d, h, w)
             x = first.decode(ldm.denormalise(z, mean, std))                # (B, 3, H, W)
             images.append(vmae.to_uint8(x).cpu())
             if estimates is not None:       # ten of the steps, the first and the last among them

@@ -6,6 +6,7 @@
 
 Tests against ../shared/vectors (outputs of the authors' code and of scikit-image) skip without it.
 """
+import argparse
 import contextlib
 import io
 import json
@@ -23,6 +24,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 import evaluate
@@ -97,9 +99,7 @@ def save_images(folder, count, size=20, seed=0):
         Image.fromarray(pixels).save(Path(folder, f"{i:03d}.png"))
 
 
-# ---------------------------------------------------------------------------------------------
-# Patches and masks
-# ---------------------------------------------------------------------------------------------
+# ---- Patches and masks ------------------------------------------------------------------------
 
 def test_patchify_round_trip_is_exact():
     x = torch.randn(2, 3, 24, 16)
@@ -162,9 +162,7 @@ def test_masking_saves_the_encoders_work_and_attention_is_fused():
     assert any("flash" in name for name in names) and "aten::softmax" not in names
 
 
-# ---------------------------------------------------------------------------------------------
-# Posterior and losses
-# ---------------------------------------------------------------------------------------------
+# ---- Posterior and losses ---------------------------------------------------------------------
 
 def test_kl_equals_torch_distributions():
     mu, logvar = torch.randn(3, 4, 5), torch.randn(3, 4, 5)
@@ -250,9 +248,7 @@ def test_every_loss_weight_changes_what_is_learnt():
                                weights("--lambda-reg", 1, "--kl-mean", "zero"))
 
 
-# ---------------------------------------------------------------------------------------------
-# VMAE
-# ---------------------------------------------------------------------------------------------
+# ---- VMAE -------------------------------------------------------------------------------------
 
 def test_vmae_equals_the_authors():
     v = vector("vmae_official.pt")
@@ -290,9 +286,7 @@ def test_encode_and_decode_use_the_whole_grid():
     raises(ValueError, VMAE, img_size=30, patch_size=4)
 
 
-# ---------------------------------------------------------------------------------------------
-# Images
-# ---------------------------------------------------------------------------------------------
+# ---- Images -----------------------------------------------------------------------------------
 
 def test_faces_repeat_whatever_the_batch():
     faces = Faces(32)
@@ -399,9 +393,7 @@ def test_decompression_bomb_is_unreadable():
         Image.MAX_IMAGE_PIXELS = limit
 
 
-# ---------------------------------------------------------------------------------------------
-# Schedule, loss, samplers
-# ---------------------------------------------------------------------------------------------
+# ---- Schedule, loss, samplers -----------------------------------------------------------------
 
 def test_schedule_runs_from_signal_to_noise():
     for kind in ("linear", "cosine"):
@@ -514,9 +506,7 @@ def test_drop_labels_makes_null_classes():
     close((y == 7).float().mean(), 0.1, 0.02)
 
 
-# ---------------------------------------------------------------------------------------------
-# DiT, EMA, normalisation
-# ---------------------------------------------------------------------------------------------
+# ---- DiT, EMA, normalisation ------------------------------------------------------------------
 
 def tiny_dit(num_classes=0, **kwargs):
     """With random weights everywhere, as adaLN-zero starts by answering zero."""
@@ -570,9 +560,7 @@ def test_ema_warms_up_and_copies_buffers():
     assert ema.model.running_mean == 7 and model.weight == 2
 
 
-# ---------------------------------------------------------------------------------------------
-# Cache, plumbing, checkpoints
-# ---------------------------------------------------------------------------------------------
+# ---- Cache, plumbing, checkpoints -------------------------------------------------------------
 
 def test_cache_equals_fresh_encoding_and_is_never_stale():
     with tempfile.TemporaryDirectory() as folder:
@@ -675,9 +663,229 @@ def test_resume_continues_the_same_run():
         assert status == 1 and "no such checkpoint" in text
 
 
-# ---------------------------------------------------------------------------------------------
-# Evaluation
-# ---------------------------------------------------------------------------------------------
+# ---- The other autoencoders, published weights, decoder tuning --------------------------------
+
+def test_conv_autoencoder_equals_diffusers():
+    v = vector("sd3vae_diffusers.pt")
+    with tempfile.TemporaryDirectory() as folder:
+        torch.save(v["state_dict"], f"{folder}/vae.bin")
+        model = vmae.load_vmae(f"{folder}/vae.bin")
+    assert isinstance(model, vmae.ConvAutoencoder) and model.latent_dim == 16
+    q = model.encode(v["x"])
+    close(torch.cat([q.mu, q.logvar], 1), v["moments"], 1e-4)
+    close(model.decode(q.mode()), v["recon"], 1e-4)
+
+
+def test_conv_autoencoder_is_sd3s_in_size_and_vmaes_in_use():
+    with torch.device("meta"):
+        base = vmae.ConvAutoencoder(**vmae.conv_sizes["base"])
+    assert sum(p.numel() for p in base.parameters()) == 83_819_683         # 319.7 MiB
+    assert base.patch_size == 8 and base.grid == 32
+    for name in vmae.sizes:                                # the same latents, row by row
+        conv, vit = vmae.conv_sizes[name], vmae.sizes[name]
+        assert 2 ** (len(conv["channels"]) - 1) == vit["patch_size"]
+        assert conv["latent_dim"] == vit["latent_dim"]
+    model, x = vmae.ConvAutoencoder(16, (8, 16), 4), random_images()
+    x_hat, q, mask = model(x, 0.0)
+    assert x_hat.shape == x.shape and q.mu.shape == (2, 4, 8, 8) and mask.sum() == 0
+    assert model.decode(model.encode(x).mode()).shape == x.shape
+    raises(ValueError, vmae.ConvAutoencoder, 30)
+
+
+def test_published_vmae_loads_with_a_report():
+    v = vector("vmae_official.pt")
+    with tempfile.TemporaryDirectory() as folder:
+        path, weights = f"{folder}/vmae.pth", dict(v["state_dict"])
+        del weights["mask_token"]
+        theirs = {"model": {f"module.{k}": w for k, w in weights.items()}, "epoch": 3,
+                  "args": argparse.Namespace(lr=1)}
+        theirs["model"]["module.perceptual.scale"] = torch.zeros(1)
+        torch.save(theirs, path)
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            model = vmae.load_vmae(path, num_heads=4)
+        assert "missing: mask_token; left over: perceptual.scale" in printed.getvalue()
+        q = model.encode(v["x"])
+        close(torch.cat([q.mu, q.logvar], 1), v["moments"], 1e-4)
+        close(model.decode(q.mode()), v["recon"], 1e-4)
+        status, text = command(train_vmae.main, "--init", path, "--steps", 1, "--lambda-p", 0,
+                               "--batch", 2, "--out", f"{folder}/run")     # 12 heads of 4 channels
+        assert status == 0 and "perceptual.scale" in text, text
+        assert torch.load(f"{folder}/run/last.pt", weights_only=True)["model_args"]["depth"] == 2
+        del theirs["model"]["module.norm.weight"]
+        torch.save(theirs, path)
+        assert "norm.weight" in raises(InputError, vmae.load_vmae, path)
+        torch.save({"weight": torch.zeros(1)}, path)
+        assert "patch_embed" in raises(InputError, vmae.load_vmae, path)
+
+
+def test_published_lightningdit_loads_and_samples():
+    v, stats = vector("lightningdit_official.pt"), {"mean": torch.arange(16.0).view(1, 16, 1, 1),
+                                                    "std": torch.full((1, 16, 1, 1), 2.0)}
+    with tempfile.TemporaryDirectory() as folder:
+        path, numbers, first = (f"{folder}/{n}" for n in ("dit.pt", "stats.pt", "vmae.pt"))
+        weights = {f"module.{k}": w for k, w in v["state_dict"].items()}
+        torch.save({"model": {}, "ema": weights}, path)
+        torch.save(stats, numbers)
+        with contextlib.redirect_stdout(io.StringIO()):
+            model, schedule, ckpt = ldm.load_ldm(path, numbers)
+        close(model(v["x"], v["t"], v["y"]), v["out"], 1e-4)
+        close(ckpt["latent_mean"], torch.arange(16.0), 0)
+        assert schedule.objective == "flow" and model.num_classes == 3
+        model_args = dict(img_size=16, patch_size=4, embed_dim=32, depth=1, num_heads=4,
+                          latent_dim=16)
+        vmae.save_checkpoint(first, model_args=model_args, model=VMAE(**model_args).state_dict(),
+                             train_args=dict(data=None, val=None, size=16))
+        draw = ["--ckpt", path, "--n", 2, "--steps", 3, "--out", f"{folder}/samples"]
+        for options, words in (([], "--stats"), (["--stats", numbers], "--vmae"),
+                               (["--stats", path, "--vmae", first], "no mean"),
+                               (["--stats", numbers, "--vmae", first, "--eta", 1], "--eta"),
+                               (["--stats", numbers, "--vmae", first, "--sampler", "ddim"],
+                                "--sampler ddim")):
+            status, text = command(sample.main, *draw, *options)
+            assert status == 1 and words in text, text
+        status, text = command(sample.main, *draw, "--stats", numbers, "--vmae", first, "--shift",
+                               0.3, "--interval", 0.1, "--cfg", 2, "--trajectory")
+        assert status == 0 and os.path.exists(f"{folder}/samples/sample_000001.png"), text
+        save_images(f"{folder}/data", 8)
+        status, text = command(train_ldm.main, "--init", path, "--stats", numbers, "--vmae", first,
+                               "--data", f"{folder}/data", "--steps", 1, "--batch", 2, "--lr", 1e-9,
+                               "--out", f"{folder}/run")
+        assert status == 0 and "3 classes, here 0" in text, text
+        model, schedule, ckpt = ldm.load_ldm(f"{folder}/run/last.pt")
+        close(model.blocks[0].attn.qkv.weight, v["state_dict"]["blocks.0.attn.qkv.weight"], 1e-6)
+        assert schedule.objective == "flow" and ckpt["latent_std"].tolist() == [2.0] * 16
+
+
+def test_presets_differ_in_what_they_learn_from():
+    weights, terms = {}, {}
+    with tempfile.TemporaryDirectory() as folder:
+        save_images(f"{folder}/data", 24)
+
+        def train(name, *options):
+            """The terms in the log of a run of 4 steps, and what it learnt."""
+            out = f"{folder}/{name}"
+            status, text = command(train_vmae.main, "--preset", name, "--data", f"{folder}/data",
+                                   "--size", 16, "--steps", 4, "--batch", 4, "--lambda-p", 0,
+                                   "--out", out, *options)
+            assert status == 0, text
+            log = json.loads(Path(out, "log.jsonl").read_text())
+            return vmae.load_vmae(f"{out}/last.pt"), {k for k in log if k.startswith("L_")}
+
+        models = {name: train(name) for name in train_vmae.PRESETS}
+        assert {name: sorted(terms) for name, (_, terms) in models.items()} == {
+            "ae": ["L_R"], "dae": ["L_R"], "vae": ["L_R", "L_reg"], "mae": ["L_M", "L_R"],
+            "sdvae": ["L_D", "L_G", "L_R", "L_reg"], "vmae": ["L_M", "L_R", "L_reg"]}
+        x = random_images()
+        for name, (model, _) in models.items():
+            point = name in ("ae", "dae", "mae")
+            assert bool((model.encode(x).logvar == -30).all()) == point, name
+            assert isinstance(model, VMAE) == (name in ("mae", "vmae"))
+            weights[name] = next(model.parameters())
+        assert not torch.equal(weights["ae"], weights["dae"])              # the noise is live
+        assert not torch.equal(weights["ae"], weights["vae"])
+        for name, options in (("ae", ["--lambda-reg", 1]), ("dae", ["--noise", 1]),
+                              ("vae", ["--lambda-reg", 1]), ("mae", ["--lambda-m", 9]),
+                              ("sdvae", ["--lambda-adv", 9]), ("vmae", ["--lambda-reg", 0])):
+            assert not torch.equal(weights[name], next(train(name, *options)[0].parameters())), name
+        assert isinstance(train("ae", "--arch", "vit")[0], VMAE)           # like for like
+        status, text = command(train_vmae.main, "--arch", "conv", "--out", f"{folder}/none")
+        assert status == 1 and "--mask" in text and not os.path.exists(f"{folder}/none")
+
+
+def test_adversarial_loss_waits_and_is_weighed_on_the_last_layer():
+    with tempfile.TemporaryDirectory() as folder:
+        save_images(f"{folder}/data", 8)
+        go = ["--preset", "sdvae", "--data", f"{folder}/data", "--size", 16, "--steps", 100,
+              "--batch", 2, "--lambda-p", 0, "--out", folder, "--save-every", 50]
+        status, text = command(train_vmae.main, *go)
+        assert status == 0, text
+        before, after = (json.loads(line) for line in open(f"{folder}/log.jsonl"))
+        assert "L_G" not in before and "L_D" not in before
+        assert all(math.isfinite(after[k]) for k in ("L_R", "L_G", "L_D"))
+        assert {"disc", "disc_opt"} <= set(torch.load(f"{folder}/last.pt", weights_only=True))
+        go[go.index("--steps") + 1] = 102
+        assert command(train_vmae.main, *go, "--resume")[0] == 0
+    close(vmae.loss_D(torch.tensor([2.0, 0.5]), torch.tensor([-3.0, 0.0])), 0.375, 1e-6)
+    last = torch.nn.Linear(4, 4)
+    x_hat = last(torch.randn(3, 4))
+    reconstruction, fake = 7 * x_hat.square().mean(), 0.01 * x_hat.sum(1)
+    a, b = (torch.autograd.grad(loss, last.weight, retain_graph=True)[0].norm()
+            for loss in (reconstruction, vmae.loss_G(fake, reconstruction, last.weight)))
+    close(a / b, 1, 0.01)
+    scores = vmae.discriminator(64)(random_images(2, 64))
+    assert scores.shape == (2, 1, 6, 6)                    # each of a patch of 70 pixels
+    assert vmae.discriminator(8)(random_images(1, 8)).shape == (1, 1, 2, 2)
+
+
+def test_tuning_the_decoder_leaves_the_encoder_alone():
+    with tempfile.TemporaryDirectory() as folder:
+        save_images(f"{folder}/data", 8)
+        common = ["--data", f"{folder}/data", "--steps", 2, "--batch", 4, "--lambda-p", 0]
+        for preset in ("vmae", "vae"):
+            first, tuned = f"{folder}/{preset}", f"{folder}/{preset}_tuned"
+            assert command(train_vmae.main, *common, "--preset", preset, "--size", 16, "--out",
+                           first)[0] == 0
+            status, text = command(train_vmae.main, *common, "--init", f"{first}/last.pt", "--tune",
+                                   "decoder", "--size", 32, "--out", tuned)
+            assert status == 0, text
+            a, b = (vmae.load_vmae(f"{out}/last.pt") for out in (first, tuned))
+            assert b.img_size == 32 and b.encode(random_images(1, 32)).mu.shape[-1] == 2 * a.grid
+            state, moved = b.state_dict(), []
+            for name, value in a.state_dict().items():
+                if "pos_embed" not in name and not torch.equal(value, state[name]):
+                    moved.append(name)
+            assert moved and all(n.startswith(("decoder", "from_latent")) for n in moved), moved
+        status, text = command(train_vmae.main, "--tune", "decoder")
+        assert status == 1 and "--init" in text
+
+
+def test_resized_positions_are_those_the_authors_interpolate():
+    table = vmae.sincos_positions(192, 16)
+    bilinear = F.interpolate(table.view(1, 16, 16, 192).permute(0, 3, 1, 2), size=(32, 32),
+                             mode="bilinear").flatten(2).transpose(1, 2)   # (1, 1024, 192)
+    close(vmae.sincos_positions(192, 32, 16)[..., 12:48], bilinear[..., 12:48], 0.03)   # slow waves
+    assert (vmae.sincos_positions(192, 32, 16) - bilinear).square().mean().sqrt() < 0.03
+    assert (vmae.sincos_positions(192, 32) - bilinear).square().mean().sqrt() > 0.3
+    close(vmae.sincos_positions(192, 16, 16), table, 0)
+
+
+def test_euler_is_first_order_on_a_gaussian():
+    m, s, schedule = 0.7, 0.5, ldm.Schedule(objective="flow")
+
+    def velocity(z_t, t, y):                               # E[z_0 - eps | z_t], in closed form
+        t = t.view(-1, 1, 1, 1)
+        gain = (t * s**2 - (1 - t)) / (t**2 * s**2 + (1 - t) ** 2)
+        return m + gain * (z_t - t * m)
+
+    z_T = torch.randn(4, 2, 8, 8, generator=torch.Generator().manual_seed(0)).double()
+    for shift in (1.0, 0.3):
+        errors = [(ldm.euler_sample(velocity, schedule, z_T, steps=S, shift=shift)
+                   - (m + s * z_T)).abs().max().item() for S in (50, 100, 200)]
+        assert all(1.7 < a / b < 2.3 for a, b in zip(errors, errors[1:])), errors
+    calls = []
+    ldm.euler_sample(lambda z, t, y: calls.append(t[0].item()) or 0 * z, schedule, z_T, steps=250)
+    assert len(calls) == 250 and calls[0] == 0 and calls == sorted(calls)
+    shifted = []
+    ldm.euler_sample(lambda z, t, y: shifted.append(t[0].item()) or 0 * z, schedule, z_T, steps=250,
+                     shift=0.3)
+    close(shifted[125], 0.3 * 0.5 / (1 - 0.7 * 0.5), 1e-6)
+    raises(ValueError, ldm.euler_sample, velocity, ldm.Schedule(), z_T)
+    raises(ValueError, ldm.ddim_sample, velocity, schedule, z_T)
+    # The best velocity's loss is the variance it cannot know, mean of s^2 / (t^2 s^2 + (1-t)^2).
+    z_0 = m + s * torch.randn(20000, 1, 1, 1)
+    t = torch.randn(200000).sigmoid()
+    close(ldm.loss_LDM(velocity, schedule, z_0), (s**2 / (t**2 * s**2 + (1 - t) ** 2)).mean(), 0.03)
+
+
+def test_guidance_interval_spares_the_noise():
+    model, widths = tiny_dit(num_classes=3), []
+    model.register_forward_hook(lambda m, inputs, output: widths.append(len(output)))
+    ldm.euler_sample(model, ldm.Schedule(objective="flow"), torch.randn(2, 4, 4, 4),
+                     torch.tensor([0, 1]), steps=4, w=2.0, interval=0.5)
+    assert widths == [2, 2, 4, 4]                          # two passes in one from t = 1/2 on
+
+
+# ---- Evaluation -------------------------------------------------------------------------------
 
 def test_psnr_and_ssim_equal_scikit_image():
     v = vector("metrics_reference.npz")
@@ -695,9 +903,7 @@ def test_psnr_and_ssim_by_hand():
     raises(ValueError, evaluate.ssim, a[..., :8], a[..., :8])
 
 
-# ---------------------------------------------------------------------------------------------
-# The scripts, as a user types them
-# ---------------------------------------------------------------------------------------------
+# ---- The scripts, as a user types them --------------------------------------------------------
 
 def test_the_whole_chain():
     with tempfile.TemporaryDirectory() as folder:

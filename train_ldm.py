@@ -30,9 +30,7 @@ RECIPES = {"tiny": dict(batch=32, steps=3000, lr=1.5e-3),
            "base": dict(batch=256, steps=100_000, lr=2e-4)}
 
 
-# ---------------------------------------------------------------------------------------------
-# The cache of moments
-# ---------------------------------------------------------------------------------------------
+# ---- The cache of moments ---------------------------------------------------------------------
 
 class Moments(torch.utils.data.Dataset):
     """Draws of (z, y) with z ~ q(z|x), a new sample each time, x mirrored half of the time.
@@ -100,9 +98,7 @@ class Moments(torch.utils.data.Dataset):
         return (torch.from_numpy(mean).float(), torch.from_numpy(np.sqrt(square - mean**2)).float())
 
 
-# ---------------------------------------------------------------------------------------------
-# Stage two
-# ---------------------------------------------------------------------------------------------
+# ---- Stage two --------------------------------------------------------------------------------
 
 def options():
     """The command line -> checked options, None where main has to choose."""
@@ -111,8 +107,11 @@ def options():
     add = parser.add_argument
     add("--vmae", default="runs/vmae/last.pt", help="stage-one checkpoint (default: %(default)s)")
     add("--no-classes", action="store_true", help="ignore sub-folders, train unconditionally")
-    add("--objective", choices=("eps", "v"), default="v", help="what the network predicts: eps is "
-        "the paper's L_LDM, v trains better at this scale (default: %(default)s)")
+    add("--init", help="stage-two checkpoint to start from, ours or the authors' LightningDiT")
+    add("--stats", help="file of latent statistics that comes with the authors' --init")
+    add("--objective", choices=("eps", "v", "flow"), help="what the network predicts: eps is the "
+        "paper's L_LDM, flow what its experiments used (default: that of --init, else v, which "
+        "trains better at this scale than eps)")
     add("--schedule", choices=("linear", "cosine"), default="cosine", help="of the noise: linear, "
         "Ho 2020; cosine, Nichol 2021 (default: %(default)s)")
     add("--drop", type=float, default=0.1, help="share of labels replaced by the null class, which "
@@ -136,21 +135,35 @@ def fill_in(args, stage_one, device):
         args.workers = 8 if device.type == "cuda" and args.data else 0
 
 
+def read_init(args, model_args):
+    """--init -> its dict, as load_ldm gives it, with the number of classes of this run's data."""
+    _, _, ckpt = ldm.load_ldm(args.init, args.stats)
+    old = ckpt["model_args"]
+    for name in ("input_size", "in_channels"):
+        if old[name] != model_args[name]:
+            raise InputError(f"{args.init}: made for latents with {name} {old[name]}, those of "
+                             f"{args.vmae} have {model_args[name]}")
+    if old["num_classes"] != model_args["num_classes"]:
+        print(f"{args.init}: {old['num_classes']} classes, here {model_args['num_classes']}: the "
+              f"table of labels starts afresh")
+        del ckpt["ema"]["y_embedder.embedding_table.weight"]
+    return {**ckpt, "model_args": dict(old, num_classes=model_args["num_classes"])}
+
+
 def preview(model, first, schedule, mean, std, classes, path):
-    """32 samples, 8 a row, the classes in turn: DDIM, 50 steps, guidance 1.5 if there are any."""
+    """32 samples, 8 a row, the classes in turn: 50 steps, guidance 1.5 if there are any."""
     generator = torch.Generator().manual_seed(0)
     side, device = first.grid, mean.device
     z_T = torch.randn(32, first.latent_dim, side, side, generator=generator).to(device)
     y = torch.arange(32, device=device) % len(classes) if classes else None
-    z = ldm.ddim_sample(model, schedule, z_T, y, w=1.5 if classes else 1.0)    # (32, d, h, w)
+    z = ldm.sampler_for(schedule)(model, schedule, z_T, y, w=1.5 if classes else 1.0)
     x = first.decode(ldm.denormalise(z, mean, std))                        # (32, 3, H, W)
     vmae.save_grid(x.split(8), path)
 
 
 def main():
     args = options()
-    stage_one = vmae.read_checkpoint(args.vmae, "model_args", "model", "train_args")
-    stage_one = stage_one.get("vmae", stage_one)           # a stage-two file holds its stage one
+    stage_one = vmae.read_stage_one(args.vmae)
     device = vmae.pick_device(args.device)
     fill_in(args, stage_one, device)
     rank, world, device = start_processes(device, args.batch)
@@ -163,11 +176,16 @@ def main():
                       num_classes=len(classes))            # the null class is number num_classes
     if first.grid <= 16:                    # 256 tokens at most: merging latents saves nothing
         model_args["patch_size"] = 1
+    init = read_init(args, model_args) if args.init else {}
+    model_args = init.get("model_args", model_args)
     try:
         model = ldm.DiT(**model_args).to(device)
     except ValueError as error:
         raise InputError(f"--model {args.model}: {error}") from None
-    schedule_args = dict(kind=args.schedule, objective=args.objective)
+    if init:                                # all but, perhaps, the table of labels
+        model.load_state_dict(init["ema"], strict=False)
+    schedule_args = {"kind": args.schedule, "objective": "v", **init.get("schedule", {})}
+    schedule_args["objective"] = args.objective or schedule_args["objective"]
     schedule, opt, ema = ldm.Schedule(**schedule_args), optimiser(model), ldm.EMA(model)
     start, last = 0, os.path.join(args.out, "last.pt")
     if args.resume:
@@ -178,7 +196,8 @@ def main():
     cache = Moments(first, data, args.out, device, workers=args.workers, build=rank == 0)
     if world > 1:
         dist.barrier()                      # process 0 encodes, the others wait and then read
-    mean, std = (s.to(device) for s in cache.open().statistics())         # (d,) each
+    mean, std = cache.open().statistics()   # (d,) each; or the scale that --init was trained on
+    mean, std = (init.get(f"latent_{k}", s).to(device) for k, s in (("mean", mean), ("std", std)))
 
     net = torch.compile(model) if args.compile else model
     net = DistributedDataParallel(net) if world > 1 else net               # averages gradients

@@ -22,9 +22,7 @@ from tqdm import tqdm
 import vmae
 from vmae import InputError, loss_M, loss_P, loss_R
 
-# ---------------------------------------------------------------------------------------------
-# Plumbing, shared with train_ldm.py
-# ---------------------------------------------------------------------------------------------
+# ---- Plumbing, shared with train_ldm.py -------------------------------------------------------
 
 def common_options(parser, out, recipes, default_model):
     """The options both trainers have, with the same names, order and meaning."""
@@ -112,7 +110,8 @@ def learning_rate(step, steps, peak):
 def optimiser(model):
     """AdamW as in the authors' recipes, betas (.9, .95); decay on matrices only, not on norms,
     biases and tokens, which have nothing to shrink towards."""
-    matrix = {p: p.ndim > 1 and min(p.shape) > 1 for p in model.parameters()}
+    trained = [p for p in model.parameters() if p.requires_grad]
+    matrix = {p: p.ndim > 1 and min(p.shape) > 1 for p in trained}
     groups = [{"params": [p for p in matrix if matrix[p]], "weight_decay": 0.05},
               {"params": [p for p in matrix if not matrix[p]], "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)        # fused: one pass
@@ -139,16 +138,16 @@ def rng_state(device):
     return {"cpu": torch.get_rng_state(), **cuda}
 
 
-def resume(path, model_args, model, opt, device, steps):
-    """Load weights, optimiser and random state from last.pt -> the checkpoint's dict."""
-    ckpt = vmae.read_checkpoint(path, "model_args", "model", "opt", "step", "rng")
+def resume(path, model_args, model, opt, device, steps, extra={}):
+    """Load weights, optimiser, random state and `extra` from last.pt -> the checkpoint's dict."""
+    ckpt = vmae.read_checkpoint(path, "model_args", "model", "opt", "step", "rng", *extra)
     if ckpt["model_args"] != model_args:
         raise InputError(f"{path}: holds a model of {ckpt['model_args']}, not of {model_args}; "
                          f"give the options it was trained with, or another --out")
     if ckpt["step"] >= steps:
         raise InputError(f"{path}: is at step {ckpt['step']} already; give more --steps")
-    model.load_state_dict(ckpt["model"])
-    opt.load_state_dict(ckpt["opt"])        # without AdamW's moments the loss would jump
+    for name, part in {"model": model, "opt": opt, **extra}.items():
+        part.load_state_dict(ckpt[name])    # without AdamW's moments the loss would jump
     torch.set_rng_state(ckpt["rng"]["cpu"])
     if device.type == "cuda" and "cuda" in ckpt["rng"]:
         torch.cuda.set_rng_state(ckpt["rng"]["cuda"], device)
@@ -192,14 +191,24 @@ class Log:
             self.clock, self.last, self.seen = now, step, {}
 
 
-# ---------------------------------------------------------------------------------------------
-# Stage one
-# ---------------------------------------------------------------------------------------------
+# ---- Stage one --------------------------------------------------------------------------------
 
 RECIPES = {                                 # what a run of each size wants by default
     "tiny": dict(batch=16, steps=5000, lr=1.5e-3),         # measured, 2 cores: 16 beat 32 and 64
     "small": dict(batch=16, steps=8000, lr=1e-3),
     "base": dict(batch=128, steps=100_000, lr=2e-4)}       # the authors' 8e-4 x sqrt(128 / 2048)
+
+# The autoencoders that the paper compares, as defaults of the options with these names.
+# lambda_reg 0: the latent is a point. lambda_p None: as the authors, if VGG can be had.
+PRESETS = {
+    "ae": dict(arch="conv", mask=0.0, noise=0.0, lambda_reg=0.0, lambda_p=0.0),
+    "dae": dict(arch="conv", mask=0.0, noise=0.2, lambda_reg=0.0, lambda_p=0.0),
+    "vae": dict(arch="conv", mask=0.0, noise=0.0, lambda_reg=3e-4, lambda_p=0.0, kl_mean="zero"),
+    "sdvae": dict(arch="conv", mask=0.0, noise=0.0, lambda_reg=1e-5, lambda_p=None, kl_mean="zero",
+                  lambda_adv=0.5),
+    "mae": dict(arch="vit", mask=0.6, noise=0.0, lambda_reg=0.0, lambda_p=0.0),
+    # The authors' 1e-6 gains .2 dB, but leaves sigma at .016 of mu's spread; this: .12.
+    "vmae": dict(arch="vit", mask=0.6, noise=0.0, lambda_reg=1e-4, lambda_p=None)}
 
 
 def options():
@@ -207,27 +216,50 @@ def options():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], usage="%(prog)s [options]")
     common_options(parser, "runs/vmae", RECIPES, "tiny to 32 px; above, base on CUDA, else small")
     add = parser.add_argument
-    add("--mask", type=float, default=0.6, help="share of patches hidden (default: %(default)s)")
+    add("--preset", choices=PRESETS, default="vmae", help="an autoencoder of the paper: defaults "
+        "for the options below (default: %(default)s)")
+    add("--arch", choices=("vit", "conv"), help="VMAE's transformer, or SD-VAE's convolutions")
+    add("--init", help="checkpoint to start from, ours or published: VMAE's or an SD3-style VAE's")
+    add("--tune", choices=("decoder",), help="leave the encoder of --init as it is; no mask, and "
+        "LPIPS weighs 10, as in the last stage of the authors' recipe")
+    add("--mask", type=float, help="share of patches hidden (default: 0.6; without mask 0)")
     # Measured on held-out faces after 2,200 steps: 31.0 dB with these defaults. --whole 0: 28.3,
     # since the encoder then never meets the whole images that it is used on.
     add("--whole", type=float, default=0.5, help="share of steps without mask (default: 0.5)")
+    add("--noise", type=float, help="deviation of the noise on the input, pixels being in [-1, 1]; "
+        "the output has to be free of it (default: dae 0.2, others 0)")
     # At 1, the authors' balance, 28.6: the hidden patches' large errors crowd out the visible.
     add("--lambda-m", type=float, default=0.1, help="weight of L_M (default: %(default)s)")
-    # 1e-6 gains .2 dB, but leaves sigma at .016 of mu's spread, which smooths little; this: .12.
-    add("--lambda-reg", type=float, default=1e-4, help="weight of L_reg (default: %(default)s)")
-    add("--lambda-p", type=float, help="weight of L_P, LPIPS (default: the authors' 0.5 for a "
-        "folder if VGG's weights are to be had, 0 for the built-in faces)")
+    add("--lambda-reg", type=float, help="weight of L_reg; 0: z without variance (default: vmae "
+        "1e-4, vae 3e-4, sdvae 1e-5, others 0)")
+    add("--lambda-p", type=float, help="weight of L_P, LPIPS (default for vmae and sdvae: the "
+        "authors' 0.5 for a folder if VGG's weights are to be had, 0 for the built-in faces)")
+    add("--lambda-adv", type=float, default=0.0, help="weight of the adversarial loss, which "
+        "begins halfway through (default: sdvae 0.5, others 0)")
     add("--kl-mean", choices=("free", "zero"), default="free", help="free: the variance alone is "
-        "pulled to 1, Section 4.4; zero: the textbook KL of Eq. (1) (default: %(default)s)")
+        "pulled to 1, Section 4.4; zero: the KL of Eq. (1) (default: vae and sdvae zero)")
     add("--vgg-weights", help="local copy of torchvision's vgg16-397923af.pth, for LPIPS")
-    return check(parser.parse_args(), above=("size", "batch", "steps", "lr", "save_every"),
-                 from_zero=("whole", "lambda_m", "lambda_reg", "lambda_p", "workers"),
-                 below_one=("mask",))
+    typed, _ = parser.parse_known_args()
+    parser.set_defaults(**PRESETS[typed.preset])           # what is typed comes before the preset
+    if typed.tune:
+        parser.set_defaults(mask=0.0, lambda_p=None)
+    args = check(parser.parse_args(), above=("size", "batch", "steps", "lr", "save_every"),
+                 from_zero=("whole", "noise", "lambda_m", "lambda_reg", "lambda_p", "lambda_adv",
+                            "workers"), below_one=("mask",))
+    if args.tune and not args.init:
+        raise InputError("--tune decoder: needs a trained model, named with --init")
+    return args
 
 
-def fill_in(args, device):
-    """Choose what was not typed."""
+def fill_in(args, device, init):
+    """Choose what was not typed; the model's shape is that of --init, if there is one."""
     cuda = device.type == "cuda"
+    if init is not None:
+        args.size = args.size or init["model_args"]["img_size"]
+        args.arch = "conv" if "channels" in init["model_args"] else "vit"
+    if args.arch == "conv" and args.mask > 0:
+        raise InputError(f"--mask {args.mask}: convolutions visit every pixel and cannot leave "
+                         f"patches out; give --mask 0 or --arch vit")
     args.size = args.size or (32 if args.data is None else 256 if cuda else 64)
     args.model = args.model or ("tiny" if args.size <= 32 else "base" if cuda else "small")
     for name, value in RECIPES[args.model].items():
@@ -235,11 +267,31 @@ def fill_in(args, device):
     args.workers = args.workers if args.workers is not None else 8 if cuda and args.data else 0
 
 
+def new_model(args, init):
+    """Options -> (model, its constructor's arguments), with the weights of --init if there is one.
+    InputError names --size, --mask or --init where they do not go together."""
+    rows = vmae.sizes if args.arch == "vit" else vmae.conv_sizes
+    model_args = dict(init["model_args"] if init else rows[args.model], img_size=args.size)
+    try:
+        model = vmae.build(model_args)
+        vmae.random_mask(1, model.grid**2, args.mask)
+    except ValueError as error:
+        raise InputError(f"--size {args.size} --mask {args.mask}: {error}") from None
+    if init is not None:
+        model.load_state_dict(vmae.resize_positions(init["model"], model))
+    elif args.lambda_reg == 0:
+        vmae.drop_variance(model)
+    if args.tune == "decoder":              # a frozen encoder: the latents stay what they were
+        for name, p in model.named_parameters():
+            p.requires_grad_(name.startswith(("decoder", "from_latent", "mask_token")))
+    return model, model_args
+
+
 def perceptual(args, device):
     """The LPIPS network, or None when its weight is 0 or, by default, VGG cannot be had."""
     by_hand = args.lambda_p is not None or args.vgg_weights
     if args.lambda_p is None:               # at 32 px VGG would cost more than all the rest
-        args.lambda_p = 0.5 if args.data else 0.0
+        args.lambda_p = 10.0 if args.tune else 0.5 if args.data else 0.0
     if args.lambda_p == 0:
         return None
     try:
@@ -251,38 +303,43 @@ def perceptual(args, device):
         args.lambda_p = 0.0
 
 
-def preview(model, x, mask_ratio, path):
-    """Rows: original, masked input (grey where hidden), reconstruction of everything from it."""
+def preview(model, x, args, path):
+    """Rows: original, input (grey where masked, noisy for DAE), reconstruction from that input."""
+    generator = torch.Generator().manual_seed(0)
+    x_in = x + args.noise * torch.randn(x.shape, generator=generator).to(x.device)
     with torch.no_grad():
-        keep, mask = vmae.random_mask(len(x), model.grid**2, mask_ratio,
-                                      torch.Generator().manual_seed(0), x.device)
-        x_hat = model.decode_tokens(model.encode_tokens(x, keep).mode(), keep)  # (8, 3, H, W)
-    x_v = vmae.patchify(x, model.patch_size) * (1 - mask[..., None])       # hidden: 0, so grey
-    vmae.save_grid([x, vmae.unpatchify(x_v, model.patch_size, *x.shape[2:]), x_hat], path)
+        if args.mask > 0:
+            keep, mask = vmae.random_mask(len(x), model.grid**2, args.mask, generator, x.device)
+            x_hat = model.decode_tokens(model.encode_tokens(x_in, keep).mode(), keep)
+            x_v = vmae.patchify(x_in, model.patch_size) * (1 - mask[..., None])    # hidden: 0, grey
+            x_in = vmae.unpatchify(x_v, model.patch_size, *x.shape[2:])
+        else:
+            x_hat = model.decode(model.encode(x_in).mode())                # (8, 3, H, W)
+    vmae.save_grid([x, x_in, x_hat], path)
 
 
 def main():
     args = options()
     device = vmae.pick_device(args.device)
-    fill_in(args, device)
+    init = vmae.read_stage_one(args.init) if args.init else None
+    fill_in(args, device, init)
     rank, world, device = start_processes(device, args.batch)              # 0, 1 without torchrun
     train = vmae.open_images(args.data, args.size, "train", args.val, keep=args.workers == 0)
     val = vmae.open_images(args.data, args.size, "val", args.val)
     torch.manual_seed(args.seed)            # the same weights on every process
-    model_args = dict(img_size=args.size, **vmae.sizes[args.model])
-    try:
-        model = vmae.VMAE(**model_args).to(device)
-        vmae.random_mask(1, model.grid**2, args.mask)
-    except ValueError as error:
-        raise InputError(f"--size {args.size} --mask {args.mask}: {error}") from None
-    lpips_net = perceptual(args, device)                                   # None: no L_P
+    model, model_args = new_model(args, init)
+    model, lpips_net = model.to(device), perceptual(args, device)          # None: no L_P
     opt, start, last = optimiser(model), 0, os.path.join(args.out, "last.pt")
+    disc = vmae.discriminator(args.size).to(device) if args.lambda_adv > 0 else None
+    disc_opt, adv_start = disc and optimiser(disc), args.steps // 2        # late, as Esser 2021
+    extra = {"disc": disc, "disc_opt": disc_opt} if disc else {}           # saved and resumed too
     if args.resume:
-        start = resume(last, model_args, model, opt, device, args.steps)["step"]
+        start = resume(last, model_args, model, opt, device, args.steps, extra)["step"]
     begin(args, model, f"{len(train)} images to train on, {len(val)} held out", start, rank)
 
     net = torch.compile(model) if args.compile else model
     net = DistributedDataParallel(net) if world > 1 else net               # averages gradients
+    judge = DistributedDataParallel(disc) if disc and world > 1 else disc
     loader = endless_loader(train, args, start, rank, world, num_workers=args.workers,
                             pin_memory=device.type == "cuda")
     shown = torch.randperm(len(val), generator=torch.Generator().manual_seed(0))[:8].tolist()
@@ -295,23 +352,40 @@ def main():
         lr = learning_rate(step, args.steps, args.lr)
         whole = int((step + 1) * args.whole) > int(step * args.whole)      # every other, at .5
         x = vmae.random_flip(next(loader)[0].to(device, non_blocking=True))    # (B, 3, H, W)
+        x_in = x + args.noise * torch.randn_like(x) if args.noise > 0 else x
         with low_precision():
-            x_hat, q, mask = net(x, 0.0 if whole else args.mask)
-        terms = {"L_R": loss_R(x, x_hat, mask, model.patch_size), "L_reg": q.kl(args.kl_mean)}
-        loss = terms["L_R"] + args.lambda_reg * terms["L_reg"]             # a scalar
+            x_hat, q, mask = net(x_in, 0.0 if whole else args.mask)
+        terms = {"L_R": loss_R(x, x_hat, mask, model.patch_size)}
+        loss = terms["L_R"]                                                # a scalar
+        if args.lambda_reg > 0:             # otherwise q has no variance
+            terms["L_reg"] = q.kl(args.kl_mean)
+            loss = loss + args.lambda_reg * terms["L_reg"]
         if not whole and args.mask > 0:     # otherwise there is no x_m
             terms["L_M"] = loss_M(x, x_hat, mask, model.patch_size)
             loss = loss + args.lambda_m * terms["L_M"]
         if lpips_net is not None:
             terms["L_P"] = loss_P(lpips_net, x, x_hat)
             loss = loss + args.lambda_p * terms["L_P"]
+        if disc is not None and step >= adv_start:
+            disc.requires_grad_(False)      # its own step comes after the autoencoder's
+            with low_precision():
+                fake = disc(x_hat)                                         # (B, 1, h', w')
+            terms["L_G"] = vmae.loss_G(fake, loss, list(model.parameters())[-2])
+            loss = loss + args.lambda_adv * terms["L_G"]
         update(opt, model, loss, terms, step, lr)
+        if disc is not None and step >= adv_start:
+            disc.requires_grad_(True)
+            with low_precision():
+                real, fake = judge(torch.cat([x, x_hat.detach()])).chunk(2)
+            terms["L_D"] = vmae.loss_D(real, fake)
+            update(disc_opt, disc, terms["L_D"], terms, step, lr)
         log.step(step + 1, terms, lr)
         if rank == 0 and ((step + 1) % args.save_every == 0 or step + 1 == args.steps):
-            vmae.save_checkpoint(last, model_args=model_args, model=model.state_dict(), ema=None,
-                                 opt=opt.state_dict(), step=step + 1, rng=rng_state(device),
-                                 train_args=vars(args))
-            preview(model, x_val, args.mask, os.path.join(args.out, f"preview_{step + 1:06d}.png"))
+            parts = {"model": model, "opt": opt, **extra}
+            vmae.save_checkpoint(last, model_args=model_args, ema=None, step=step + 1,
+                                 rng=rng_state(device), train_args=vars(args),
+                                 **{name: part.state_dict() for name, part in parts.items()})
+            preview(model, x_val, args, os.path.join(args.out, f"preview_{step + 1:06d}.png"))
     if world > 1:
         dist.destroy_process_group()
 

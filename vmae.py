@@ -9,7 +9,9 @@ masks, the Gaussian posterior, the four losses of Section 4, the transformer, sa
     vmae = load_vmae("runs/vmae/last.pt")                then in a notebook:
     z = vmae.encode(x).mode(); x_hat = vmae.decode(z)    (B, 3, H, W) -> (B, d, h, w) -> back
 """
+import argparse
 import hashlib
+import itertools
 import math
 import os
 import sys
@@ -61,9 +63,7 @@ def pick_device(name):
         raise InputError(f"--device {name}: torch finds no such device here") from None
 
 
-# ---------------------------------------------------------------------------------------------
-# Images: a folder
-# ---------------------------------------------------------------------------------------------
+# ---- Images: a folder -------------------------------------------------------------------------
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 MIN_SIDE = 8           # pixels; anything smaller is a tracking pixel or a placeholder, not a photo
@@ -185,9 +185,7 @@ class ImageFolder(torch.utils.data.Dataset):
         return hashlib.sha256(f"{self.size} {self.split} {listing}".encode()).hexdigest()
 
 
-# ---------------------------------------------------------------------------------------------
-# Images: the built-in faces, known down to the pixel on the paper's three levels
-# ---------------------------------------------------------------------------------------------
+# ---- Images: the built-in faces, known down to the pixel on the paper's three levels ----------
 
 OBJECTS = ("bear", "cat", "human", "robot")               # level 1: what it is, the class label
 PARTS = ("background", "hair/ears", "skin", "eyes", "mouth")  # level 2: a map over the pixels
@@ -357,9 +355,7 @@ def save_grid(rows, path, gap=2):
     picture.resize((picture.width * scale, picture.height * scale), Image.NEAREST).save(path)
 
 
-# ---------------------------------------------------------------------------------------------
-# Patches and masks
-# ---------------------------------------------------------------------------------------------
+# ---- Patches and masks ------------------------------------------------------------------------
 
 def patchify(x, P):
     """(B, C, H, W) -> (B, N, P*P*C), rows first, colours innermost. ValueError unless P divides."""
@@ -393,9 +389,7 @@ def random_mask(B, N, mask_ratio, generator=None, device="cpu"):
     return keep, mask
 
 
-# ---------------------------------------------------------------------------------------------
-# The posterior q(z|x) and the four losses of Section 4
-# ---------------------------------------------------------------------------------------------
+# ---- The posterior q(z|x) and the four losses of Section 4 ------------------------------------
 
 class Gaussian:
     """q(z|x) = N(mu, diag exp(logvar)); mu and logvar have any shape with the channels along 1.
@@ -484,11 +478,8 @@ def load_lpips(vgg_weights=None):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")     # lpips 0.1.4 uses argument names torchvision retired
         net = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
-    for vgg_slice in (net.net.slice1, net.net.slice2, net.net.slice3, net.net.slice4,
-                      net.net.slice5):
-        for i, layer in vgg_slice.named_children():  # layers keep their number in VGG
-            layer.load_state_dict({k.rsplit(".", 1)[1]: v for k, v in weights.items()
-                                   if k.startswith(f"features.{i}.")})
+    net.net.load_state_dict({name: weights["features." + name.split(".", 1)[1]]
+                             for name in net.net.state_dict()})            # "slice3.10.bias" etc.
     return net.eval().requires_grad_(False)
 
 
@@ -510,17 +501,18 @@ def import_lpips():
     return lpips
 
 
-# ---------------------------------------------------------------------------------------------
-# The transformer
-# ---------------------------------------------------------------------------------------------
+# ---- The transformer --------------------------------------------------------------------------
 
-def sincos_positions(D, h, w):
-    """Fixed 2-D sin-cos positions (1, h*w, D): half of D for the column, half for the row.
+def sincos_positions(D, grid, trained_grid=None):
+    """Fixed 2-D sin-cos positions (1, N, D): half of D for the column, half for the row.
 
-    Frequencies 10000^(-k / (D/4)), sines before cosines (Vaswani 2017; MAE, He 2022).
+    Frequencies 10000^(-k / (D/4)), sines before cosines (Vaswani 2017; MAE, He 2022). A model
+    that was trained on another grid finds its own grid's range here, in finer or wider steps.
     """
     omega = 10000.0 ** -(torch.arange(D // 4, dtype=torch.float64) / (D // 4))
-    row, column = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
+    old = trained_grid or grid              # centres of patches, in the patches trained with
+    place = ((torch.arange(grid).double() + 0.5) * old / grid - 0.5).clamp(0, old - 1)
+    row, column = torch.meshgrid(place, place, indexing="ij")
     angles = [place.reshape(-1, 1) * omega for place in (column, row)]     # 2 x (N, D/4)
     return torch.cat([f(a) for a in angles for f in (torch.sin, torch.cos)], 1).float()[None]
 
@@ -607,15 +599,14 @@ class Head(nn.Module):
         return self.conv_smoother(unpatchify(patches, self.P, H, W))       # (B, 3, H, W)
 
 
-# ---------------------------------------------------------------------------------------------
-# VMAE: the variational masked autoencoder
-# ---------------------------------------------------------------------------------------------
+# ---- VMAE: the variational masked autoencoder -------------------------------------------------
 
 class VMAE(nn.Module):
     """Section 4. An asymmetric masked autoencoder whose tokens are Gaussian latents.
 
     embed_dim D, depth blocks on each side, latent_dim d channels a token. No class token: the
-    latent is a grid, (B, d, h, w). ValueError if the patch does not divide the image.
+    latent is a grid, (B, d, h, w). ValueError if the patch does not divide the image, or the
+    number of heads the width.
     """
 
     def __init__(self, img_size=256, patch_size=8, embed_dim=192, depth=12, num_heads=12,
@@ -624,9 +615,11 @@ class VMAE(nn.Module):
         if img_size % patch_size:
             raise ValueError(f"an image size of {img_size} is not a multiple of the patch, "
                              f"{patch_size}")
+        if embed_dim % num_heads:
+            raise ValueError(f"{num_heads} heads do not divide a width of {embed_dim}")
         self.img_size, self.patch_size, self.latent_dim = img_size, patch_size, latent_dim
         D, self.grid = embed_dim, img_size // patch_size
-        self.register_buffer("pos_embed", sincos_positions(D, self.grid, self.grid))
+        self.register_buffer("pos_embed", sincos_positions(D, self.grid))
         self.patch_embed = PatchEmbed(patch_size, D)
         self.blocks = nn.ModuleList(Block(D, num_heads) for _ in range(depth))
         self.norm = nn.LayerNorm(D, eps=1e-6)
@@ -694,6 +687,28 @@ class VMAE(nn.Module):
         return torch.arange(self.grid**2, device=x.device).expand(len(x), -1)
 
 
+def resize_positions(weights, model):
+    """Weights trained at another image size, with the positions of `model`'s grid.
+
+    The sines and cosines themselves at the new places: what the authors' bilinear resize of the
+    old table approximates. Faces at twice the training size, nothing tuned: 35.0 dB by either,
+    and 23.6 dB with places counted on past the last one that the encoder has seen.
+    """
+    old = weights.get("pos_embed")
+    if old is None or old.shape[1] == model.grid**2:       # a convolution has no positions
+        return weights
+    new = sincos_positions(old.shape[2], model.grid, math.isqrt(old.shape[1]))
+    return {**weights, "pos_embed": new, "decoder_pos_embed": new}
+
+
+def drop_variance(model):
+    """AE, DAE, MAE: shrink q(z|x) to its mean, by a logvar far below Gaussian's clamp, where no
+    gradient comes back; so that it stays there, and sampling is the identity to 7 digits."""
+    last = model.to_latent if isinstance(model, VMAE) else model.encoder.conv_out
+    last.weight.data[model.latent_dim:] = 0
+    last.bias.data[model.latent_dim:] = -40
+
+
 # Rows of keyword arguments; the image size is the data's.
 sizes = {
     # the default chain, on a CPU: f4d16
@@ -705,9 +720,100 @@ sizes = {
 }
 
 
-# ---------------------------------------------------------------------------------------------
-# The other autoencoders' body and their discriminator; a reader of the paper can skip to the end
-# ---------------------------------------------------------------------------------------------
+# ---- Save, load -------------------------------------------------------------------------------
+
+def save_checkpoint(path, **entries):
+    """Write one dict of tensors and plain values, whole or not at all: to a temporary name in the
+    same folder, flushed, then renamed, so that a crash leaves the previous checkpoint."""
+    temporary = f"{path}.tmp"
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(entries, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def read_checkpoint(path, *needed):
+    """A checkpoint's dict, on the CPU. InputError if it is missing, damaged or lacks a key."""
+    if not os.path.isfile(path):
+        raise InputError(f"{path}: no such checkpoint; training writes last.pt into its --out")
+    torch.serialization.add_safe_globals([argparse.Namespace])             # options, in published
+    try:                                                                   # files
+        ckpt = torch.load(path, map_location="cpu", weights_only=True)
+        missing = set(needed) - set(ckpt)
+    except Exception:
+        raise InputError(f"{path}: not a checkpoint, or a damaged one") from None
+    if missing:
+        raise InputError(f"{path}: lacks {', '.join(sorted(missing))}, so another script made it")
+    return ckpt
+
+
+def build(model_args):
+    """Constructor's arguments -> the model that they belong to, with random weights."""
+    return ConvAutoencoder(**model_args) if "channels" in model_args else VMAE(**model_args)
+
+
+def build_vmae(ckpt):
+    """The stage-one entries of either stage's checkpoint -> the model in eval mode."""
+    model = build(ckpt["model_args"])
+    model.load_state_dict(ckpt["model"])
+    return model.eval().requires_grad_(False)
+
+
+def published(path, ckpt, num_heads):
+    """A checkpoint of the authors' code, or of diffusers', in the form of ours.
+
+    The constructor's arguments are read off the shapes, but for num_heads, which no shape tells.
+    Says what was missing (positions are computed, a mask token is only for training) and what
+    was left over. InputError if it is neither model.
+    """
+    for key in ("state_dict", "model"):
+        ckpt = ckpt.get(key, ckpt)
+    weights = {k.removeprefix("module."): v for k, v in ckpt.items()}
+    try:
+        if "encoder.conv_in.weight" in weights:
+            top = "encoder.down_blocks.{}.resnets.1.conv2.bias".format
+            levels = itertools.takewhile(lambda i: top(i) in weights, itertools.count())
+            args = dict(img_size=256, channels=tuple(len(weights[top(i)]) for i in levels),
+                        latent_dim=weights["decoder.conv_in.weight"].shape[1])
+        else:
+            D, _, P, _ = weights["patch_embed.proj.weight"].shape
+            depth = len({k.split(".")[1] for k in weights if k.startswith("blocks.")})
+            args = dict(img_size=P * math.isqrt(weights["pos_embed"].shape[1]), patch_size=P,
+                        embed_dim=D, depth=depth, num_heads=num_heads,
+                        latent_dim=weights["from_latent.weight"].shape[1])
+        model = build(args)
+        missing, left_over = model.load_state_dict(weights, strict=False)
+    except (KeyError, ValueError, RuntimeError, AttributeError) as error:
+        raise InputError(f"{path}: not a stage-one checkpoint, nor the weights of a VMAE or an "
+                         f"SD3-style VAE ({str(error).splitlines()[-1].strip()})") from None
+    if bad := set(missing) - {"mask_token", "pos_embed", "decoder_pos_embed"}:
+        raise InputError(f"{path}: lacks {len(bad)} weights of its own architecture, such as "
+                         f"{min(bad)}")
+    print(f"{path}: {len(weights) - len(left_over)} tensors read; missing: "
+          f"{', '.join(missing) or 'none'}; left over: {', '.join(left_over) or 'none'}")
+    return dict(model_args=args, model=model.state_dict(),
+                train_args=dict(data=None, val=None, size=args["img_size"]))
+
+
+def read_stage_one(path, num_heads=12):
+    """Stage one's entries (model_args, model, train_args) of a checkpoint of ours, of either
+    stage, or of published weights. num_heads: of published VMAE weights, 12 in the authors'."""
+    ckpt = read_checkpoint(path)
+    ckpt = ckpt.get("vmae", ckpt)           # stage two's file holds its stage one
+    return ckpt if "model_args" in ckpt else published(path, ckpt, num_heads)
+
+
+def load_vmae(path, num_heads=12):
+    """A checkpoint as read_stage_one takes it -> the model in eval mode."""
+    return build_vmae(read_stage_one(path, num_heads))
+
+
+# ---- Last: the other autoencoders' body and their discriminator. The paper's model is above ---
 
 def conv3(c_in, c_out):
     """A 3x3 convolution that keeps the size."""
@@ -789,15 +895,15 @@ class ConvAutoencoder(nn.Module):
         pairs = list(zip((narrow, *channels), channels))                   # (c_in, c_out) a level
         self.encoder = named(
             conv_in=conv3(3, narrow),
-            down_blocks=nn.Sequential(*(level(a, b, 2, downsamplers=down(b)) for a, b in pairs[:-1]),
-                                      level(*pairs[-1], 2)),
+            down_blocks=nn.Sequential(
+                *(level(*p, 2, downsamplers=down(p[1])) for p in pairs[:-1]), level(*pairs[-1], 2)),
             mid_block=MidBlock(wide), conv_norm_out=group_norm(wide), silu=nn.SiLU(),
             conv_out=conv3(wide, 2 * latent_dim))          # mu | logvar
         pairs = list(zip((wide, *channels[::-1]), channels[::-1]))
         self.decoder = named(
             conv_in=conv3(latent_dim, wide), mid_block=MidBlock(wide),
-            up_blocks=nn.Sequential(*(level(a, b, 3, upsamplers=up(b)) for a, b in pairs[:-1]),
-                                    level(*pairs[-1], 3)),
+            up_blocks=nn.Sequential(
+                *(level(*p, 3, upsamplers=up(p[1])) for p in pairs[:-1]), level(*pairs[-1], 3)),
             conv_norm_out=group_norm(narrow), silu=nn.SiLU(), conv_out=conv3(narrow, 3))
 
     def forward(self, x, mask_ratio=0.0, generator=None):
@@ -821,11 +927,13 @@ conv_sizes = {                              # rows as in `sizes`, with the same 
 }
 
 
-def discriminator(width=64, layers=3):
+def discriminator(img_size, width=64):
     """PatchGAN (Isola 2017): image -> (B, 1, h', w') scores, each of a patch, high for real ones.
 
-    With GroupNorm for BatchNorm: a score then does not depend on the other images of the batch.
+    Its patches of 70 pixels, three halvings, shrink to 34 and 16 for images below 64 and 32. With
+    GroupNorm for BatchNorm: a score then does not depend on the other images of the batch.
     """
+    layers = max(1, min(3, img_size.bit_length() - 4))
     widths = [width * 2**i for i in range(layers + 1)]
     net = [nn.Conv2d(3, width, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
     for i, (a, b) in enumerate(zip(widths, widths[1:]), 1):
@@ -849,50 +957,3 @@ def loss_G(fake, reconstruction, last_layer):
     a, b = (torch.autograd.grad(loss, last_layer, retain_graph=True)[0].norm()
             for loss in (reconstruction, adversarial))
     return (a / (b + 1e-4)).clamp(max=1e4).detach() * adversarial
-
-
-# ---------------------------------------------------------------------------------------------
-# Save, load
-# ---------------------------------------------------------------------------------------------
-
-def save_checkpoint(path, **entries):
-    """Write one dict of tensors and plain values, whole or not at all: to a temporary name in the
-    same folder, flushed, then renamed, so that a crash leaves the previous checkpoint."""
-    temporary = f"{path}.tmp"
-    try:
-        with open(temporary, "wb") as file:
-            torch.save(entries, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
-def read_checkpoint(path, *needed):
-    """A checkpoint's dict, on the CPU. InputError if it is missing, damaged or lacks a key."""
-    if not os.path.isfile(path):
-        raise InputError(f"{path}: no such checkpoint; training writes last.pt into its --out")
-    try:
-        ckpt = torch.load(path, map_location="cpu", weights_only=True)
-        missing = set(needed) - set(ckpt)
-    except Exception:
-        raise InputError(f"{path}: not a checkpoint, or a damaged one") from None
-    if missing:
-        raise InputError(f"{path}: lacks {', '.join(sorted(missing))}, so another script made it")
-    return ckpt
-
-
-def build_vmae(ckpt):
-    """The stage-one entries of either stage's checkpoint -> VMAE in eval mode."""
-    kind = ConvAutoencoder if "channels" in ckpt["model_args"] else VMAE
-    model = kind(**ckpt["model_args"])
-    model.load_state_dict(ckpt["model"])
-    return model.eval().requires_grad_(False)
-
-
-def load_vmae(path):
-    """A checkpoint of train_vmae.py, or of train_ldm.py, which holds one -> VMAE in eval mode."""
-    ckpt = read_checkpoint(path, "model_args", "model")
-    return build_vmae(ckpt.get("vmae", ckpt))
