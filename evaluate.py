@@ -393,6 +393,11 @@ class Features:
                 bar.update(len(images))
         return self
 
+    def statistics(self):
+        """-> what FID (mu, sigma) and sFID (mu_s, sigma_s) need, and n, for a .npz."""
+        return dict(zip(("mu", "sigma", "mu_s", "sigma_s", "n"),
+                        (*self.pool.moments(), *self.spatial.moments(), self.pool.n)))
+
     def inception_score(self):
         """IS = exp(E KL(p(y|x) || p(y))) = exp(H(y) - E H(y|x)), from 1 to 1,008. Salimans 2016.
 
@@ -434,13 +439,13 @@ def shuffled(data, args):
 
 
 class Run:
-    """The autoencoder of a checkpoint of either stage, uint8 images in and out, by batches."""
+    """The autoencoder of a checkpoint of either stage, or of published weights; uint8 images in
+    and out, in batches, so that no set is ever in memory as floats."""
 
     def __init__(self, path, args):
-        ckpt = vmae.read_checkpoint(path, "model_args", "model", "train_args")
-        ckpt = ckpt.get("vmae", ckpt)       # a stage-two file holds its stage one
-        self.path, self.name, self.args = path, Path(path).resolve().parent.name, args
-        self.trained, self.device = ckpt["train_args"], vmae.pick_device(args.device)
+        ckpt = vmae.read_stage_one(path)    # of a stage-two file, the one inside
+        self.path, self.args, self.trained = path, args, ckpt["train_args"]
+        self.device = vmae.pick_device(args.device)
         self.model = vmae.build_vmae(ckpt).to(self.device)
 
     def held_out(self):
@@ -741,7 +746,7 @@ def separability(args):
     the numbers, `face_levels` the groups; class folders (--data, or those of training) add the
     object level, each token being of its image's class. The picture: two principal components."""
     rows = []
-    for run in (Run(path, args) for path in args.ckpt):
+    for i, run in enumerate(Run(path, args) for path in args.ckpt):
         levels = {f"faces, {level}": tokens for level, tokens in face_levels(run).items()}
         if args.data or run.trained["data"]:
             z, y = zip(*((run.encode(x).permute(0, 2, 3, 1), y) for x, y in run.held_out()[1]))
@@ -755,9 +760,9 @@ def separability(args):
         z, part, _ = levels["faces, part"]
         z = (z - z.mean(0)) / z.std(0).clamp(min=1e-12)
         points = z @ torch.linalg.eigh(z.T @ z).eigenvectors[:, -2:].flip(1)     # (M, 2)
-        clouds = {name: points[part == i][:1500].tolist() for i, name in enumerate(vmae.PARTS)}
-        plot(output(args, f"separability_{run.name}.png"), clouds,
-             "first principal component of the tokens", "second", lines=False)
+        clouds = {name: points[part == k][:1500].tolist() for k, name in enumerate(vmae.PARTS)}
+        plot(output(args, f"separability{i or ''}.png"), clouds, "first principal component of "
+             "the tokens", f"second; {run.path}", lines=False)
     report(args, "Order in latent space, by our definition (Figs. 4, 7): a low sigma^2 and a high "
            "rho separate", rows)
 
@@ -858,21 +863,21 @@ def generation(fake, real, net, args):
     known = read_npz(real) if real.endswith(".npz") else {}
     if "mu" not in known:                   # opened first, so that a bad --real stops here
         n_real, _, reals = open_source(real, args, size)
-    a = Features(net, args.pairs).see(fakes, n)
-    row = {"fake": fake, "real": real, "N fake": n, "N real": int(known.get("n", 0)) or "?"}
+    mine = Features(net, args.pairs).see(fakes, n)
+    row = {"fake": fake, "real": real, "N fake": n}
     if "mu" not in known:
-        b, row["N real"] = Features(net, args.pairs).see(reals, n_real), n_real
-        known = dict(zip(("mu", "sigma", "mu_s", "sigma_s", "n"),
-                         (*b.pool.moments(), *b.spatial.moments(), n_real)))
+        theirs = Features(net, args.pairs).see(reals, n_real)
+        known = theirs.statistics()
         if min(args.pairs, n, n_real) > 3:
-            b, c = torch.cat(b.kept), torch.cat(a.kept)
-            row["KID x 1e3"] = 1e3 * kid(b, c)
-            row["precision"], row["recall"] = precision_recall(b, c)
-    name = "gFID" if own else "FID"
-    row[name] = frechet_distance(known["mu"], known["sigma"], *a.pool.moments())
-    if "mu_s" in known:
-        row["sFID"] = frechet_distance(known["mu_s"], known["sigma_s"], *a.spatial.moments())
-    row["IS"] = a.inception_score()
+            a, b = torch.cat(theirs.kept), torch.cat(mine.kept)
+            row["precision"], row["recall"] = precision_recall(a, b)
+            row["KID x 1e3"] = 1e3 * kid(a, b)
+    row["N real"] = int(known.get("n", 0)) or "?"          # pytorch-fid's files do not say
+    name, stats = "gFID" if own else "FID", mine.statistics()
+    for metric, mu, sigma in ((name, "mu", "sigma"), ("sFID", "mu_s", "sigma_s")):
+        if mu in known:
+            row[metric] = frechet_distance(known[mu], known[sigma], stats[mu], stats[sigma])
+    row["IS"] = mine.inception_score()
     few = min(int(known.get("n", n)), n)
     if few < 2048:
         warnings.warn(f"{name} of {few} images: under 2,048 the covariance is singular; see KID")
@@ -908,15 +913,16 @@ def compare(args):
     """
     rows, shapes, (lpips_net, inception) = [], {}, args.nets
     args.nets = lpips_net, None
-    paths = [os.path.join(run, "last.pt") if os.path.isdir(run) else run for run in args.runs]
-    second = inception and all("vmae" in vmae.read_checkpoint(path) for path in paths)
+    runs = {name: os.path.join(name, "last.pt") if os.path.isdir(name) else name
+            for name in args.runs}
+    second = inception and all("vmae" in vmae.read_checkpoint(path) for path in runs.values())
     perception = "LPIPS" if lpips_net else "SSIM"
-    for run in (Run(path, args) for path in paths):
+    for name, run in ((name, Run(path, args)) for name, path in runs.items()):
         x = torch.cat([x for x, _ in run.held_out()[1]])                   # (N, 3, S, S)
         z = run.encode(x)
         x_hat, moved = run.decode(z), run.decode(perturb(z, 0.1))
         row, _ = scores(zip(x.split(args.batch), x_hat.split(args.batch)), args)
-        rows.append({"run": run.name, "smoothness, dB": psnr(x_hat, moved).mean().item(),
+        rows.append({"run": name, "smoothness, dB": psnr(x_hat, moved).mean().item(),
                      "compression, sigma^2": separation(*face_levels(run)["part"])["sigma^2"],
                      "pixels, dB": row["PSNR"], f"perception, {perception}": row[perception]})
         if second:
@@ -1017,33 +1023,27 @@ def main():
             sub.add_argument(option, **OPTIONS[option])
         sub.set_defaults(function=function, **{**DEFAULTS, **own})
     args = parser.parse_args()
-    if args.command is not None:
-        return start(args)
-    nets = None                             # no arguments: everything, with its defaults
-    for name in ("reconstruct", "smoothness", "separability", "efficiency", "neighbours"):
-        run = parser.parse_args([name])
-        if name != "neighbours" or os.path.exists(run.ckpt[0]):
-            nets = start(run, nets)
-    runs = [str(path.parent) for path in sorted(Path("runs").glob("*/last.pt"))
-            if "vmae" not in vmae.read_checkpoint(path)]   # autoencoders
-    if len(runs) > 1:
-        start(parser.parse_args(["compare", *runs]), nets)
-    else:
-        print("skipped compare: train a second preset, then `evaluate.py compare` both")
-    print("skipped fid: `evaluate.py fid` samples, and fetches Inception's weights (91 MB)")
-
-
-def start(args, nets=None):
-    """Check and fill in the options of one sub-command, run it -> the nets, for the next one."""
-    for name in ("n", "batch", "size"):
-        if not getattr(args, name) > 0:
-            raise InputError(f"--{name} must be above 0, not {getattr(args, name)}")
-    beside = {"efficiency": "runs/", "compare": "runs/", "fid": args.fake}.get(
-        args.function.__name__, args.ckpt[0])
-    args.out = args.out or (beside if os.path.isdir(beside) else os.path.dirname(beside) or ".")
-    args.nets = nets or optional_nets(args)
-    args.function(args)
-    return args.nets
+    todo, nets = [args], None
+    if args.command is None:                # everything that needs no download, with its defaults
+        todo = [parser.parse_args([name]) for name in (
+            "reconstruct", "smoothness", "separability", "efficiency", "neighbours")]
+        todo = [run for run in todo if run.function is not neighbours or Path(*run.ckpt).exists()]
+        runs = [str(path.parent) for path in sorted(Path("runs").glob("*/last.pt"))
+                if "vmae" not in vmae.read_checkpoint(path)]               # those of stage one
+        todo += [parser.parse_args(["compare", *runs])] * (len(runs) > 1)
+    for run in todo:
+        for name in ("n", "batch", "size"):
+            if not getattr(run, name) > 0:
+                raise InputError(f"--{name} must be above 0, not {getattr(run, name)}")
+        beside = {fid: run.fake, efficiency: "runs/", compare: "runs/"}.get(run.function,
+                                                                            run.ckpt[0])
+        run.out = run.out or (beside if os.path.isdir(beside) else os.path.dirname(beside) or ".")
+        run.nets = nets = nets or optional_nets(run)       # looked for, and announced, once
+        run.function(run)
+    if args.command is None:
+        print("skipped fid: `evaluate.py fid` samples, and fetches Inception's weights (91 MB)")
+        if len(runs) < 2:
+            print("skipped compare: train a second preset, then `evaluate.py compare` both")
 
 
 if __name__ == "__main__":
