@@ -37,7 +37,7 @@ def options():
         "most the T of training (default: %(default)s)")
     add("--sampler", choices=SAMPLERS, help="(default: euler for rectified flow, else ddim)")
     add("--eta", type=float, help="noise of ddim: 0 none, 1 as ddpm (default: 0)")
-    add("--shift", type=float, help="of euler's times; the authors' 0.3 spends more of them on "
+    add("--shift", type=float, help="of euler's times; LightningDiT's 0.3 spends more of them on "
         "noise (default: 1)")
     add("--cfg", type=float, help="guidance weight w, 1: none (default: 1.5 with classes, else 1)")
     add("--interval", type=float, help="euler guides from this time on, 0 to 1 (default: 0)")

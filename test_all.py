@@ -215,6 +215,11 @@ def test_lpips_is_frozen_and_reads_vgg_from_a_file():
                                    "--lambda-p", weight, "--out", f"{folder}/{weight}")
             assert status == 0, text
             learnt.append(vmae.load_vmae(f"{folder}/{weight}/last.pt").to_latent.weight)
+        tune = ["--init", f"{folder}/0/last.pt", "--tune", "decoder", "--vgg-weights", path,
+                "--data", f"{folder}/data", "--steps", 1, "--batch", 2, "--out", f"{folder}/tuned"]
+        assert command(train_vmae.main, *tune)[0] == 0
+        tuned = torch.load(f"{folder}/tuned/last.pt", weights_only=True)["train_args"]
+        assert (tuned["lambda_p"], tuned["mask"]) == (10, 0)               # the authors' stage 3
         assert not torch.equal(*learnt)
         assert "L_P" in Path(folder, "1", "log.jsonl").read_text()
     assert not net.training and not any(p.requires_grad for p in net.parameters())
@@ -835,8 +840,10 @@ def test_tuning_the_decoder_leaves_the_encoder_alone():
                 if "pos_embed" not in name and not torch.equal(value, state[name]):
                     moved.append(name)
             assert moved and all(n.startswith(("decoder", "from_latent")) for n in moved), moved
-        status, text = command(train_vmae.main, "--tune", "decoder")
-        assert status == 1 and "--init" in text
+        for options, words in ((["--tune", "decoder"], "--init"),
+                               (["--preset", "sdvae", "--compile"], "--compile")):
+            status, text = command(train_vmae.main, *options)
+            assert status == 1 and words in text
 
 
 def test_resized_positions_are_those_the_authors_interpolate():

@@ -198,17 +198,17 @@ RECIPES = {                                 # what a run of each size wants by d
     "small": dict(batch=16, steps=8000, lr=1e-3),
     "base": dict(batch=128, steps=100_000, lr=2e-4)}       # the authors' 8e-4 x sqrt(128 / 2048)
 
-# The autoencoders that the paper compares, as defaults of the options with these names.
-# lambda_reg 0: the latent is a point. lambda_p None: as the authors, if VGG can be had.
+# The autoencoders that the paper compares: defaults of the options with these names, and what each
+# of the others changes in AE's. lambda_reg 0: the latent is a point, without variance. lambda_p
+# None: as the authors, if VGG can be had. 1e-4 for vmae: their 1e-6 gains .2 dB on the faces, but
+# leaves sigma at .016 of mu's spread, which smooths little; this, at .12.
+AE = dict(arch="conv", mask=0.0, noise=0.0, lambda_reg=0.0, kl_mean="zero", lambda_p=0.0,
+          lambda_adv=0.0)
 PRESETS = {
-    "ae": dict(arch="conv", mask=0.0, noise=0.0, lambda_reg=0.0, lambda_p=0.0),
-    "dae": dict(arch="conv", mask=0.0, noise=0.2, lambda_reg=0.0, lambda_p=0.0),
-    "vae": dict(arch="conv", mask=0.0, noise=0.0, lambda_reg=3e-4, lambda_p=0.0, kl_mean="zero"),
-    "sdvae": dict(arch="conv", mask=0.0, noise=0.0, lambda_reg=1e-5, lambda_p=None, kl_mean="zero",
-                  lambda_adv=0.5),
-    "mae": dict(arch="vit", mask=0.6, noise=0.0, lambda_reg=0.0, lambda_p=0.0),
-    # The authors' 1e-6 gains .2 dB, but leaves sigma at .016 of mu's spread; this: .12.
-    "vmae": dict(arch="vit", mask=0.6, noise=0.0, lambda_reg=1e-4, lambda_p=None)}
+    "ae": {}, "dae": dict(noise=0.2), "vae": dict(lambda_reg=3e-4),
+    "sdvae": dict(lambda_reg=1e-5, lambda_p=None, lambda_adv=0.5),
+    "mae": dict(arch="vit", mask=0.6),
+    "vmae": dict(arch="vit", mask=0.6, lambda_reg=1e-4, kl_mean="free", lambda_p=None)}
 
 
 def options():
@@ -234,20 +234,22 @@ def options():
         "1e-4, vae 3e-4, sdvae 1e-5, others 0)")
     add("--lambda-p", type=float, help="weight of L_P, LPIPS (default for vmae and sdvae: the "
         "authors' 0.5 for a folder if VGG's weights are to be had, 0 for the built-in faces)")
-    add("--lambda-adv", type=float, default=0.0, help="weight of the adversarial loss, which "
+    add("--lambda-adv", type=float, help="weight of the adversarial loss, which "
         "begins halfway through (default: sdvae 0.5, others 0)")
-    add("--kl-mean", choices=("free", "zero"), default="free", help="free: the variance alone is "
-        "pulled to 1, Section 4.4; zero: the KL of Eq. (1) (default: vae and sdvae zero)")
+    add("--kl-mean", choices=("free", "zero"), help="free: the variance alone is pulled to 1, "
+        "Section 4.4; zero: the KL of Eq. (1) (default: vmae free, vae and sdvae zero)")
     add("--vgg-weights", help="local copy of torchvision's vgg16-397923af.pth, for LPIPS")
     typed, _ = parser.parse_known_args()
-    parser.set_defaults(**PRESETS[typed.preset])           # what is typed comes before the preset
-    if typed.tune:
-        parser.set_defaults(mask=0.0, lambda_p=None)
+    tuned = dict(mask=0.0, lambda_p=None) if typed.tune else {}
+    parser.set_defaults(**{**AE, **PRESETS[typed.preset], **tuned})        # typed ones come first
     args = check(parser.parse_args(), above=("size", "batch", "steps", "lr", "save_every"),
                  from_zero=("whole", "noise", "lambda_m", "lambda_reg", "lambda_p", "lambda_adv",
                             "workers"), below_one=("mask",))
     if args.tune and not args.init:
         raise InputError("--tune decoder: needs a trained model, named with --init")
+    if args.compile and args.lambda_adv > 0:
+        raise InputError("--compile: not with --lambda-adv, which goes back through the network "
+                         "twice, as compiled code cannot")
     return args
 
 
