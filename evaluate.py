@@ -195,8 +195,8 @@ class InceptionV3(nn.Module):
     @torch.no_grad()
     def outputs(self, images):
         """-> features (N, 2048); spatial (N, 2023), the first 7 channels of Mixed_6d's first
-        convolution, 17 x 17 (Nash 2021; TensorFlow's `mixed_6/conv`); logits (N, 1008), without
-        the bias, as Salimans 2016 computed them."""
+        convolution at its 17 x 17 places (Nash 2021; in TensorFlow `mixed_6/conv`, of which ADM
+        stores statistics in this order); logits (N, 1008), without the bias, as Salimans 2016."""
         x = images.to(self.fc.weight.device).float()
         if self.resize == "clean":
             x = F.interpolate(x, (299, 299), mode="bicubic", antialias=True).clamp(0, 255)
@@ -211,10 +211,10 @@ class InceptionV3(nn.Module):
             x = F.max_pool2d(x, 3, 2)                                      # (N, 192, 35, 35)
             for name in MIXED:
                 if name == "Mixed_6d":
-                    spatial = self.Mixed_6d.branch1x1(x)[:, :7].flatten(1).float()
+                    spatial = self.Mixed_6d.branch1x1(x)[:, :7].permute(0, 2, 3, 1)
                 x = getattr(self, name)(x)
         features = x.float().mean((2, 3))                  # (N, 2048, 8, 8) -> (N, 2048)
-        return features, spatial, features @ self.fc.weight.T
+        return features, spatial.flatten(1).float(), features @ self.fc.weight.T
 
 
 INCEPTION_URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
@@ -272,7 +272,7 @@ class Statistics:
 
     def add(self, rows):
         """rows: (B, D)."""
-        rows = rows.cpu().double()
+        rows = (rows if rows.is_cuda else rows.cpu()).double()             # mps has no float64
         if self.n == 0:
             self.shift, self.total, self.outer = rows.mean(0), 0, 0
         rows = rows - self.shift
@@ -283,7 +283,7 @@ class Statistics:
         """-> mean (D,), covariance (D, D) with n - 1 below, as numpy.cov."""
         mean = self.total / self.n
         sigma = (self.outer - self.n * torch.outer(mean, mean)) / max(self.n - 1, 1)
-        return (self.shift + mean).numpy(), sigma.numpy()
+        return (self.shift + mean).cpu().numpy(), sigma.cpu().numpy()
 
 
 def cholesky(sigma):
@@ -356,6 +356,7 @@ def precision_recall(real, fake, k=3):
     recall = share of the real on the manifold of the fakes. (N, D), (M, D) -> two floats.
     """
     def on_manifold(rows, members):
+        """Share of rows that lie in at least one member's ball."""
         radius = torch.cat([nearest(block, members.split(4096), k + 1)[0][:, -1]  # itself is first
                             for block in members.split(4096)])
         inside = [(torch.cdist(block, members) <= radius).any(1) for block in rows.split(512)]
@@ -377,11 +378,11 @@ class Features:
 
     def add(self, images):
         """images: uint8 (B, 3, H, W)."""
-        features, spatial, logits = (v.cpu() for v in self.net.outputs(images))
-        self.kept.append(features[:max(self.pairs - self.pool.n, 0)])
+        features, spatial, logits = self.net.outputs(images)
+        self.kept.append(features[:max(self.pairs - self.pool.n, 0)].cpu())
         self.pool.add(features)
         self.spatial.add(spatial)
-        log_p = logits.double().log_softmax(1)
+        log_p = logits.cpu().double().log_softmax(1)
         self.p += log_p.exp().sum(0)                                       # (1008,)
         self.entropy -= (log_p.exp() * log_p).sum().item()
 
@@ -412,21 +413,19 @@ class Features:
 # ---------------------------------------------------------------------------------------------
 
 def optional_nets(args):
-    """-> [LPIPS, InceptionV3], each None where its weights are not here and may not be fetched,
-    which a line then says."""
+    """-> [LPIPS, InceptionV3], each None where the sub-command has no use for it, or its weights
+    are not here and not to be fetched, which a line then says."""
     nets = []
     for what, url, flag, load in (
-            ("LPIPS", vmae.VGG_URL, "vgg_weights", vmae.load_lpips),
-            ("FID", INCEPTION_URL, "inception_weights",
-             lambda path: load_inception(path, args.resize, args.fast))):
-        path = getattr(args, flag, None)
-        if hasattr(args, flag) and (path or args.download or cached(url).exists()):
-            nets.append(load(path).to(vmae.pick_device(args.device)))
-            continue
-        nets.append(None)
-        if hasattr(args, flag):
+            ("LPIPS", vmae.VGG_URL, "vgg-weights", vmae.load_lpips), ("FID", INCEPTION_URL,
+             "inception-weights", lambda path: load_inception(path, args.resize, args.fast))):
+        path, net = getattr(args, flag.replace("-", "_")) or None, None
+        if flag in args.uses and (path or args.download or cached(url).exists()):
+            net = load(path).to(vmae.pick_device(args.device))
+        elif flag in args.uses:
             print(f"skipped {what}: its weights are not here; --download fetches {url}, or name a "
-                  f"copy with --{flag.replace('_', '-')}")
+                  f"copy with --{flag}")
+        nets.append(net)
     return nets
 
 
@@ -434,8 +433,9 @@ def shuffled(data, args):
     """At most --n images of a dataset, a fixed draw that mixes classes -> their number, batches
     of (uint8 (B, 3, S, S), labels (B,))."""
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[:args.n].tolist()
-    return len(order), ((vmae.to_uint8(x), y) for x, y in DataLoader(Subset(data, order),
-                                                                     args.batch))
+    workers = 8 if vmae.pick_device(args.device).type == "cuda" else 0     # JPEGs are slow to read
+    loader = DataLoader(Subset(data, order), args.batch, num_workers=workers)
+    return len(order), ((vmae.to_uint8(x), y) for x, y in loader)
 
 
 class Run:
@@ -450,7 +450,7 @@ class Run:
 
     def held_out(self):
         """--data, or what was held out in training, as `shuffled` gives it."""
-        if self.args.data is not None:
+        if self.args.data:
             return shuffled(vmae.ImageFolder(self.args.data, self.model.img_size), self.args)
         return shuffled(vmae.open_images(self.trained["data"], self.model.img_size, "val",
                                          self.trained["val"]), self.args)
@@ -478,15 +478,13 @@ def draw_samples(path, args):
     shape, K = (first.latent_dim, first.grid, first.grid), len(ckpt["classes"])
     if args.cfg != 1 and K == 0:
         raise InputError(f"--cfg {args.cfg}: {path} is unconditional, leave --cfg out")
+    sampler = ldm.euler_sample if schedule.objective == "flow" else ldm.ddim_sample
     for index in torch.arange(args.n).split(args.batch):
         z = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(i))
                          for i in index.tolist()]).to(device)              # (B, d, h, w)
         y = (index % K).to(device) if K else None
         with torch.no_grad():
-            if schedule.objective == "flow":
-                z = ldm.euler_sample(model, z, y, steps=50, w=args.cfg)
-            else:
-                z = ldm.ddim_sample(model, schedule, z, y, steps=50, w=args.cfg)
+            z = sampler(model, schedule, z, y, steps=50, w=args.cfg)
             yield vmae.to_uint8(first.decode(ldm.denormalise(z, mean, std))).cpu()
 
 
@@ -516,8 +514,8 @@ def open_source(source, args, size=None):
 def read_npz(path, *needed):
     """A .npz as a dict. InputError if it cannot be read or lacks an entry."""
     try:
-        with np.load(path) as file:
-            entries = dict(file)
+        with np.load(path) as file:         # ADM's hold statistics beside gigabytes of images
+            entries = {k: file[k] for k in file.files if k in needed or k != "arr_0"}
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: not a .npz ({error})") from None
     if missing := set(needed) - set(entries):
@@ -798,7 +796,7 @@ def efficiency(args):
     of the encoder without attention's products, for a batch of 128; its 703.9 appears once each
     element of a LayerNorm counts four. Last: encoder and decoder with attention, one image, a
     multiply-add being two operations. --time: seconds of encode, decode and a training step
-    (forward, backward); peak memory of a process of its own, on CUDA of the allocator.
+    (forward, backward); peak memory beyond torch's own, in a process for each.
     """
     rows = []
     for name, (body, kwargs) in BODIES.items():
@@ -825,17 +823,20 @@ def efficiency(args):
 
 
 def measure(name, size, batch, device):
-    """Best of 3 seconds and peak memory of one of BODIES; see `efficiency`."""
+    """Best of 3 seconds, and peak memory, of one of BODIES; see `efficiency`."""
     import resource                         # not on Windows, where all the rest works
-    body, kwargs = BODIES[name]
-    device = vmae.pick_device(device)
-    model, x = body(size, **kwargs).to(device), torch.rand(batch, 3, size, size, device=device)
-    z, row = model.encode(x).mode().detach(), {}
+
+    def memory():                           # of this process so far, KiB on Linux
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
     def train():
         model.zero_grad()
         (model.decode(model.encode(x).sample()) - x).square().mean().backward()
 
+    before, (body, kwargs), device = memory(), BODIES[name], vmae.pick_device(device)
+    model, x = body(size, **kwargs).to(device), torch.rand(batch, 3, size, size, device=device)
+    with torch.no_grad():
+        z, row = model.encode(x).mode(), {}
     for what, work in (("encode s", lambda: model.encode(x)), ("decode s", lambda: model.decode(z)),
                        ("train s", train)):
         times = []
@@ -847,7 +848,7 @@ def measure(name, size, batch, device):
             times.append(time.perf_counter() - start)
         row[what] = min(times[1:])
     row["peak MiB"] = (torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda"
-                       else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10)  # KiB
+                       else memory() - before)
     return row
 
 
@@ -856,28 +857,27 @@ def generation(fake, real, net, args):
     (a row of `fid`'s metrics, the real side's statistics). Both sides are cropped and resized by
     the same code, to the size of the fakes."""
     own = not fake.endswith(".npz") and not os.path.isdir(fake)            # our generator
-    if real is None and not own:
+    if not real and not own:
         raise InputError('--real: name a folder, a .npz or "faces" to compare with')
     real = real or ldm.load_ldm(fake)[2]["train_args"]["data"] or "faces"
     n, size, fakes = open_source(fake, args)
     known = read_npz(real) if real.endswith(".npz") else {}
     if "mu" not in known:                   # opened first, so that a bad --real stops here
         n_real, _, reals = open_source(real, args, size)
-    mine = Features(net, args.pairs).see(fakes, n)
-    row = {"fake": fake, "real": real, "N fake": n}
+    mine, theirs = Features(net, args.pairs).see(fakes, n), None
     if "mu" not in known:
         theirs = Features(net, args.pairs).see(reals, n_real)
         known = theirs.statistics()
-        if min(args.pairs, n, n_real) > 3:
-            a, b = torch.cat(theirs.kept), torch.cat(mine.kept)
-            row["precision"], row["recall"] = precision_recall(a, b)
-            row["KID x 1e3"] = 1e3 * kid(a, b)
-    row["N real"] = int(known.get("n", 0)) or "?"          # pytorch-fid's files do not say
+    row = {"fake": fake, "real": real, "N fake": n, "N real": int(known.get("n", 0)) or "unknown"}
     name, stats = "gFID" if own else "FID", mine.statistics()
     for metric, mu, sigma in ((name, "mu", "sigma"), ("sFID", "mu_s", "sigma_s")):
         if mu in known:
             row[metric] = frechet_distance(known[mu], known[sigma], stats[mu], stats[sigma])
     row["IS"] = mine.inception_score()
+    if theirs and min(args.pairs, n, n_real) > 3:          # the metrics that compare pairs
+        a, b = torch.cat(theirs.kept), torch.cat(mine.kept)
+        row["KID x 1e3"] = 1e3 * kid(a, b)
+        row["precision"], row["recall"] = precision_recall(a, b)
     few = min(int(known.get("n", n)), n)
     if few < 2048:
         warnings.warn(f"{name} of {few} images: under 2,048 the covariance is singular; see KID")
@@ -970,58 +970,62 @@ def neighbours(args):
 # The command line
 # ---------------------------------------------------------------------------------------------
 
-OPTIONS = {
-    "runs": dict(nargs="+", help="run folders, each with a last.pt"),
-    "--ckpt": dict(nargs="+", metavar="PATH", help="checkpoints (default: %(default)s)"),
-    "--fake": dict(help="stage-two checkpoint to sample, folder, or .npz with arr_0 (default: "
-                   "%(default)s)"),
-    "--real": dict(help="folder, .npz with mu and sigma or arr_0, or faces, the built-in ones "
-                   "(default: what the checkpoint was trained on)"),
-    "--data": dict(help="folder of images, all of them used (default: those held out in training)"),
-    "--n": dict(type=int, help="images at the most (default: %(default)s)"),
-    "--pairs": dict(type=int, help="images of each side whose features are kept, for KID, "
-                    "precision and recall; 0 leaves them out (default: %(default)s)"),
-    "--eps": dict(type=float, nargs="+", help="noise (default: %(default)s)"),
-    "--size": dict(type=int, help="pixels (default: %(default)s)"),
-    "--cfg": dict(type=float, help="guidance weight of samples, 1: none (default: %(default)s)"),
-    "--time": dict(action="store_true", help="also seconds and memory"),
-    "--resize": dict(choices=("pytorch-fid", "clean"), help="to Inception's 299 pixels: bilinear "
-                     "as pytorch-fid, or antialiased bicubic as clean-fid (default: %(default)s)"),
-    "--fast": dict(action="store_true", help="Inception in bfloat16: faster, two or three digits"),
-    "--inception-weights": dict(metavar="PATH", help="local copy of FID's InceptionV3"),
-    "--vgg-weights": dict(metavar="PATH", help="local copy of VGG-16, for LPIPS"),
-    "--download": dict(action="store_true", help="fetch weights that are missing"),
-    "--save-stats": dict(metavar="PATH", help="write the real side's statistics to this .npz"),
-    "--batch": dict(type=int, help="images at a time (default: %(default)s)"),
-    "--device": dict(help="cuda, cpu, mps... (default: cuda if there is one)"),
-    "--out": dict(help="folder of table and picture (default: beside what is measured)"),
+OPTIONS = {  # name: default, help; the default's type is the option's
+    "runs": (["runs/ae", "runs/vmae"], "run folders, or checkpoints"),
+    "ckpt": (["runs/vmae/last.pt"], "checkpoints of either stage, or published weights"),
+    "fake": ("runs/ldm/last.pt", "a stage-two checkpoint, sampled; a folder; a .npz with arr_0"),
+    "real": ("", "folder; .npz with mu and sigma, or arr_0; faces, the built-in ones (default: "
+             "what the checkpoint was trained on)"),
+    "data": ("", "folder of images, all of them used (default: those held out in training)"),
+    "n": (1000, "images at the most"),
+    "pairs": (10000, "images of each side whose features are kept in memory, 8 KB each, for KID, "
+              "precision and recall; 0: none"),
+    "eps": ([0, 0.01, 0.05, 0.1, 0.2, 0.3], "noise, in standard deviations of a latent channel"),
+    "size": (256, "pixels"),
+    "cfg": (1.0, "guidance weight of samples, 1: none"),
+    "time": (False, "also seconds and memory"),
+    "resize": ("pytorch-fid", "to Inception's 299 pixels; clean: antialiased, as clean-fid"),
+    "fast": (False, "Inception in bfloat16: faster, two or three digits count"),
+    "inception-weights": ("", "a copy of FID's InceptionV3 (default: torch hub's cache)"),
+    "vgg-weights": ("", "a copy of VGG-16, for LPIPS (default: torch hub's cache)"),
+    "download": (False, "fetch weights that are missing"),
+    "save-stats": ("", "write the real side's statistics to this .npz"),
+    "batch": (64, "images at a time"),
+    "device": ("auto", "cuda, cpu, mps..."),
+    "out": ("", "folder of table and picture (default: beside what is measured)"),
 }
-DEFAULTS = dict(ckpt=["runs/vmae/last.pt"], fake="runs/ldm/last.pt", n=1000, batch=64, cfg=1.0,
-                eps=[0, 0.01, 0.05, 0.1, 0.2, 0.3], size=256, pairs=10000, resize="pytorch-fid",
-                data=None, device="auto")
-NET = "--resize --fast --inception-weights --download"
-NETS = f"{NET} --vgg-weights"
-COMMANDS = (  # function, what it is, options besides --batch, --device and --out, own defaults
-    (reconstruct, "Table 1: L1, PSNR, SSIM, LPIPS, rFID", f"--ckpt --data --n {NETS}", {}),
-    (smoothness, "Fig. 6: noise on the latent", f"--ckpt --data --n --eps {NETS}", dict(n=256)),
-    (separability, "Figs. 4, 7: order by object, part, pattern", "--ckpt --data --n", dict(n=512)),
-    (efficiency, "Table 3: sizes, operations, times", "--size --time", dict(batch=1)),
-    (neighbours, "samples beside the nearest training images", f"--ckpt --n --cfg {NET}",
+NET = "resize fast inception-weights download"
+COMMANDS = (  # function, what it is, options besides batch, device and out, defaults of its own
+    (reconstruct, "Table 1: L1, PSNR, SSIM, LPIPS, rFID", f"ckpt data n {NET} vgg-weights", {}),
+    (smoothness, "Fig. 6: noise on the latent", f"ckpt data n eps {NET} vgg-weights", dict(n=256)),
+    (separability, "Figs. 4, 7: order by object, part, pattern", "ckpt data n", dict(n=512)),
+    (efficiency, "Table 3: sizes, operations, times", "size time", dict(batch=1)),
+    (neighbours, "samples beside the nearest training images", f"ckpt n cfg {NET}",
      dict(ckpt=["runs/ldm/last.pt"], n=16)),
-    (fid, "Table 2: FID, sFID, IS, KID, precision, recall", "--fake --real --n --pairs --cfg "
-     "--save-stats --resize --fast --inception-weights", dict(n=10000, download=True)),
-    (compare, "Fig. 2: several runs on one radar", f"runs --data --n --cfg {NETS}", dict(n=256)),
+    (fid, "Table 2: FID, sFID, IS, KID, precision, recall", "fake real n pairs cfg save-stats "
+     "resize fast inception-weights", dict(n=10000, download=True)),
+    (compare, "Fig. 2: several runs on one radar", f"runs data n cfg {NET} vgg-weights",
+     dict(n=256)),
 )
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], usage="%(prog)s [command]")
-    commands = parser.add_subparsers(dest="command", metavar="command")
-    for function, about, options, own in COMMANDS:
+    commands = parser.add_subparsers(dest="command", metavar="command", prog=parser.prog)
+    for function, about, names, own in COMMANDS:
         sub = commands.add_parser(function.__name__, help=about)
-        for option in f"{options} --batch --device --out".split():
-            sub.add_argument(option, **OPTIONS[option])
-        sub.set_defaults(function=function, **{**DEFAULTS, **own})
+        defaults = {name: own.get(name, default) for name, (default, _) in OPTIONS.items()}
+        for name in f"{names} batch device out".split():
+            default, text = defaults[name], OPTIONS[name][1]
+            kind = dict(action="store_true") if default is False else dict(type=type(default))
+            if isinstance(default, list):
+                kind = dict(type=type(default[-1]), nargs="+")
+            if name == "resize":
+                kind["choices"] = ("pytorch-fid", "clean")
+            sub.add_argument("runs" if name == "runs" else f"--{name}", **kind,
+                             help=text + " (default: %(default)s)" * bool(default))
+        sub.set_defaults(function=function, uses=names.split(), **{
+            name.replace("-", "_"): default for name, default in defaults.items()})
     args = parser.parse_args()
     todo, nets = [args], None
     if args.command is None:                # everything that needs no download, with its defaults
