@@ -95,9 +95,9 @@ class ConvBN(nn.Module):
         self.bn = nn.BatchNorm2d(c_out, eps=1e-3)
 
     def forward(self, x):
-        scale = self.bn.weight / (self.bn.running_var + self.bn.eps).sqrt()
-        weight = self.conv.weight * scale.view(-1, 1, 1, 1)
-        bias = self.bn.bias - self.bn.running_mean * scale
+        scale = self.bn.weight / (self.bn.running_var + self.bn.eps).sqrt()  # (c_out,)
+        weight = self.conv.weight * scale.view(-1, 1, 1, 1)                # (c_out, c_in, kh, kw)
+        bias = self.bn.bias - self.bn.running_mean * scale                 # (c_out,)
         return F.relu_(F.conv2d(x, weight, bias, self.conv.stride, self.conv.padding))
 
 
@@ -134,9 +134,9 @@ class Mixed(nn.Module):
             elif branch == "branch_pool":
                 h = F.max_pool2d(x, 3, self.stride, padding=2 - self.stride)
             for names in path[:-1]:
-                h = getattr(self, names[0])(h)
+                h = getattr(self, names[0])(h)             # forks come last
             parts += [getattr(self, name)(h) for name in path[-1]] if path else [h]
-        return torch.cat(parts, 1)
+        return torch.cat(parts, 1)                         # (N, width, h, w)
 
 
 def mixed_5(pool):
@@ -197,7 +197,7 @@ class InceptionV3(nn.Module):
         """-> features (N, 2048); spatial (N, 2023), the first 7 channels of Mixed_6d's first
         convolution at its 17 x 17 places (Nash 2021; in TensorFlow `mixed_6/conv`, of which ADM
         stores statistics in this order); logits (N, 1008), without the bias, as Salimans 2016."""
-        x = images.to(self.fc.weight.device).float()
+        x = images.to(self.fc.weight.device).float()       # (N, 3, H, W) in 0..255
         if self.resize == "clean":
             x = F.interpolate(x, (299, 299), mode="bicubic", antialias=True).clamp(0, 255)
             x = (x - 128) / 128
@@ -281,7 +281,7 @@ class Statistics:
 
     def moments(self):
         """-> mean (D,), covariance (D, D) with n - 1 below, as numpy.cov."""
-        mean = self.total / self.n
+        mean = self.total / self.n                         # less the shift, (D,)
         sigma = (self.outer - self.n * torch.outer(mean, mean)) / max(self.n - 1, 1)
         return (self.shift + mean).cpu().numpy(), sigma.cpu().numpy()
 
@@ -295,7 +295,7 @@ def cholesky(sigma):
     digits = 1e-4 if sigma.dtype == np.float32 else 1e-8
     sigma = sigma.astype(np.float64)
     L, order, r, _ = scipy.linalg.lapack.dpstrf(sigma, lower=1)
-    factor = np.zeros((len(sigma), r))
+    factor = np.zeros((len(sigma), r))                     # rows in their own order again
     factor[order - 1] = np.tril(L)[:, :r]
     if r < len(sigma):
         rest = np.abs(sigma - factor @ factor.T).max()
@@ -316,9 +316,9 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     if mu1.shape != mu2.shape or not sigma1.shape == sigma2.shape == 2 * mu1.shape:
         raise ValueError(f"statistics of {sigma1.shape} and {sigma2.shape} do not compare")
     root = np.linalg.svd(cholesky(sigma1).T @ cholesky(sigma2), compute_uv=False).sum()
-    difference = mu1.astype(np.float64) - mu2
-    distance = difference @ difference + np.trace(sigma1) + np.trace(sigma2) - 2 * root
-    return max(float(distance), 0.0)        # below 0 by rounding alone
+    difference = mu1.astype(np.float64) - mu2              # (D,)
+    traces = np.trace(sigma1, dtype=float) + np.trace(sigma2, dtype=float)
+    return max(float(difference @ difference + traces - 2 * root), 0.0)    # below 0: rounding
 
 
 def kid(a, b):
@@ -379,7 +379,8 @@ class Features:
     def add(self, images):
         """images: uint8 (B, 3, H, W)."""
         features, spatial, logits = self.net.outputs(images)
-        self.kept.append(features[:max(self.pairs - self.pool.n, 0)].cpu())
+        if self.pairs > self.pool.n:        # even an empty slice would hold on to its batch
+            self.kept.append(features[:self.pairs - self.pool.n].cpu())
         self.pool.add(features)
         self.spatial.add(spatial)
         log_p = logits.cpu().double().log_softmax(1)
@@ -404,7 +405,7 @@ class Features:
 
         Over all images at once; many papers average over parts of 5,000, which comes out lower.
         """
-        p = self.p / self.pool.n
+        p = self.p / self.pool.n                           # p(y), (1008,)
         return math.exp(-torch.special.xlogy(p, p).sum().item() - self.entropy / self.pool.n)
 
 
@@ -575,7 +576,7 @@ def plot(path, series, x_label, y_label, lines=True):
     points = np.array([p for curve in series.values() for p in curve])
     cut, r = ((0, 100), 8) if lines else ((0.5, 99.5), 3)  # a cloud's stragglers are left out
     low, high = np.percentile(points, cut, axis=0)
-    span = np.where(high > low, high - low, 1)
+    span = np.where(high > low, high - low, 1)             # a flat curve has none
 
     def place(*p):                                         # y up
         return tuple((130, 560) + (np.array(p) - low) / span * (940, -500))
@@ -627,7 +628,7 @@ def scores(pairs, args, real=None):
     each the mean over images of its value for one. rFID: FID between the two sets.
     """
     (lpips_net, inception), device, values = args.nets, vmae.pick_device(args.device), []
-    fake, known = inception and Features(inception), real
+    fake, known = inception and Features(inception), real  # None without Inception
     real = real or inception and Features(inception)
     for a, b in pairs:
         row = [(a.double() - b.double()).abs().mean((1, 2, 3)) / 255, psnr(a, b), ssim(a, b)]
@@ -637,7 +638,7 @@ def scores(pairs, args, real=None):
             row.append(d.flatten().double().cpu())
         values.append(torch.stack(row))                                    # (3 or 4, B)
         if inception:
-            fake.add(b)
+            fake.add(b)                                    # one pass, two sums
             known or real.add(a)
     row = dict(zip(("L1", "PSNR", "SSIM", "LPIPS"), torch.cat(values, 1).mean(1).tolist()))
     if inception:
@@ -663,7 +664,7 @@ def reconstruct(args):
 def perturb(z, eps):
     """z (N, d, h, w) + eps s_c N(0, 1), s_c the standard deviation of channel c over all images;
     the same noise for every eps, and for every model with a latent of this shape."""
-    noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(0))  # on the CPU
     return z + eps * z.std((0, 2, 3), keepdim=True) * noise
 
 
@@ -711,7 +712,7 @@ def separation(z, group, image):
     W = torch.linalg.solve(weighted.T @ A[fit] + 1e-3 * torch.eye(A.shape[1]).double(),
                            weighted.T @ member[fit])                       # (d + 1, G)
     hit = ((A[~fit] @ W).argmax(1) == group[~fit]).double()
-    tried = member[~fit].sum(0)
+    tried = member[~fit].sum(0)                            # (G,), a group may be absent
     return {"groups": len(count), "tokens": len(z),
             "sigma^2": (within / z.square().sum(1).mean()).item(),
             "rho": (torch.pdist(mu).mean() / within.sqrt()).item(),
@@ -729,7 +730,7 @@ def face_levels(run):
     for numbers in torch.arange(min(run.args.n, len(faces))).split(run.args.batch):
         x, kind, pattern, part = faces.render(numbers)
         z = run.encode(vmae.to_uint8(x)).permute(0, 2, 3, 1)               # (B, h, w, d)
-        cover = F.one_hot(part, len(vmae.PARTS)).permute(0, 3, 1, 2).float()
+        cover = F.one_hot(part, len(vmae.PARTS)).permute(0, 3, 1, 2).float()  # (B, 5, S, S)
         share, part = F.avg_pool2d(cover, run.model.patch_size).max(1)     # (B, h, w) each
         whole = [v.view(-1, 1, 1).expand_as(part) for v in (kind, pattern, numbers)]
         tokens.append([v[share > 0.5] for v in (z, part, *whole)])
@@ -756,7 +757,7 @@ def separability(args):
                 print(f"skipped the classes of {args.data or run.trained['data']}: one at the most")
         rows += [{"checkpoint": run.path, "level": k, **separation(*v)} for k, v in levels.items()]
         z, part, _ = levels["faces, part"]
-        z = (z - z.mean(0)) / z.std(0).clamp(min=1e-12)
+        z = (z - z.mean(0)) / z.std(0).clamp(min=1e-12)    # PCA of what `separation` sees
         points = z @ torch.linalg.eigh(z.T @ z).eigenvectors[:, -2:].flip(1)     # (M, 2)
         clouds = {name: points[part == k][:1500].tolist() for k, name in enumerate(vmae.PARTS)}
         plot(output(args, f"separability{i or ''}.png"), clouds, "first principal component of "
@@ -894,7 +895,7 @@ def fid(args):
     precision and recall.
     """
     net = args.nets[1]
-    row, known = generation(args.fake, args.real, net, args)
+    row, known = generation(args.fake, args.real, net, args)               # statistics of the real
     if args.save_stats:
         np.savez(args.save_stats, **known)
     digits = ", bfloat16, so two or three digits count" if args.fast else ""
@@ -919,7 +920,7 @@ def compare(args):
     perception = "LPIPS" if lpips_net else "SSIM"
     for name, run in ((name, Run(path, args)) for name, path in runs.items()):
         x = torch.cat([x for x, _ in run.held_out()[1]])                   # (N, 3, S, S)
-        z = run.encode(x)
+        z = run.encode(x)                                  # (N, d, h, w)
         x_hat, moved = run.decode(z), run.decode(perturb(z, 0.1))
         row, _ = scores(zip(x.split(args.batch), x_hat.split(args.batch)), args)
         rows.append({"run": name, "smoothness, dB": psnr(x_hat, moved).mean().item(),
@@ -962,7 +963,7 @@ def neighbours(args):
         rows.append({"space": name, "samples": near, "held-out": usual, "ratio": near / usual})
         shown += [torch.stack([vmae.to_uint8(train[i][0]) for i in row.tolist()])
                   for row in index[:len(x)][:16].T]
-    picture(shown, output(args, "neighbours.png"))
+    picture(shown, output(args, "neighbours.png"))         # 6 rows, or 11
     report(args, f"Distance to the nearest of {len(train)} training images, median", rows)
 
 
