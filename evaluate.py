@@ -504,12 +504,18 @@ def open_source(source, args, size=None):
     if os.path.isfile(source):
         size = ldm.load_ldm(source)[2]["vmae"]["model_args"]["img_size"]
         return args.n, size, draw_samples(source, args)
-    if source != "faces" and size is None:
-        paths = vmae.list_images(source)    # none: ImageFolder says so
-        size = min(vmae.open_image(os.path.join(source, paths[0])).size) if paths else 32
-    data = vmae.Faces(size or 32) if source == "faces" else vmae.ImageFolder(source, size)
+    if source == "faces":
+        data = vmae.Faces(size or 32)
+    else:                                   # sample.py's overviews lie beside its samples
+        def single(path):
+            return Path(path).name not in ("grid.png", "trajectory.png")
+
+        first = next(filter(single, vmae.list_images(source)), None)
+        size = size or first and min(vmae.open_image(os.path.join(source, first)).size)
+        data = vmae.ImageFolder(source, size)
+        data = Subset(data, [i for i, path in enumerate(data.paths) if single(path)])
     n, batches = shuffled(data, args)
-    return n, data.size, (x for x, _ in batches)
+    return n, size or 32, (x for x, _ in batches)
 
 
 def read_npz(path, *needed):
