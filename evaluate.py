@@ -535,6 +535,19 @@ def read_npz(path, *needed):
 # Tables and pictures
 # ---------------------------------------------------------------------------------------------
 
+def beside_fid(net, n):
+    """What has to stand beside a FID of n images on the smaller side, "" without Inception. Warns
+    where n is small: FID falls as n grows, whatever the images."""
+    if net is None:
+        return ""
+    if n < 2048:
+        warnings.warn(f"FID of {n} images: under 2,048 the covariance is singular; KID is unbiased")
+    elif n < 10000:
+        warnings.warn(f"FID of {n} images, under 10,000: compare at equal numbers only")
+    return (f"; FID: resize {net.resize}, Inception weights {net.hash}"
+            + ", bfloat16, so two or three digits count" * net.fast)
+
+
 def output(args, name):
     """Where a result goes, in --out; the folder is made as late as this."""
     os.makedirs(args.out, exist_ok=True)
@@ -664,7 +677,8 @@ def reconstruct(args):
         rows.append({"checkpoint": run.path, "N": n,
                      **scores(itertools.chain([first], pairs), args)[0]})
     picture(shown, output(args, "reconstruct.png"))        # originals above reconstructions
-    report(args, "Reconstruction of held-out images (Table 1)", rows)
+    report(args, "Reconstruction of held-out images (Table 1)"
+           + beside_fid(args.nets[1], min(row["N"] for row in rows)), rows)
 
 
 def perturb(z, eps):
@@ -695,7 +709,8 @@ def smoothness(args):
         shown.append(torch.cat(strip))
     picture(shown, output(args, "smoothness_strip.png"))   # the original, then each eps
     plot(output(args, "smoothness.png"), curves, "eps, in standard deviations of a channel", axis)
-    report(args, f"Reconstruction from z + eps std N(0, 1), {len(x)} images (Fig. 6)", rows)
+    report(args, f"Reconstruction from z + eps std N(0, 1), {len(x)} images (Fig. 6)"
+           + beside_fid(args.nets[1], len(x)), rows)
 
 
 def separation(z, group, image):
@@ -885,11 +900,6 @@ def generation(fake, real, net, args):
         a, b = torch.cat(theirs.kept), torch.cat(mine.kept)
         row["KID x 1e3"] = 1e3 * kid(a, b)
         row["precision"], row["recall"] = precision_recall(a, b)
-    few = min(int(known.get("n", n)), n)
-    if few < 2048:
-        warnings.warn(f"{name} of {few} images: under 2,048 the covariance is singular; see KID")
-    elif few < 10000:
-        warnings.warn(f"{name} of {few} images falls as N grows: compare at equal N only")
     return row, known
 
 
@@ -900,13 +910,11 @@ def fid(args):
     fakes; and of the first --pairs images of each side, whose features stay in memory, KID,
     precision and recall.
     """
-    net = args.nets[1]
-    row, known = generation(args.fake, args.real, net, args)               # statistics of the real
+    row, known = generation(args.fake, args.real, args.nets[1], args)      # statistics of the real
     if args.save_stats:
         np.savez(args.save_stats, **known)
-    digits = ", bfloat16, so two or three digits count" if args.fast else ""
-    report(args, f"FID: resize {args.resize}, Inception weights {net.hash}{digits}", [row],
-           resize=args.resize, inception=net.hash, fast=args.fast)
+    n = min(row["N fake"], int(known.get("n", 10**9)))
+    report(args, "Generated images (Table 2)" + beside_fid(args.nets[1], n), [row])
 
 
 def compare(args):
@@ -942,7 +950,8 @@ def compare(args):
             shapes.setdefault(row["run"], []).append(
                 (value - min(values)) / ((max(values) - min(values)) or 1))
     radar(output(args, "compare.png"), axes, shapes)
-    report(args, "Comparison (Fig. 2)", rows, rescaled=shapes)
+    report(args, "Comparison (Fig. 2)" + beside_fid(second and inception or None, args.n), rows,
+           rescaled=shapes)
     second or print("skipped generation: it takes stage-two runs, and Inception's weights")
 
 
@@ -964,7 +973,7 @@ def neighbours(args):
         spaces["Inception"] = lambda x: torch.cat([net(part).cpu() for part in x.split(args.batch)])
     for name, space in spaces.items():
         batches = (space(vmae.to_uint8(y)) for y, _ in DataLoader(train, 256))
-        d, index = nearest(space(both), batches, 5)                        # (2n, 5) each
+        d, index = nearest(space(both), tqdm(batches, name), 5)            # (2n, 5) each
         near, usual = d[:len(x), 0].median().item(), d[len(x):, 0].median().item()
         rows.append({"space": name, "samples": near, "held-out": usual, "ratio": near / usual})
         shown += [torch.stack([vmae.to_uint8(train[i][0]) for i in row.tolist()])
@@ -1034,7 +1043,7 @@ def main():
         sub.set_defaults(function=function, uses=names.split(), **{
             name.replace("-", "_"): default for name, default in defaults.items()})
     args = parser.parse_args()
-    todo, nets = [args], None
+    todo = [args]
     if args.command is None:                # everything that needs no download, with its defaults
         todo = [parser.parse_args([name]) for name in (
             "reconstruct", "smoothness", "separability", "efficiency", "neighbours")]
@@ -1042,6 +1051,8 @@ def main():
         runs = [str(path.parent) for path in sorted(Path("runs").glob("*/last.pt"))
                 if "vmae" not in vmae.read_checkpoint(path)]               # those of stage one
         todo += [parser.parse_args(["compare", *runs])] * (len(runs) > 1)
+        for run in todo:                    # nor minutes of Inception on a CPU
+            run.uses = []
     for run in todo:
         for name in ("n", "batch", "size"):
             if not getattr(run, name) > 0:
@@ -1049,10 +1060,11 @@ def main():
         beside = {fid: run.fake, efficiency: "runs/", compare: "runs/"}.get(run.function,
                                                                             run.ckpt[0])
         run.out = run.out or (beside if os.path.isdir(beside) else os.path.dirname(beside) or ".")
-        run.nets = nets = nets or optional_nets(run)       # looked for, and announced, once
+        run.nets = optional_nets(run)
         run.function(run)
     if args.command is None:
-        print("skipped fid: `evaluate.py fid` samples, and fetches Inception's weights (91 MB)")
+        print("skipped LPIPS and rFID: `evaluate.py reconstruct --download` fetches 528 and 91 MB\n"
+              "skipped fid: `evaluate.py fid` samples, and fetches Inception's 91 MB")
         if len(runs) < 2:
             print("skipped compare: train a second preset, then `evaluate.py compare` both")
 
