@@ -221,18 +221,14 @@ INCEPTION_URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_
                  "pt_inception-2015-12-05-6726825d.pth")
 
 
-def cached(url):
-    """Where torch hub keeps, or would keep, the file of this address."""
-    return Path(torch.hub.get_dir(), "checkpoints", url.rsplit("/", 1)[1])
-
-
 def load_inception(path=None, resize="pytorch-fid", fast=False):
     """FID's weights -> InceptionV3; `.hash` is the beginning of the file's SHA-256.
 
     path: a local copy of INCEPTION_URL; otherwise torch hub's cache, otherwise the download, of
     which torch checks the hash. InputError names URL, path and flag, or the wrong network.
     """
-    target, net = Path(path or cached(INCEPTION_URL)), InceptionV3(resize, fast)
+    net = InceptionV3(resize, fast)
+    target = Path(path or Path(torch.hub.get_dir(), "checkpoints", Path(INCEPTION_URL).name))
     try:
         if path is None and not target.exists():
             torch.hub.load_state_dict_from_url(INCEPTION_URL, map_location="cpu", check_hash=True)
@@ -421,7 +417,8 @@ def optional_nets(args):
             ("LPIPS", vmae.VGG_URL, "vgg-weights", vmae.load_lpips), ("FID", INCEPTION_URL,
              "inception-weights", lambda path: load_inception(path, args.resize, args.fast))):
         path, net = getattr(args, flag.replace("-", "_")) or None, None
-        if flag in args.uses and (path or args.download or cached(url).exists()):
+        kept = Path(torch.hub.get_dir(), "checkpoints", Path(url).name)
+        if flag in args.uses and (path or args.download or kept.exists()):
             net = load(path).to(vmae.pick_device(args.device))
         elif flag in args.uses:
             print(f"skipped {what}: its weights are not here; --download fetches {url}, or name a "
@@ -618,6 +615,7 @@ def plot(path, series, x_label, y_label, lines=True):
 def radar(path, axes, shapes):
     """axes: names; shapes: name -> a value in [0, 1] for each, 0 on the inner ring, 1 outside."""
     image, pen, font = canvas(640, 440, shapes)
+    pen.text((30, 36), "outside: the best run, inner ring: the worst", "#333333", font, "lm")
     turn = [2 * math.pi * i / len(axes) - math.pi / 2 for i in range(len(axes))]
 
     def place(angle, value):
@@ -848,14 +846,12 @@ def measure(name, size, batch, device):
     """Best of 3 seconds, and peak memory, of one of BODIES; see `efficiency`."""
     import resource                         # not on Windows, where all the rest works
 
-    def memory():                           # of this process so far, KiB on Linux
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
     def train():
         model.zero_grad()
         (model.decode(model.encode(x).sample()) - x).square().mean().backward()
 
-    before, (body, kwargs), device = memory(), BODIES[name], vmae.pick_device(device)
+    usage, (body, kwargs) = resource.RUSAGE_SELF, BODIES[name]
+    device, before = vmae.pick_device(device), resource.getrusage(usage).ru_maxrss  # torch's own
     model, x = body(size, **kwargs).to(device), torch.rand(batch, 3, size, size, device=device)
     with torch.no_grad():
         z, row = model.encode(x).mode(), {}
@@ -869,8 +865,8 @@ def measure(name, size, batch, device):
             torch.cuda.synchronize() if device.type == "cuda" else None
             times.append(time.perf_counter() - start)
         row[what] = min(times[1:])
-    row["peak MiB"] = (torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda"
-                       else memory() - before)
+    row["peak MiB"] = (torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else
+                       (resource.getrusage(usage).ru_maxrss - before) / 2**10)   # KiB on Linux
     return row
 
 
