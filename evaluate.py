@@ -971,7 +971,8 @@ def neighbours(args):
         batches = (space(vmae.to_uint8(y)) for y, _ in DataLoader(train, 256))
         d, index = nearest(space(both), tqdm(batches, name), 5)            # (2n, 5) each
         near, usual = d[:len(x), 0].median().item(), d[len(x):, 0].median().item()
-        rows.append({"space": name, "samples": near, "held-out": usual, "ratio": near / usual})
+        rows.append({"space": name, "samples": near, "held-out": usual,
+                     "ratio": near / usual if usual else math.nan})        # 0: they are duplicates
         shown += [torch.stack([vmae.to_uint8(train[i][0]) for i in row.tolist()])
                   for row in index[:len(x)][:16].T]
     picture(shown, output(args, "neighbours.png"))         # 6 rows, or 11
