@@ -827,11 +827,13 @@ def test_tuning_the_decoder_leaves_the_encoder_alone():
         save_images(f"{folder}/data", 8)
         common = ["--data", f"{folder}/data", "--steps", 2, "--batch", 4, "--lambda-p", 0]
         for preset in ("vmae", "vae"):
-            first, tuned = f"{folder}/{preset}", f"{folder}/{preset}_tuned"
+            first, tuned = f"{folder}/{preset}", f"{folder}/runs/tuned"
             assert command(train_vmae.main, *common, "--preset", preset, "--size", 16, "--out",
                            first)[0] == 0
+            os.chdir(folder)                               # --out is runs/tuned, not --init's
             status, text = command(train_vmae.main, *common, "--init", f"{first}/last.pt", "--tune",
-                                   "decoder", "--size", 32, "--out", tuned)
+                                   "decoder", "--size", 32)
+            os.chdir(HERE)
             assert status == 0, text
             a, b = (vmae.load_vmae(f"{out}/last.pt") for out in (first, tuned))
             assert b.img_size == 32 and b.encode(random_images(1, 32)).mu.shape[-1] == 2 * a.grid

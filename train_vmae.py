@@ -1,8 +1,10 @@
-"""Train stage one, the variational masked autoencoder of vmae.py (Sections 4.1 to 4.4).
+"""Train stage one, VMAE (Sections 4.1 to 4.4) or one of the autoencoders it is compared with.
 
     python train_vmae.py                                the built-in faces, on a laptop
     python train_vmae.py --data path --mask 0.6         a folder of images
     python train_vmae.py --data path --resume           go on from runs/vmae/last.pt
+    python train_vmae.py --preset sdvae                 another autoencoder, into runs/sdvae
+    python train_vmae.py --init runs/vmae/last.pt --tune decoder --size 256    into runs/tuned
     torchrun --nproc-per-node 4 train_vmae.py --data path    several GPUs
 
 Writes into --out: last.pt, log.jsonl (one JSON object a line) and preview_*.png, whose rows are
@@ -217,12 +219,12 @@ def options():
     common_options(parser, "runs/vmae", RECIPES, "tiny to 32 px; above, base on CUDA, else small")
     add = parser.add_argument
     add("--preset", choices=PRESETS, default="vmae", help="an autoencoder of the paper: defaults "
-        "for the options below (default: %(default)s)")
+        "for --out, runs/NAME, and for the options below (default: %(default)s)")
     add("--arch", choices=("vit", "conv"), help="VMAE's transformer, or SD-VAE's convolutions")
     add("--init", help="checkpoint to start from, ours or published: VMAE's or an SD3-style VAE's")
     add("--tune", choices=("decoder",), help="leave the encoder of --init as it is; no mask, and "
-        "LPIPS weighs 10, as in the last stage of the authors' recipe")
-    add("--mask", type=float, help="share of patches hidden (default: 0.6; without mask 0)")
+        "LPIPS weighs 10, as in the last stage of the authors' recipe; into runs/tuned")
+    add("--mask", type=float, help="share of patches hidden (default: vmae, mae 0.6, else 0)")
     # Measured on held-out faces after 2,200 steps: 31.0 dB with these defaults. --whole 0: 28.3,
     # since the encoder then never meets the whole images that it is used on.
     add("--whole", type=float, default=0.5, help="share of steps without mask (default: 0.5)")
@@ -241,7 +243,8 @@ def options():
     add("--vgg-weights", help="local copy of torchvision's vgg16-397923af.pth, for LPIPS")
     typed, _ = parser.parse_known_args()
     tuned = dict(mask=0.0, lambda_p=None) if typed.tune else {}
-    parser.set_defaults(**{**AE, **PRESETS[typed.preset], **tuned})        # typed ones come first
+    parser.set_defaults(out=f"runs/{'tuned' if typed.tune else typed.preset}",     # what is typed
+                        **{**AE, **PRESETS[typed.preset], **tuned})        # still comes first
     args = check(parser.parse_args(), above=("size", "batch", "steps", "lr", "save_every"),
                  from_zero=("whole", "noise", "lambda_m", "lambda_reg", "lambda_p", "lambda_adv",
                             "workers"), below_one=("mask",))

@@ -768,8 +768,8 @@ def published(path, ckpt, num_heads):
     """A checkpoint of the authors' code, or of diffusers', in the form of ours.
 
     The constructor's arguments are read off the shapes, but for num_heads, which no shape tells.
-    Says what was missing (positions are computed, a mask token is only for training) and what
-    was left over. InputError if it is neither model.
+    Says what was left over, and whether the mask token was missing, which training alone needs.
+    InputError if it is neither model, or a part of one.
     """
     for key in ("state_dict", "model"):
         ckpt = ckpt.get(key, ckpt)
@@ -791,9 +791,8 @@ def published(path, ckpt, num_heads):
     except (KeyError, ValueError, RuntimeError, AttributeError) as error:
         raise InputError(f"{path}: not a stage-one checkpoint, nor the weights of a VMAE or an "
                          f"SD3-style VAE ({str(error).splitlines()[-1].strip()})") from None
-    if bad := set(missing) - {"mask_token", "pos_embed", "decoder_pos_embed"}:
-        raise InputError(f"{path}: lacks {len(bad)} weights of its own architecture, such as "
-                         f"{min(bad)}")
+    if lost := set(missing) - {"mask_token"}:
+        raise InputError(f"{path}: lacks {len(lost)} weights of its architecture, as {min(lost)}")
     print(f"{path}: {len(weights) - len(left_over)} tensors read; missing: "
           f"{', '.join(missing) or 'none'}; left over: {', '.join(left_over) or 'none'}")
     return dict(model_args=args, model=model.state_dict(),
