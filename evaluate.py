@@ -843,28 +843,29 @@ def efficiency(args):
 
 
 def measure(name, size, batch, device):
-    """Best of 3 seconds, and peak memory, of one of BODIES; see `efficiency`."""
+    """Seconds, the best of 4, and peak memory of one of BODIES; see `efficiency`."""
     import resource                         # not on Windows, where all the rest works
+
+    usage, (body, kwargs) = resource.RUSAGE_SELF, BODIES[name]
+    device, before = vmae.pick_device(device), resource.getrusage(usage).ru_maxrss  # torch's own
+    model, x = body(size, **kwargs).to(device), torch.rand(batch, 3, size, size, device=device)
 
     def train():
         model.zero_grad()
         (model.decode(model.encode(x).sample()) - x).square().mean().backward()
 
-    usage, (body, kwargs) = resource.RUSAGE_SELF, BODIES[name]
-    device, before = vmae.pick_device(device), resource.getrusage(usage).ru_maxrss  # torch's own
-    model, x = body(size, **kwargs).to(device), torch.rand(batch, 3, size, size, device=device)
-    with torch.no_grad():
-        z, row = model.encode(x).mode(), {}
-    for what, work in (("encode s", lambda: model.encode(x)), ("decode s", lambda: model.decode(z)),
-                       ("train s", train)):
-        times = []
-        for _ in range(4):                                 # the first warms up
-            start = time.perf_counter()
-            with torch.set_grad_enabled(work is train):
-                work()
-            torch.cuda.synchronize() if device.type == "cuda" else None
-            times.append(time.perf_counter() - start)
-        row[what] = min(times[1:])
+    def clock(work):
+        """Seconds; CUDA returns before it is done, unless asked to wait."""
+        start = time.perf_counter()
+        work()
+        torch.cuda.synchronize() if device.type == "cuda" else None
+        return time.perf_counter() - start
+
+    no_grad = torch.no_grad()
+    z = no_grad(model.encode)(x).mode()
+    works = {"encode s": no_grad(lambda: model.encode(x)),
+             "decode s": no_grad(lambda: model.decode(z)), "train s": train}
+    row = {what: min(clock(work) for _ in range(4)) for what, work in works.items()}
     row["peak MiB"] = (torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else
                        (resource.getrusage(usage).ru_maxrss - before) / 2**10)   # KiB on Linux
     return row
