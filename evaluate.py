@@ -38,9 +38,7 @@ import ldm
 import vmae
 from vmae import InputError
 
-# ---------------------------------------------------------------------------------------------
-# Pixel metrics
-# ---------------------------------------------------------------------------------------------
+# ---- Pixel metrics ----------------------------------------------------------------------------
 
 def psnr(a, b):
     """Peak signal-to-noise ratio, 10 log10(255^2 / MSE), dB -> (N,); infinite for equal images.
@@ -77,9 +75,7 @@ def ssim(a, b):
     return value.mean((1, 2, 3))
 
 
-# ---------------------------------------------------------------------------------------------
-# InceptionV3 (Szegedy 2016) in the form FID is defined on: TensorFlow's weights of 2015
-# ---------------------------------------------------------------------------------------------
+# ---- InceptionV3 (Szegedy 2016) in the form FID is defined on: TensorFlow's weights of 2015 ---
 
 class ConvBN(nn.Module):
     """Convolution, batch norm with its stored statistics, ReLU.
@@ -253,9 +249,7 @@ def load_inception(path=None, resize="pytorch-fid", fast=False):
     return net
 
 
-# ---------------------------------------------------------------------------------------------
-# From features to numbers
-# ---------------------------------------------------------------------------------------------
+# ---- From features to numbers -----------------------------------------------------------------
 
 class Statistics:
     """Mean and covariance of rows by running sums in float64: D^2 numbers, however many rows.
@@ -405,9 +399,7 @@ class Features:
         return math.exp(-torch.special.xlogy(p, p).sum().item() - self.entropy / self.pool.n)
 
 
-# ---------------------------------------------------------------------------------------------
-# Images, models and weights as the command line names them
-# ---------------------------------------------------------------------------------------------
+# ---- Images, models and weights as the command line names them --------------------------------
 
 def optional_nets(args):
     """-> [LPIPS, InceptionV3], each None where the sub-command has no use for it, or its weights
@@ -528,9 +520,7 @@ def read_npz(path, *needed):
     return entries
 
 
-# ---------------------------------------------------------------------------------------------
-# Tables and pictures
-# ---------------------------------------------------------------------------------------------
+# ---- Tables and pictures ----------------------------------------------------------------------
 
 def beside_fid(net, n):
     """What has to stand beside a FID of n images on the smaller side, "" without Inception. Warns
@@ -633,9 +623,7 @@ def radar(path, axes, shapes):
     image.resize((image.width // 2, image.height // 2), Image.LANCZOS).save(path)
 
 
-# ---------------------------------------------------------------------------------------------
-# Sub-commands
-# ---------------------------------------------------------------------------------------------
+# ---- Sub-commands -----------------------------------------------------------------------------
 
 def scores(pairs, args, real=None):
     """Batches of uint8 (original, reconstruction) -> (the metrics of Table 1, Features of the
@@ -980,9 +968,7 @@ def neighbours(args):
     report(args, f"Distance to the nearest of {len(train)} training images, median", rows)
 
 
-# ---------------------------------------------------------------------------------------------
-# The command line
-# ---------------------------------------------------------------------------------------------
+# ---- The command line -------------------------------------------------------------------------
 
 OPTIONS = {  # name: default, help; the default's type is the option's
     "runs": (["runs/ae", "runs/vmae"], "run folders, or checkpoints"),

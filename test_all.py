@@ -19,8 +19,10 @@ import time
 import traceback
 import unittest
 import warnings
+import zlib
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -910,6 +912,423 @@ def test_psnr_and_ssim_by_hand():
     c1 = (0.01 * 255) ** 2
     close(evaluate.ssim(flat, flat + 20), (2 * 100 * 120 + c1) / (100**2 + 120**2 + c1), 1e-9)
     raises(ValueError, evaluate.ssim, a[..., :8], a[..., :8])
+
+
+def made_up_inception():
+    """A state dict by the rule of vectors/inception_fid.pt, which says it in words."""
+    weights = {}
+    for key, value in evaluate.InceptionV3().state_dict().items():
+        if value.dtype == torch.long:
+            continue                                       # counters: a file may lack them
+        generator = torch.Generator().manual_seed(zlib.crc32(key.encode()))
+        w = torch.randn(value.shape, generator=generator)
+        weights[key] = (w.abs() + 0.5 if key.endswith("running_var") else
+                        1 + 0.1 * w if key.endswith("bn.weight") else
+                        0.1 * w if w.dim() == 1 else w * (2 / w[0].numel()) ** 0.5)
+    return weights
+
+
+def test_inception_equals_pytorch_fid():
+    v = vector("inception_fid.pt")
+    net = evaluate.InceptionV3()
+    assert {k: tuple(w.shape) for k, w in net.state_dict().items()} == {
+        k: tuple(shape) for k, shape in v["shapes"].items()}
+    with tempfile.TemporaryDirectory() as folder:
+        torch.save(made_up_inception(), f"{folder}/made_up.pth")
+        net = evaluate.load_inception(f"{folder}/made_up.pth")
+        assert len(net.hash) == 8
+        size = v["features"].abs().max()
+        close(net(v["images"]) / size, v["features"] / size, 1e-4)
+        seen = []
+        net.Mixed_6d.branch1x1.register_forward_hook(lambda m, x, y: seen.append(y))
+        features, spatial, logits = net.outputs(v["images"][:1])
+        close(spatial.view(17, 17, 7), seen[0][0, :7].permute(1, 2, 0), 0)     # sFID: ADM's order
+        close(logits, features @ net.fc.weight.T, 1e-3)    # IS: 1,008 of them, without the bias
+        assert logits.shape == (1, 1008)
+        net.fast = True                                    # bfloat16: the same to two digits
+        close(net(v["images"][:1]) / size, v["features"][:1] / size, 0.03)
+
+
+def test_weights_that_are_not_fids_are_refused_with_the_reason():
+    with tempfile.TemporaryDirectory() as folder:
+        torch.save({"fc.bias": torch.zeros(1000)}, f"{folder}/google.pth")
+        torch.save({"fc.bias": torch.zeros(1008)}, f"{folder}/other.pth")
+        for name, words in (("google", ("torchvision", "1000", "2015")),
+                            ("other", ("not FID's",)),
+                            ("none", (evaluate.INCEPTION_URL, "--inception-weights", "none.pth"))):
+            message = raises(InputError, evaluate.load_inception, f"{folder}/{name}.pth")
+            assert all(word in message for word in words) and "\n" not in message, message
+
+
+def test_clean_resize_is_pillows_antialiased_bicubic():
+    net, x, seen = evaluate.InceptionV3("clean"), (random_images(1, 400) * 127.5 + 127.5).byte(), []
+    net.Conv2d_1a_3x3.register_forward_pre_hook(lambda m, inputs: seen.append(inputs[0]) or 1 / 0)
+    raises(ZeroDivisionError, net, x)                      # the first layer is far enough
+    plane = Image.fromarray(x[0, 0].numpy().astype(np.float32))            # mode F: not rounded
+    expected = np.asarray(plane.resize((299, 299), Image.BICUBIC)).clip(0, 255)
+    close(seen[0][0, 0], (expected - 128) / 128, 1e-4)
+
+
+def test_frechet_distance_equals_pytorch_fid():
+    v = vector("fid_reference.npz")
+    for name in ("full", "singular"):
+        statistics = []
+        for side in "ab":
+            running = evaluate.Statistics()
+            for part in torch.from_numpy(v[f"{name}_{side}"]).split(64):   # the last one is short
+                running.add(part)
+            mu, sigma = running.moments()
+            close(mu, v[f"{name}_{side}"].mean(0), 1e-12)
+            close(sigma, np.cov(v[f"{name}_{side}"], rowvar=False), 1e-10)
+            statistics += [mu, sigma]
+        expected = float(v[f"{name}_fid"])
+        close(evaluate.frechet_distance(*statistics), expected, 1e-6 * expected)
+
+
+def test_frechet_distance_by_hand():
+    rng = np.random.default_rng(0)
+    s1, s2, mu = rng.random(32), rng.random(32), rng.random(32)
+    expected = (mu**2).sum() + ((s1 - s2) ** 2).sum()      # Gaussians with diagonal covariances
+    got = evaluate.frechet_distance(0 * mu, np.diag(s1**2), mu, torch.from_numpy(np.diag(s2**2)))
+    close(got, expected, 1e-10)
+    q, _ = np.linalg.qr(rng.normal(size=(32, 32)))         # turning both changes nothing
+    close(evaluate.frechet_distance(0 * mu, q @ np.diag(s1**2) @ q.T, q @ mu,
+                                    q @ np.diag(s2**2) @ q.T), expected, 1e-10)
+    few = rng.normal(size=(300, 512)) @ rng.normal(size=(512, 512))
+    mu, sigma = few.mean(0), np.cov(few, rowvar=False)     # 300 images, 512 dimensions: singular
+    close(evaluate.frechet_distance(mu, sigma, mu, sigma), 0, 1e-6 * np.trace(sigma))
+    for bad in (np.array([[1, 2], [2, 1.0]]), np.array([[0, 1], [1, 0.0]]), np.eye(2) * np.nan):
+        message = raises(ValueError, evaluate.frechet_distance, np.zeros(2), bad, np.zeros(2),
+                         np.eye(2))
+        assert "covariance" in message
+    raises(ValueError, evaluate.frechet_distance, np.zeros(2), np.eye(2), np.zeros(3), np.eye(3))
+
+
+def test_statistics_do_not_cancel_and_do_not_grow():
+    rows = torch.randn(1000, 8, dtype=torch.float64) + 1e7
+    running = evaluate.Statistics()
+    for part in rows.split(300):
+        running.add(part)
+    close(running.moments()[1], np.cov(rows.numpy(), rowvar=False), 1e-7)
+    assert sum(v.numel() for v in vars(running).values() if torch.is_tensor(v)) == 8 + 8 + 64
+
+
+def test_kid_is_the_mean_over_pairs_and_unbiased():
+    a, b = torch.randn(6, 4), torch.randn(5, 4) + 1
+
+    def k(x, y):
+        return (x @ y / 4 + 1) ** 3
+
+    def mean(values):
+        values = list(values)
+        return sum(values) / len(values)
+
+    expected = (mean(k(x, y) for i, x in enumerate(a) for j, y in enumerate(a) if i != j)
+                + mean(k(x, y) for i, x in enumerate(b) for j, y in enumerate(b) if i != j)
+                - 2 * mean(k(x, y) for x in a for y in b))
+    close(evaluate.kid(a, b), expected, 1e-4)
+    draws = [evaluate.kid(torch.randn(16, 4), torch.randn(16, 4)) for _ in range(400)]
+    close(mean(draws), 0, 4 * np.std(draws) / 20)          # of one distribution: 0 on average
+    assert min(draws) < 0
+
+
+def test_precision_and_recall_by_hand():
+    real = torch.tensor([[0.0], [1], [2], [3], [10]])      # to the third neighbour: 3 2 2 3 9
+    fake = torch.tensor([[2.5], [5.5], [19.5], [-4], [2.6]])   # inside; inside; no: 9.5; no; inside
+    close(torch.tensor(evaluate.precision_recall(real, fake)), [0.6, 1.0], 1e-6)
+    same = torch.randn(50, 8)
+    assert evaluate.precision_recall(same, same) == (1, 1)
+    assert evaluate.precision_recall(same, same + 100) == (0, 0)
+    one_mode = same[:1] + 0.01 * torch.randn(50, 8)        # fakes all alike: precise, not varied
+    precision, recall = evaluate.precision_recall(same, one_mode)
+    assert precision == 1 and recall <= 0.02
+    d, index = evaluate.nearest(same[:3], same.split(7), 2)                # over several batches
+    assert index[:, 0].tolist() == [0, 1, 2] and (d[:, 0] < 0.01).all()
+    close(d[:, 1], torch.cdist(same[:3], same).sort().values[:, 1], 1e-4)
+
+
+class TinyNet:
+    """Stands in for Inception: features are means of colours, in a moment."""
+    hash, resize, fast = "tiny", "pytorch-fid", False
+
+    def outputs(self, images):
+        x = images.float().mean((2, 3))                                    # (N, 3)
+        return x, x[:, :2], x / 10
+
+    def __call__(self, images):
+        return self.outputs(images)[0]
+
+    def to(self, device):
+        return self
+
+
+def test_scores_are_means_over_images_and_rfid_is_of_sets():
+    a, b = (torch.randint(0, 256, (10, 3, 16, 16), dtype=torch.uint8) for _ in range(2))
+
+    def lpips_net(x, y):                                   # takes [-1, 1]
+        return (x - y).abs().amax((1, 2, 3), keepdim=True)
+
+    args = SimpleNamespace(nets=(lpips_net, TinyNet()), device="cpu")
+    row, real = evaluate.scores(zip(a.split(4), b.split(4)), args)         # the last has two
+    close(row["L1"], (a.double() - b.double()).abs().mean() / 255, 1e-9)
+    close(row["PSNR"], evaluate.psnr(a, b).mean(), 1e-9)
+    close(row["SSIM"], evaluate.ssim(a, b).mean(), 1e-9)
+    close(row["LPIPS"], (a.double() - b.double()).abs().amax((1, 2, 3)).mean() / 127.5, 1e-5)
+    means = [x.double().mean((2, 3)).numpy() for x in (a, b)]
+    moments = [v for m in means for v in (m.mean(0), np.cov(m, rowvar=False))]
+    close(row["rFID"], evaluate.frechet_distance(*moments), 1e-4)
+    close(evaluate.scores([(a, b)], args, real)[0]["rFID"], row["rFID"], 1e-4)
+
+
+def test_inception_score_and_kept_features():
+    sure = evaluate.Features(SimpleNamespace(outputs=lambda x: (x, x, 100 * x)), pairs=5)
+    for part in torch.eye(4).repeat(2, 1).split(3):        # four classes, no doubt: IS = 4
+        sure.add(part)
+    close(sure.inception_score(), 4, 1e-6)
+    assert torch.equal(torch.cat(sure.kept), torch.eye(4).repeat(2, 1)[:5])
+    flat = evaluate.Features(SimpleNamespace(outputs=lambda x: (x, x, 0 * x)))
+    flat.add(torch.eye(4))                                 # says nothing of any image: IS = 1
+    close(flat.inception_score(), 1, 1e-6)
+    assert flat.kept == []                                 # not even an empty slice of a batch
+
+
+def test_separation_of_known_tokens():
+    generator = torch.Generator().manual_seed(0)
+    group, image = torch.arange(4000) % 2, torch.arange(4000) // 20
+    z = torch.randn(4000, 3, generator=generator)
+    mixed = evaluate.separation(z, group, image)           # no order at all
+    close(mixed["sigma^2"], 1, 0.01), close(mixed["probe"], 0.5, 0.05)
+    assert mixed["rho"] < 0.1 and mixed["chance"] == 0.5
+    z[:, 0] += 6 * group                                   # variance 1 within, 9 between: 1 + 9
+    apart = evaluate.separation(z, group, image)
+    close(apart["sigma^2"], (0.1 + 1 + 1) / 3, 0.01)
+    close(apart["rho"], 6 / math.sqrt(10) / math.sqrt(0.1 + 1 + 1), 0.03)
+    assert apart["probe"] > 0.99
+    close(evaluate.separation(z * torch.tensor([9, 1, 0.1]) + 5, group, image)["rho"],
+          apart["rho"], 1e-4)                              # units of a channel do not matter
+
+
+def test_noise_on_the_latent_has_the_channels_scale():
+    z = torch.randn(64, 3, 8, 8) * torch.tensor([1.0, 5, 20]).view(1, 3, 1, 1)
+    noise = evaluate.perturb(z, 0.1) - z
+    close(noise.std((0, 2, 3)), 0.1 * z.std((0, 2, 3)), 0.05)
+    close(evaluate.perturb(z, 0.2) - z, 2 * noise, 1e-4)   # the same noise, larger
+    assert torch.equal(evaluate.perturb(z, 0), z)
+
+    class Pixels:                                          # an autoencoder with the image as latent
+        x = torch.randint(96, 161, (40, 3, 16, 16), dtype=torch.uint8)
+
+        def __init__(self, path, args):
+            self.path = path
+
+        def held_out(self):
+            return 40, ((x, None) for x in self.x.split(16))
+
+        def encode(self, x):
+            return x / 127.5 - 1
+
+        def decode(self, z):
+            return vmae.to_uint8(z)
+
+    run, evaluate.Run = evaluate.Run, Pixels
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            status, text = command(evaluate.main, "smoothness", "--ckpt", "pixels", "--eps", 0.2,
+                                   0.5, "--out", folder)
+            assert status == 0, text
+            rows = json.load(open(f"{folder}/smoothness.json"))["rows"]
+    finally:
+        evaluate.Run = run
+    for row in rows:                                       # then PSNR is that of the noise alone
+        sigma = row["eps"] * Pixels.x.float().std().item()
+        close(row["PSNR"], 10 * math.log10(255**2 / (sigma**2 + 1 / 12)), 0.1)
+    close(rows[1]["lost"], rows[0]["PSNR"] - rows[1]["PSNR"], 1e-9)
+
+
+def test_face_levels_are_what_was_drawn():
+    class Colours:                                         # a latent that is the patch's colour
+        model = SimpleNamespace(img_size=32, patch_size=4)
+        args = SimpleNamespace(n=24, batch=10)
+
+        def encode(self, images):
+            return F.avg_pool2d(images.float(), 4)
+
+    levels = evaluate.face_levels(Colours())
+    assert list(levels) == ["object", "part", "pattern"]
+    (_, kind, image), (z, part, _), (skin, _, _) = levels.values()
+    kinds = Faces(32, "val").render(range(24))[1]
+    assert torch.equal(kinds[image], kind) and set(part.tolist()) <= set(range(5))
+    assert len(skin) == (part == 2).sum() and z.shape[1] == 3 and 0 < len(kind) < len(part)
+    assert evaluate.separation(*levels["part"])["rho"] > 0.5               # parts have colours
+
+
+def test_efficiency_is_the_papers_table_3():
+    with tempfile.TemporaryDirectory() as folder:
+        status, text = command(evaluate.main, "efficiency", "--out", folder)
+        assert status == 0, text
+        for number in ("319.7", "42.69", "13.4%", "17,331.3", "701.4", "4.0%", "703.9", "4.1%",
+                       "895.2", "41.33", "4.6%", "11,191,604", "83,819,683"):
+            assert f"| {number} |" in text, number
+        assert len(json.load(open(f"{folder}/efficiency.json"))["rows"]) == 3
+    with evaluate.Work() as work:                          # 2 x 3 -> 5; 4 queries, 6 keys of 8
+        torch.nn.Linear(3, 5)(torch.zeros(2, 3))
+        F.scaled_dot_product_attention(*(torch.zeros(1, n, 8) for n in (4, 6, 6)))
+    assert work.count == {"body": 30, "attention": 2 * 4 * 6 * 8}
+    bodies, evaluate.BODIES = evaluate.BODIES, {"VMAE": (VMAE, dict(
+        patch_size=4, embed_dim=32, depth=1, num_heads=4, latent_dim=4))}
+    try:                                                   # --time: every number is a cost
+        row = evaluate.measure("VMAE", 16, 2, "cpu")
+    finally:
+        evaluate.BODIES = bodies
+    assert list(row) == ["encode s", "decode s", "train s", "peak MiB"]
+    assert min(list(row.values())[:3]) > 0 and row["peak MiB"] >= 0
+
+
+def test_every_figure_of_two_runs():
+    with tempfile.TemporaryDirectory() as folder:
+        save_images(f"{folder}/data/a", 12, 16), save_images(f"{folder}/data/b", 12, 16, seed=1)
+        for name in ("vmae", "ae"):                        # a transformer, a convolutional body
+            status, text = command(train_vmae.main, "--data", f"{folder}/data", "--size", 16,
+                                   "--steps", 2, "--batch", 8, "--lambda-p", 0, "--preset", name,
+                                   "--out", f"{folder}/runs/{name}")
+            assert status == 0, text
+        vmaes = [f"{folder}/runs/{name}/last.pt" for name in ("vmae", "ae")]
+        ldms = [f"{folder}/runs/ldm", f"{folder}/runs/flow"]
+        for out, objective in zip(ldms, ("v", "flow")):
+            status, text = command(train_ldm.main, "--vmae", vmaes[0], "--steps", 2, "--batch", 8,
+                                   "--objective", objective, "--out", out)
+            assert status == 0, text
+        data = ["--data", f"{folder}/data", "--n", 20, "--batch", 8, "--device", "cpu"]
+
+        # As a user types it: no arguments, in the folder of the runs.
+        here = os.getcwd()
+        try:
+            os.chdir(folder)
+            status, text = command(evaluate.main)
+        finally:
+            os.chdir(here)
+        assert status == 0, text
+        for name in ("reconstruct", "smoothness", "separability", "efficiency", "neighbours",
+                     "compare"):
+            assert list(Path(folder, "runs").rglob(f"{name}.json")), name
+            assert name == "efficiency" or list(Path(folder, "runs").rglob(f"{name}*.png")), name
+        for words in ("skipped LPIPS", "skipped fid", "skipped times", "skipped generation"):
+            assert words in text and "Inception weights" not in text
+
+        def rows(name, *options):
+            """The JSON of a sub-command, whose numbers are those of the table."""
+            status, text = command(evaluate.main, name, *options, "--out", f"{folder}/out")
+            assert status == 0 and "|---|" in text, text
+            return json.load(open(f"{folder}/out/{name}.json"))["rows"]
+
+        exact = rows("reconstruct", "--ckpt", *vmaes, *data)
+        noisy = rows("smoothness", "--ckpt", *vmaes, *data, "--eps", 0, 0.5, 2)
+        for i in (0, 1):
+            close(noisy[3 * i]["PSNR"], exact[i]["PSNR"], 1e-9)            # no noise: Table 1
+            assert noisy[3 * i]["lost"] == 0
+            close(noisy[3 * i + 2]["lost"], exact[i]["PSNR"] - noisy[3 * i + 2]["PSNR"], 1e-9)
+        levels = [row["level"] for row in rows("separability", "--ckpt", vmaes[0], *data)]
+        assert levels[-1] == "classes, object" and len(levels) == 4
+        table = rows("compare", f"{folder}/runs/vmae", vmaes[1], *data)
+        shapes = json.load(open(f"{folder}/out/compare.json"))["rescaled"]
+        assert [row["run"] for row in table] == [f"{folder}/runs/vmae", vmaes[1]]
+        assert all({a, b} in ({0, 1}, {0}) for a, b in zip(*shapes.values(), strict=True))
+        assert len(shapes[vmaes[1]]) == 4
+        best = max(table, key=lambda row: row["pixels, dB"])["run"]
+        assert shapes[best][2] == 1
+
+        # What Inception adds, with a stand-in for it.
+        load, evaluate.load_inception = evaluate.load_inception, lambda *_: TinyNet()
+        try:
+            few = ["--n", 5, "--batch", 4, "--inception-weights", "tiny.pth"]
+            drawn = rows("fid", "--fake", f"{ldms[0]}/last.pt", *few)[0]
+            assert drawn["real"] == f"{folder}/data" and drawn["N fake"] == 5
+            table = rows("compare", *ldms, *few)
+            close(table[0]["generation, gFID"], drawn["gFID"], 1e-6)
+            assert table[1]["generation, gFID"] > 0        # rectified flow has its own sampler
+            near = rows("neighbours", "--ckpt", f"{ldms[0]}/last.pt", *few)
+            assert [row["space"] for row in near] == ["pixels", "Inception"]
+            assert all(row["ratio"] == row["samples"] / row["held-out"] for row in near)
+            status, text = command(evaluate.main, "fid", "--fake", f"{ldms[0]}/last.pt", "--n", 9,
+                                   "--cfg", 2, "--out", folder)
+            assert status == 0 and "weights tiny" in json.load(open(f"{folder}/fid.json"))["title"]
+            first = next(evaluate.draw_samples(f"{ldms[0]}/last.pt", SimpleNamespace(
+                n=9, batch=4, cfg=1.0, device="cpu")))
+            command(sample.main, "--ckpt", f"{ldms[0]}/last.pt", "--n", 4, "--cfg", 1, "--npz",
+                    "--out", f"{folder}/samples")
+            same = np.load(f"{folder}/samples/samples.npz")["arr_0"].transpose(0, 3, 1, 2)
+            close(first, same.astype(float), 1)            # the images of sample.py
+        finally:
+            evaluate.load_inception = load
+
+
+def test_fid_from_every_source():
+    load, loaded = evaluate.load_inception, []
+    evaluate.load_inception = lambda *arguments: loaded.append(arguments) or TinyNet()
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            save_images(f"{folder}/real", 20, 16), save_images(f"{folder}/fake", 21, 16, seed=1)
+            pixels = {name: np.stack([np.array(Image.open(p)) for p in sorted(
+                Path(folder, name).glob("*.png"))]) for name in ("real", "fake")}
+            np.savez(f"{folder}/fake.npz", arr_0=pixels["fake"])
+            Image.new("RGB", (99, 99)).save(f"{folder}/fake/grid.png")     # sample.py's overview
+            common = ["--batch", 8, "--out", f"{folder}/out"]
+
+            def fid(*options):
+                with warnings.catch_warnings():
+                    warnings.simplefilter("always")        # not only the first time
+                    status, text = command(evaluate.main, "fid", *options, *common)
+                assert status == 0, text
+                assert "under 2,048" in text and "tiny" in text and "pytorch-fid" in text, text
+                return json.load(open(f"{folder}/out/fid.json"))["rows"][0]
+
+            row = fid("--real", f"{folder}/real", "--fake", f"{folder}/fake", "--save-stats",
+                      f"{folder}/stats.npz")
+            means = [pixels[name].reshape(len(pixels[name]), -1, 3).mean(1) for name in
+                     ("real", "fake")]
+            moments = [v for m in means for v in (m.mean(0), np.cov(m, rowvar=False))]
+            close(row["FID"], evaluate.frechet_distance(*moments), 1e-4)
+            assert (row["N real"], row["N fake"]) == (20, 21)
+            assert {"sFID", "IS", "KID x 1e3", "precision", "recall"} <= set(row)
+            stats = np.load(f"{folder}/stats.npz")
+            close(stats["mu"], moments[0], 1e-3), close(stats["sigma"], moments[1], 1e-3)
+
+            # The same numbers from ADM's .npz of images, and from pytorch-fid's of statistics.
+            for real in (f"{folder}/real", f"{folder}/stats.npz"):
+                again = fid("--real", real, "--fake", f"{folder}/fake.npz")
+                close(again["FID"], row["FID"], 1e-6), close(again["sFID"], row["sFID"], 1e-6)
+            assert "KID x 1e3" not in again and again["N real"] == 20
+            np.savez(f"{folder}/plain.npz", mu=stats["mu"], sigma=stats["sigma"])
+            plain = fid("--real", f"{folder}/plain.npz", "--fake", f"{folder}/fake.npz")
+            assert "sFID" not in plain
+            close(plain["FID"], row["FID"], 1e-6)
+            assert fid("--real", "faces", "--fake", f"{folder}/fake", "--n", 12)["N real"] == 12
+            close(fid("--real", f"{folder}/real", "--fake", f"{folder}/real")["FID"], 0, 1e-3)
+
+            for fake, options, words in (
+                    ("fake", [], "--real"), ("no.pt", [], "no such"),
+                    ("fake", ["--real", f"{folder}/no"], "no such"),
+                    ("fake", ["--real", "no.npz"], "no.npz"),
+                    ("stats.npz", ["--real", "faces"], "arr_0"),
+                    ("fake", ["--real", "faces", "--n", 0], "--n")):
+                status, text = command(evaluate.main, "fid", "--fake", f"{folder}/{fake}", *options,
+                                       "--out", f"{folder}/none")
+                assert status == 1 and words in text and len(text.strip().splitlines()) == 1, text
+            assert not os.path.exists(f"{folder}/none")
+    finally:
+        evaluate.load_inception = load
+
+
+def test_pictures_are_drawn():
+    with tempfile.TemporaryDirectory() as folder:
+        curves = {"one": [(0, 1), (1, 3)], "two": [(0, 2), (1, 2)]}
+        evaluate.plot(f"{folder}/a.png", curves, "x", "y")
+        evaluate.radar(f"{folder}/b.png", ["a", "b", "c"], {"one": [0, 1, 0.5], "two": [1, 0, 1]})
+        for name in "ab":
+            picture = np.array(Image.open(f"{folder}/{name}.png")).reshape(-1, 3)
+            for colour in evaluate.COLOURS[:2]:
+                rgb = [int(colour[i:i + 2], 16) for i in (1, 3, 5)]
+                assert (abs(picture - rgb) < 12).all(1).sum() > 60, (name, colour)
 
 
 # ---- The scripts, as a user types them --------------------------------------------------------
