@@ -468,13 +468,12 @@ def draw_samples(path, args):
     shape, K = (first.latent_dim, first.grid, first.grid), len(ckpt["classes"])
     if args.cfg != 1 and K == 0:
         raise InputError(f"--cfg {args.cfg}: {path} is unconditional, leave --cfg out")
-    sampler = ldm.euler_sample if schedule.objective == "flow" else ldm.ddim_sample
     for index in torch.arange(args.n).split(args.batch):
         z = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(i))
                          for i in index.tolist()]).to(device)              # (B, d, h, w)
         y = (index % K).to(device) if K else None
         with torch.no_grad():
-            z = sampler(model, schedule, z, y, steps=50, w=args.cfg)
+            z = ldm.sampler_for(schedule)(model, schedule, z, y, steps=50, w=args.cfg)
             yield vmae.to_uint8(first.decode(ldm.denormalise(z, mean, std))).cpu()
 
 
@@ -1049,6 +1048,8 @@ def main():
     if args.command is None:
         print("skipped LPIPS and rFID: `evaluate.py reconstruct --download` fetches 528 and 91 MB\n"
               "skipped fid: `evaluate.py fid` samples, and fetches Inception's 91 MB")
+        if neighbours not in (run.function for run in todo):
+            print("skipped neighbours: it needs a generator, `train_ldm.py`")
         if len(runs) < 2:
             print("skipped compare: train a second preset, then `evaluate.py compare` both")
 

@@ -1193,6 +1193,10 @@ def test_every_figure_of_two_runs():
                                    "--out", f"{folder}/runs/{name}")
             assert status == 0, text
         vmaes = [f"{folder}/runs/{name}/last.pt" for name in ("vmae", "ae")]
+        os.chdir(folder)                                   # as a user types it, before stage two
+        status, text = command(evaluate.main)
+        os.chdir(HERE)
+        assert status == 0 and "skipped neighbours" in text and "(Fig. 2)" in text, text
         ldms = [f"{folder}/runs/ldm", f"{folder}/runs/flow"]
         for out, objective in zip(ldms, ("v", "flow")):
             status, text = command(train_ldm.main, "--vmae", vmaes[0], "--steps", 2, "--batch", 8,
