@@ -591,7 +591,7 @@ def plot(path, series, x_label, y_label, lines=True):
         pen.line([place(x, low[1]), place(x, high[1])], "#dddddd", 2)
         pen.line([place(low[0], y), place(high[0], y)], "#dddddd", 2)
         pen.text((place(x, y)[0], 585), f"{x:.3g}", "#333333", font, "mm")
-        pen.text((115, place(x, y)[1]), f"{y:.4g}", "#333333", font, "rm")
+        pen.text((115, place(x, y)[1]), f"{y:.3g}", "#333333", font, "rm")
     for curve, colour in zip(series.values(), itertools.cycle(COLOURS)):
         lines and pen.line([place(*p) for p in curve], colour, 4)
         for x, y in (place(*p) for p in curve):
