@@ -240,7 +240,8 @@ def load_inception(path=None, resize="pytorch-fid", fast=False):
                          f"defined on TensorFlow's of 2015 (other weights, other pools, 1,008 "
                          f"classes), no other compares: take {INCEPTION_URL}")
     for key, value in net.state_dict().items():            # a counter that some copies leave out
-        weights.setdefault(key, value) if key.endswith("num_batches_tracked") else None
+        if key.endswith("num_batches_tracked"):
+            weights.setdefault(key, value)
     try:
         net.load_state_dict(weights)
     except RuntimeError:
@@ -593,7 +594,8 @@ def plot(path, series, x_label, y_label, lines=True):
         pen.text((place(x, y)[0], 585), f"{x:.3g}", "#333333", font, "mm")
         pen.text((115, place(x, y)[1]), f"{y:.3g}", "#333333", font, "rm")
     for curve, colour in zip(series.values(), itertools.cycle(COLOURS)):
-        lines and pen.line([place(*p) for p in curve], colour, 4)
+        if lines:
+            pen.line([place(*p) for p in curve], colour, 4)
         for x, y in (place(*p) for p in curve):
             if 129 < x < 1071 and 59 < y < 561:
                 pen.ellipse((x - r, y - r, x + r, y + r), fill=colour)
@@ -633,8 +635,8 @@ def scores(pairs, args, real=None):
     each the mean over images of its value for one. rFID: FID between the two sets.
     """
     (lpips_net, inception), device, values = args.nets, vmae.pick_device(args.device), []
-    fake, known = inception and Features(inception), real  # None without Inception
-    real = real or inception and Features(inception)
+    fake, known = Features(inception), real is not None
+    real = real or Features(inception)
     for a, b in pairs:
         row = [(a.double() - b.double()).abs().mean((1, 2, 3)) / 255, psnr(a, b), ssim(a, b)]
         if lpips_net:
@@ -644,11 +646,12 @@ def scores(pairs, args, real=None):
         values.append(torch.stack(row))                                    # (3 or 4, B)
         if inception:
             fake.add(b)                                    # one pass, two sums
-            known or real.add(a)
+            if not known:
+                real.add(a)
     row = dict(zip(("L1", "PSNR", "SSIM", "LPIPS"), torch.cat(values, 1).mean(1).tolist()))
     if inception:
         row["rFID"] = frechet_distance(*real.pool.moments(), *fake.pool.moments())
-    return row, real
+    return row, real if inception else None
 
 
 def reconstruct(args):
@@ -829,7 +832,8 @@ def efficiency(args):
                 rows[-1].update(pool.apply(measure, (name, args.size, args.batch, args.device)))
     ratio = {key: f"{rows[1][key] / rows[0][key]:.1%}" for key in list(rows[0])[1:]}
     report(args, f"Efficiency at {args.size} px (Table 3)", [*rows, {"model": "ratio", **ratio}])
-    args.time or print("skipped times and memory: `evaluate.py efficiency --time`")
+    if not args.time:
+        print("skipped times and memory: `evaluate.py efficiency --time`")
 
 
 def measure(name, size, batch, device):
@@ -848,7 +852,8 @@ def measure(name, size, batch, device):
         """Seconds; CUDA returns before it is done, unless asked to wait."""
         start = time.perf_counter()
         work()
-        torch.cuda.synchronize() if device.type == "cuda" else None
+        if device.type == "cuda":
+            torch.cuda.synchronize()
         return time.perf_counter() - start
 
     no_grad = torch.no_grad()
@@ -939,7 +944,8 @@ def compare(args):
     radar(output(args, "compare.png"), axes, shapes)
     report(args, "Comparison (Fig. 2)" + beside_fid(second and inception or None, args.n), rows,
            rescaled=shapes)
-    second or print("skipped generation: it takes stage-two runs, and Inception's weights")
+    if not second:
+        print("skipped generation: it takes stage-two runs, and Inception's weights")
 
 
 def neighbours(args):
