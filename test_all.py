@@ -723,6 +723,8 @@ def test_published_vmae_loads_with_a_report():
         assert "norm.weight" in raises(InputError, vmae.load_vmae, path)
         torch.save({"weight": torch.zeros(1)}, path)
         assert "patch_embed" in raises(InputError, vmae.load_vmae, path)
+        torch.save(torch.zeros(1), path)
+        assert "not a checkpoint" in raises(InputError, vmae.load_vmae, path)
 
 
 def test_published_lightningdit_loads_and_samples():

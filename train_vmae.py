@@ -339,8 +339,9 @@ def main():
     model, lpips_net = model.to(device), perceptual(args, device)          # None: no L_P
     opt, start, last = optimiser(model), 0, os.path.join(args.out, "last.pt")
     disc = vmae.discriminator(args.size).to(device) if args.lambda_adv > 0 else None
-    disc_opt, adv_start = disc and optimiser(disc), args.steps // 2        # late, as Esser 2021
+    disc_opt = optimiser(disc) if disc else None
     extra = {"disc": disc, "disc_opt": disc_opt} if disc else {}           # saved and resumed too
+    adv_start = args.steps // 2             # late, as Esser 2021: noise is too easily told apart
     if args.resume:
         start = resume(last, model_args, model, opt, device, args.steps, extra)["step"]
     begin(args, model, f"{len(train)} images to train on, {len(val)} held out", start, rank)
@@ -356,6 +357,7 @@ def main():
 
     # x -> x_v -> q(z|x_v) -> z -> x_hat, and L_VMAE = L_R + lambda_M L_M + lambda_reg L_reg +
     # lambda_P L_P (Section 4.4), term by term; the losses leave the low precision for float32.
+    # SD-VAE adds lambda_adv L_G from adv_start on, and the discriminator's own step on L_D.
     for step in range(start, args.steps):
         lr = learning_rate(step, args.steps, args.lr)
         whole = int((step + 1) * args.whole) > int(step * args.whole)      # every other, at .5
@@ -378,7 +380,8 @@ def main():
             disc.requires_grad_(False)      # its own step comes after the autoencoder's
             with low_precision():
                 fake = disc(x_hat)                                         # (B, 1, h', w')
-            terms["L_G"] = vmae.loss_G(fake, loss, list(model.parameters())[-2])
+            last_layer = list(model.parameters())[-2]      # its weight; the bias is [-1]
+            terms["L_G"] = vmae.loss_G(fake, loss, last_layer)
             loss = loss + args.lambda_adv * terms["L_G"]
         update(opt, model, loss, terms, step, lr)
         if disc is not None and step >= adv_start:

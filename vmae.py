@@ -741,10 +741,10 @@ def read_checkpoint(path, *needed):
     """A checkpoint's dict, on the CPU. InputError if it is missing, damaged or lacks a key."""
     if not os.path.isfile(path):
         raise InputError(f"{path}: no such checkpoint; training writes last.pt into its --out")
-    torch.serialization.add_safe_globals([argparse.Namespace])             # options, in published
-    try:                                                                   # files
+    torch.serialization.add_safe_globals([argparse.Namespace])  # MAE's descendants save options so
+    try:
         ckpt = torch.load(path, map_location="cpu", weights_only=True)
-        missing = set(needed) - set(ckpt)
+        missing = set(needed) - ckpt.keys()
     except Exception:
         raise InputError(f"{path}: not a checkpoint, or a damaged one") from None
     if missing:
@@ -771,10 +771,9 @@ def published(path, ckpt, num_heads):
     Says what was left over, and whether the mask token was missing, which training alone needs.
     InputError if it is neither model, or a part of one.
     """
-    for key in ("state_dict", "model"):
-        ckpt = ckpt.get(key, ckpt)
-    weights = {k.removeprefix("module."): v for k, v in ckpt.items()}
     try:
+        weights = ckpt.get("state_dict") or ckpt.get("model") or ckpt
+        weights = {k.removeprefix("module."): v for k, v in weights.items()}
         if "encoder.conv_in.weight" in weights:
             top = "encoder.down_blocks.{}.resnets.1.conv2.bias".format
             levels = itertools.takewhile(lambda i: top(i) in weights, itertools.count())
