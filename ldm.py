@@ -129,7 +129,7 @@ def loss_flow(model, z_0, y=None):
     t = torch.randn(len(z_0), device=z_0.device).sigmoid()                 # (B,), in (0, 1)
     eps, s = torch.randn_like(z_0), t.view(-1, 1, 1, 1)
     velocity = model(s * z_0 + (1 - s) * eps, t, y).float()                # (B, d, h, w)
-    return F.mse_loss(velocity, z_0 - eps)
+    return F.mse_loss(velocity, z_0 - eps)                 # a scalar
 
 
 # ---- Samplers. `model` is any function (z_t, t, y) -> output ----------------------------------
@@ -143,7 +143,7 @@ def guided(model, z_t, t, y, w):
     t = torch.full((len(z_t),), t, device=z_t.device)
     if y is None or w == 1:
         return model(z_t, t, y).float()
-    null = torch.full_like(y, model.num_classes)
+    null = torch.full_like(y, model.num_classes)           # (B,)
     both = model(torch.cat([z_t, z_t]), torch.cat([t, t]), torch.cat([y, null])).float()
     out_y, out_null = both.chunk(2)                                        # (B, d, h, w) each
     return out_null + w * (out_y - out_null)
@@ -464,7 +464,7 @@ def published(path, ckpt):
     weights = ckpt.get("ema") or ckpt.get("model") or ckpt
     weights = {re.sub(r"^(module\.|_orig_mod\.)+", "", k): v for k, v in weights.items()}
     try:
-        D, d, P, _ = weights["x_embedder.proj.weight"].shape
+        D, d, P, _ = weights["x_embedder.proj.weight"].shape               # (D, d, P, P)
         num_classes = len(weights["y_embedder.embedding_table.weight"]) - 1    # the last is null
         args = dict(
             input_size=P * math.isqrt(weights["pos_embed"].shape[1]), patch_size=P, in_channels=d,
@@ -494,7 +494,7 @@ def load_ldm(path, stats=None):
     if not {"model_args", "ema", "latent_mean", "latent_std", "vmae"} <= set(ckpt):
         ckpt = published(path, ckpt)
     if stats is not None:
-        numbers = read(stats)
+        numbers = read(stats)           # of any shape: (1, d, 1, 1) in theirs
         for name in ("mean", "std"):
             ckpt[f"latent_{name}"] = torch.as_tensor(numbers.get(name, ())).float().flatten()
             if len(ckpt[f"latent_{name}"]) != ckpt["model_args"]["in_channels"]:
@@ -504,5 +504,5 @@ def load_ldm(path, stats=None):
         raise OSError(f"{path}: published weights come with a file of latent statistics; name it "
                       f"with --stats")
     model = DiT(**ckpt["model_args"])
-    model.load_state_dict(ckpt["ema"])
+    model.load_state_dict(ckpt["ema"])  # what samples best
     return model.eval(), Schedule(**ckpt["schedule"]), ckpt

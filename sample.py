@@ -84,7 +84,7 @@ def pick_sampler(args, schedule):
     if (name == "euler") != (schedule.objective == "flow"):
         raise InputError(f"--sampler {name}: does not go with the objective of this checkpoint, "
                          f"{schedule.objective}; leave it out")
-    function, own = SAMPLERS[name]
+    function, own = SAMPLERS[name]      # options that it knows
     typed = {o: getattr(args, o) for o in ("clip", "eta", "shift", "interval")
              if getattr(args, o) is not None}
     if strange := set(typed) - set(own):
@@ -96,8 +96,8 @@ def stage_one(args, ckpt):
     """The decoder of --vmae or of the checkpoint itself, if its latents are those of stage two."""
     if args.vmae is None and "vmae" not in ckpt:
         raise InputError(f"{args.ckpt}: published weights hold no stage one; name it with --vmae")
-    first = vmae.load_vmae(args.vmae) if args.vmae else vmae.build_vmae(ckpt["vmae"])
-    wanted = ckpt["model_args"]["in_channels"], ckpt["model_args"]["input_size"]
+    first = vmae.load_vmae(args.vmae) if args.vmae else vmae.build_vmae(ckpt["vmae"])  # its own
+    wanted = ckpt["model_args"]["in_channels"], ckpt["model_args"]["input_size"]  # d, h
     if (first.latent_dim, first.grid) != wanted:
         raise InputError(f"--vmae {args.vmae}: its latents have {first.latent_dim} channels on a "
                          f"side of {first.grid}, those of {args.ckpt} {wanted[0]} on {wanted[1]}")
@@ -107,7 +107,7 @@ def stage_one(args, ckpt):
 def main():
     args = options()
     model, schedule, ckpt = ldm.load_ldm(args.ckpt, args.stats)            # the EMA weights
-    sampler, extra = pick_sampler(args, schedule)
+    sampler, extra = pick_sampler(args, schedule)          # and its own options
     if args.steps > schedule.T and sampler is not ldm.euler_sample:
         raise InputError(f"--steps {args.steps}: this model was trained with {schedule.T} steps")
     classes, label = ckpt["classes"], pick_label(args.label, ckpt["classes"])  # [] without classes
@@ -142,7 +142,7 @@ def main():
             z = sampler(model, schedule, noise(), y, steps=args.steps, w=w, record=estimates,
                         **extra)                                           # (B, d, h, w)
             x = first.decode(ldm.denormalise(z, mean, std))                # (B, 3, H, W)
-            images.append(vmae.to_uint8(x).cpu())
+            images.append(vmae.to_uint8(x).cpu())          # (B, 3, H, W)
             if estimates is not None:       # ten of the steps, the first and the last among them
                 at = np.linspace(0, args.steps - 1, min(10, args.steps)).round().astype(int)
                 record = [first.decode(ldm.denormalise(estimates[k][:8], mean, std)) for k in at]

@@ -138,7 +138,7 @@ def fill_in(args, stage_one, device):
 def read_init(args, model_args):
     """--init -> its dict, as load_ldm gives it, with the number of classes of this run's data."""
     _, _, ckpt = ldm.load_ldm(args.init, args.stats)
-    old = ckpt["model_args"]
+    old = ckpt["model_args"]            # the network's shape, whatever --model says
     for name in ("input_size", "in_channels"):
         if old[name] != model_args[name]:
             raise InputError(f"{args.init}: made for latents with {name} {old[name]}, those of "
@@ -146,7 +146,7 @@ def read_init(args, model_args):
     if old["num_classes"] != model_args["num_classes"]:
         print(f"{args.init}: {old['num_classes']} classes, here {model_args['num_classes']}: the "
               f"table of labels starts afresh")
-        del ckpt["ema"]["y_embedder.embedding_table.weight"]
+        del ckpt["ema"]["y_embedder.embedding_table.weight"]  # its rows mean other classes
     return {**ckpt, "model_args": dict(old, num_classes=model_args["num_classes"])}
 
 
@@ -156,7 +156,7 @@ def preview(model, first, schedule, mean, std, classes, path):
     side, device = first.grid, mean.device
     z_T = torch.randn(32, first.latent_dim, side, side, generator=generator).to(device)
     y = torch.arange(32, device=device) % len(classes) if classes else None
-    z = ldm.sampler_for(schedule)(model, schedule, z_T, y, w=1.5 if classes else 1.0)
+    z = ldm.sampler_for(schedule)(model, schedule, z_T, y, w=1.5 if classes else 1.0)  # z_0
     x = first.decode(ldm.denormalise(z, mean, std))                        # (32, 3, H, W)
     vmae.save_grid(x.split(8), path)
 
@@ -199,7 +199,7 @@ def main():
     mean, std = cache.open().statistics()   # (d,) each; or the scale that --init was trained on
     mean, std = (init.get(f"latent_{k}", s).to(device) for k, s in (("mean", mean), ("std", std)))
 
-    net = torch.compile(model) if args.compile else model
+    net = torch.compile(model) if args.compile else model  # shares the weights of model
     net = DistributedDataParallel(net) if world > 1 else net               # averages gradients
     loader = endless_loader(cache, args, start, rank, world, collate_fn=lambda batch: batch)
     low_precision, log = autocast(device), Log(args.out, start, args, rank)
@@ -210,7 +210,7 @@ def main():
         z_0 = ldm.normalise(z, mean, std)                                  # (B, d, h, w)
         y = ldm.drop_labels(y, len(classes), args.drop) if classes else None   # (B,)
         with low_precision():
-            loss = ldm.loss_LDM(net, schedule, z_0, y)
+            loss = ldm.loss_LDM(net, schedule, z_0, y)     # a scalar, float32
         update(opt, model, loss, {"L_LDM": loss}, step, lr)
         ema.update(model)                   # what is sampled, and what sample.py will load
         log.step(step + 1, {"L_LDM": loss}, lr)

@@ -242,7 +242,7 @@ def options():
     add("--kl-mean", choices=("free", "zero"), help="free: the variance alone is pulled to 1, "
         "Section 4.4; zero: the KL of Eq. (1) (default: vmae free, vae and sdvae zero)")
     add("--vgg-weights", help="local copy of torchvision's vgg16-397923af.pth, for LPIPS")
-    typed, _ = parser.parse_known_args()
+    typed, _ = parser.parse_known_args()  # a first look, for the name of the preset
     tuned = dict(mask=0.0, lambda_p=None) if typed.tune else {}
     parser.set_defaults(out=f"runs/{'tuned' if typed.tune else typed.preset}",     # what is typed
                         **{**AE, **PRESETS[typed.preset], **tuned})        # still comes first
@@ -262,7 +262,7 @@ def fill_in(args, device, init):
     cuda = device.type == "cuda"
     if init is not None:
         args.size = args.size or init["model_args"]["img_size"]
-        args.arch = "conv" if "channels" in init["model_args"] else "vit"
+        args.arch = "conv" if "channels" in init["model_args"] else "vit"  # as it was trained
     if args.arch == "conv" and args.mask > 0:
         raise InputError(f"--mask {args.mask}: convolutions visit every pixel and cannot leave "
                          f"patches out; give --mask 0 or --arch vit")
@@ -278,7 +278,7 @@ def fill_in(args, device, init):
 def new_model(args, init):
     """Options -> (model, its constructor's arguments), with the weights of --init if there is one.
     InputError names --size, --mask or --init where they do not go together."""
-    rows = vmae.sizes if args.arch == "vit" else vmae.conv_sizes
+    rows = vmae.sizes if args.arch == "vit" else vmae.conv_sizes  # same names, same latents
     model_args = dict(init["model_args"] if init else rows[args.model], img_size=args.size)
     try:
         model = vmae.build(model_args)
@@ -318,7 +318,7 @@ def preview(model, x, args, path):
     with torch.no_grad():
         if args.mask > 0:
             keep, mask = vmae.random_mask(len(x), model.grid**2, args.mask, generator, x.device)
-            x_hat = model.decode_tokens(model.encode_tokens(x_in, keep).mode(), keep)
+            x_hat = model.decode_tokens(model.encode_tokens(x_in, keep).mode(), keep)  # as trained
             x_v = vmae.patchify(x_in, model.patch_size) * (1 - mask[..., None])    # hidden: 0, grey
             x_in = vmae.unpatchify(x_v, model.patch_size, *x.shape[2:])
         else:
@@ -329,8 +329,8 @@ def preview(model, x, args, path):
 def main():
     args = options()
     device = vmae.pick_device(args.device)
-    init = vmae.read_stage_one(args.init) if args.init else None
-    fill_in(args, device, init)
+    init = vmae.read_stage_one(args.init) if args.init else None           # ours or published
+    fill_in(args, device, init)         # args are complete from here on
     rank, world, device = start_processes(device, args.batch)              # 0, 1 without torchrun
     train = vmae.open_images(args.data, args.size, "train", args.val, keep=args.workers == 0)
     val = vmae.open_images(args.data, args.size, "val", args.val)
@@ -346,9 +346,9 @@ def main():
         start = resume(last, model_args, model, opt, device, args.steps, extra)["step"]
     begin(args, model, f"{len(train)} images to train on, {len(val)} held out", start, rank)
 
-    net = torch.compile(model) if args.compile else model
+    net = torch.compile(model) if args.compile else model  # shares the weights of model
     net = DistributedDataParallel(net) if world > 1 else net               # averages gradients
-    judge = DistributedDataParallel(disc) if disc and world > 1 else disc
+    judge = DistributedDataParallel(disc) if disc and world > 1 else disc  # likewise
     loader = endless_loader(train, args, start, rank, world, num_workers=args.workers,
                             pin_memory=device.type == "cuda")
     shown = torch.randperm(len(val), generator=torch.Generator().manual_seed(0))[:8].tolist()
@@ -362,9 +362,9 @@ def main():
         lr = learning_rate(step, args.steps, args.lr)
         whole = int((step + 1) * args.whole) > int(step * args.whole)      # every other, at .5
         x = vmae.random_flip(next(loader)[0].to(device, non_blocking=True))    # (B, 3, H, W)
-        x_in = x + args.noise * torch.randn_like(x) if args.noise > 0 else x
+        x_in = x + args.noise * torch.randn_like(x) if args.noise > 0 else x  # DAE's
         with low_precision():
-            x_hat, q, mask = net(x_in, 0.0 if whole else args.mask)
+            x_hat, q, mask = net(x_in, 0.0 if whole else args.mask)        # mask (B, N), 1 = hidden
         terms = {"L_R": loss_R(x, x_hat, mask, model.patch_size)}
         loss = terms["L_R"]                                                # a scalar
         if args.lambda_reg > 0:             # otherwise q has no variance
@@ -385,9 +385,9 @@ def main():
             loss = loss + args.lambda_adv * terms["L_G"]
         update(opt, model, loss, terms, step, lr)
         if disc is not None and step >= adv_start:
-            disc.requires_grad_(True)
+            disc.requires_grad_(True)   # now its own step
             with low_precision():
-                real, fake = judge(torch.cat([x, x_hat.detach()])).chunk(2)
+                real, fake = judge(torch.cat([x, x_hat.detach()])).chunk(2)  # one pass for both
             terms["L_D"] = vmae.loss_D(real, fake)
             update(disc_opt, disc, terms["L_D"], terms, step, lr)
         log.step(step + 1, terms, lr)

@@ -90,7 +90,7 @@ def read_image(path, size):
     applied, since phones store portraits lying down. Raises one of UNREADABLE.
     """
     with open_image(path) as file:
-        image = ImageOps.exif_transpose(file)
+        image = ImageOps.exif_transpose(file)              # turned upright
     if image.mode.startswith("I"):          # 16 bits: Pillow's own conversion clips at 255
         image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
     if image.has_transparency_data:
@@ -133,12 +133,12 @@ class ImageFolder(torch.utils.data.Dataset):
         self.limit = MAX_UNREADABLE * len(paths)
         readable = [p for p in paths if self._header_ok(p)]  # all files: a split shares its limit
 
-        tops = [p.split("/")[0] if "/" in p else "" for p in readable]
-        names = sorted(set(tops))
+        tops = [p.split("/")[0] if "/" in p else "" for p in readable]     # "": beside the folders
+        names = sorted(set(tops))       # class 0, 1, ...
         self.classes = names if len(names) > 1 and "" not in names else []
         label = {p: self.classes.index(t) if self.classes else 0 for p, t in zip(readable, tops)}
 
-        rank = {p: zlib.crc32(p.encode()) for p in readable}
+        rank = {p: zlib.crc32(p.encode()) for p in readable}  # by name: the same everywhere
         held_out = {p for p in readable if rank[p] % 20 == 0} or {min(readable, key=rank.get)}
         self.paths = [p for p in readable if split == "all" or (p in held_out) == (split == "val")]
         if not self.paths:
@@ -629,7 +629,7 @@ class VMAE(nn.Module):
         self.from_latent = nn.Linear(latent_dim, D)        # two layers and nothing in between, as
         self.decoder_embed = nn.Linear(D, D)               # in the authors' checkpoints
         self.mask_token = nn.Parameter(0.02 * torch.randn(1, 1, D))
-        self.decoder_blocks = nn.ModuleList(Block(D, num_heads) for _ in range(depth))
+        self.decoder_blocks = nn.ModuleList(Block(D, num_heads) for _ in range(depth))  # as deep
         self.decoder_norm = nn.LayerNorm(D, eps=1e-6)
         self.decoder_pred = Head(patch_size, D)
         self.apply(self._init)
@@ -706,7 +706,7 @@ def drop_variance(model):
     gradient comes back; so that it stays there, and sampling is the identity to 7 digits."""
     last = model.to_latent if isinstance(model, VMAE) else model.encoder.conv_out
     last.weight.data[model.latent_dim:] = 0
-    last.bias.data[model.latent_dim:] = -40
+    last.bias.data[model.latent_dim:] = -40                # the clamp is at -30
 
 
 # Rows of keyword arguments; the image size is the data's.
@@ -730,8 +730,8 @@ def save_checkpoint(path, **entries):
         with open(temporary, "wb") as file:
             torch.save(entries, file)
             file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+            os.fsync(file.fileno())     # or a power cut could leave the new name empty
+        os.replace(temporary, path)     # one step: there is always a whole file
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
@@ -760,7 +760,7 @@ def build(model_args):
 def build_vmae(ckpt):
     """The stage-one entries of either stage's checkpoint -> the model in eval mode."""
     model = build(ckpt["model_args"])
-    model.load_state_dict(ckpt["model"])
+    model.load_state_dict(ckpt["model"])                   # all of it or an error
     return model.eval().requires_grad_(False)
 
 
@@ -773,14 +773,14 @@ def published(path, ckpt, num_heads):
     """
     try:
         weights = ckpt.get("state_dict") or ckpt.get("model") or ckpt
-        weights = {k.removeprefix("module."): v for k, v in weights.items()}
+        weights = {k.removeprefix("module."): v for k, v in weights.items()}  # DDP's
         if "encoder.conv_in.weight" in weights:
             top = "encoder.down_blocks.{}.resnets.1.conv2.bias".format
             levels = itertools.takewhile(lambda i: top(i) in weights, itertools.count())
             args = dict(img_size=256, channels=tuple(len(weights[top(i)]) for i in levels),
                         latent_dim=weights["decoder.conv_in.weight"].shape[1])
         else:
-            D, _, P, _ = weights["patch_embed.proj.weight"].shape
+            D, _, P, _ = weights["patch_embed.proj.weight"].shape          # (D, 3, P, P)
             depth = len({k.split(".")[1] for k in weights if k.startswith("blocks.")})
             args = dict(img_size=P * math.isqrt(weights["pos_embed"].shape[1]), patch_size=P,
                         embed_dim=D, depth=depth, num_heads=num_heads,
@@ -839,7 +839,7 @@ class ResnetBlock(nn.Module):
 
     def forward(self, x):
         h = self.conv1(F.silu(self.norm1(x)))                              # (B, c_out, h, w)
-        return self.conv_shortcut(x) + self.conv2(F.silu(self.norm2(h)))
+        return self.conv_shortcut(x) + self.conv2(F.silu(self.norm2(h)))   # (B, c_out, h, w)
 
 
 class MidBlock(nn.Module):
@@ -855,9 +855,9 @@ class MidBlock(nn.Module):
     def forward(self, x):
         x, attn = self.resnets[0](x), self.attentions[0]                   # (B, C, h, w)
         tokens = attn["group_norm"](x).flatten(2).transpose(1, 2)          # (B, h*w, C)
-        q, k, v = (attn[name](tokens).unsqueeze(1) for name in ("to_q", "to_k", "to_v"))
+        q, k, v = (attn[name](tokens).unsqueeze(1) for name in ("to_q", "to_k", "to_v"))  # 1 head
         mixed = attn["to_out"](fused_attention(q, k, v).squeeze(1))        # (B, h*w, C), one head
-        return self.resnets[1](x + mixed.transpose(1, 2).reshape(x.shape))
+        return self.resnets[1](x + mixed.transpose(1, 2).reshape(x.shape))  # (B, C, h, w)
 
 
 def level(c_in, c_out, blocks, **resize):
@@ -892,14 +892,14 @@ class ConvAutoencoder(nn.Module):
         self.grid, wide, narrow = img_size // f, channels[-1], channels[0]
         pairs = list(zip((narrow, *channels), channels))                   # (c_in, c_out) a level
         self.encoder = named(
-            conv_in=conv3(3, narrow),
+            conv_in=conv3(3, narrow),   # (B, 128, H, W) in SD3
             down_blocks=nn.Sequential(
                 *(level(*p, 2, downsamplers=down(p[1])) for p in pairs[:-1]), level(*pairs[-1], 2)),
             mid_block=MidBlock(wide), conv_norm_out=group_norm(wide), silu=nn.SiLU(),
             conv_out=conv3(wide, 2 * latent_dim))          # mu | logvar
         pairs = list(zip((wide, *channels[::-1]), channels[::-1]))
         self.decoder = named(
-            conv_in=conv3(latent_dim, wide), mid_block=MidBlock(wide),
+            conv_in=conv3(latent_dim, wide), mid_block=MidBlock(wide),     # (B, 512, h, w) in SD3
             up_blocks=nn.Sequential(
                 *(level(*p, 3, upsamplers=up(p[1])) for p in pairs[:-1]), level(*pairs[-1], 3)),
             conv_norm_out=group_norm(narrow), silu=nn.SiLU(), conv_out=conv3(narrow, 3))
@@ -911,11 +911,11 @@ class ConvAutoencoder(nn.Module):
 
     def encode(self, x):
         """x (B, 3, H, W) in [-1, 1] -> Gaussian over (B, d, h, w)."""
-        return Gaussian(*self.encoder(x).float().chunk(2, 1))
+        return Gaussian(*self.encoder(x).float().chunk(2, 1))  # (B, 2d, h, w) -> mu, logvar
 
     def decode(self, z):
         """z (B, d, h, w) -> x_hat (B, 3, H, W), about [-1, 1] but not clamped."""
-        return self.decoder(z).float()
+        return self.decoder(z).float()  # (B, 3, H, W)
 
 
 conv_sizes = {                              # rows as in `sizes`, with the same latents
@@ -931,13 +931,13 @@ def discriminator(img_size, width=64):
     Its patches of 70 pixels, three halvings, shrink to 34 and 16 for images below 64 and 32. With
     GroupNorm for BatchNorm: a score then does not depend on the other images of the batch.
     """
-    layers = max(1, min(3, img_size.bit_length() - 4))
+    layers = max(1, min(3, img_size.bit_length() - 4))     # 32 -> 2, 64 and more -> 3
     widths = [width * 2**i for i in range(layers + 1)]
-    net = [nn.Conv2d(3, width, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
+    net = [nn.Conv2d(3, width, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]  # no norm on pixels
     for i, (a, b) in enumerate(zip(widths, widths[1:]), 1):
         net += [nn.Conv2d(a, b, 4, stride=2 if i < layers else 1, padding=1), group_norm(b),
                 nn.LeakyReLU(0.2)]
-    return nn.Sequential(*net, nn.Conv2d(widths[-1], 1, 4, padding=1))
+    return nn.Sequential(*net, nn.Conv2d(widths[-1], 1, 4, padding=1))     # (B, 1, h', w')
 
 
 def loss_D(real, fake):
@@ -951,7 +951,7 @@ def loss_G(fake, reconstruction, last_layer):
 
     fake: D's scores of x_hat; reconstruction: the scalar it competes with; last_layer: a weight.
     """
-    adversarial = -fake.float().mean()
+    adversarial = -fake.float().mean()  # a scalar
     a, b = (torch.autograd.grad(loss, last_layer, retain_graph=True)[0].norm()
             for loss in (reconstruction, adversarial))
     return (a / (b + 1e-4)).clamp(max=1e4).detach() * adversarial
