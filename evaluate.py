@@ -902,6 +902,8 @@ def fid(args):
     fakes; and of the first --pairs images of each side, whose features stay in memory, KID,
     precision and recall.
     """
+    if args.save_stats:                     # a place that cannot be written shows before the work
+        os.makedirs(os.path.dirname(args.save_stats) or ".", exist_ok=True)
     row, known = generation(args.fake, args.real, args.nets[1], args)      # statistics of the real
     if args.save_stats:
         np.savez(args.save_stats, **known)

@@ -1282,7 +1282,8 @@ def test_fid_from_every_source():
                 return json.load(open(f"{folder}/out/fid.json"))["rows"][0]
 
             row = fid("--real", f"{folder}/real", "--fake", f"{folder}/fake", "--save-stats",
-                      f"{folder}/stats.npz")
+                      f"{folder}/new/stats.npz")
+            os.replace(f"{folder}/new/stats.npz", f"{folder}/stats.npz")
             means = [pixels[name].reshape(len(pixels[name]), -1, 3).mean(1) for name in
                      ("real", "fake")]
             moments = [v for m in means for v in (m.mean(0), np.cov(m, rowvar=False))]
