@@ -885,8 +885,12 @@ def generation(fake, real, net, args):
     row = {"fake": fake, "real": real, "N fake": n, "N real": int(known.get("n", 0)) or "unknown"}
     name, stats = "gFID" if own else "FID", mine.statistics()
     for metric, mu, sigma in ((name, "mu", "sigma"), ("sFID", "mu_s", "sigma_s")):
-        if mu in known:
+        if mu not in known:
+            continue
+        try:
             row[metric] = frechet_distance(known[mu], known[sigma], stats[mu], stats[sigma])
+        except (ValueError, KeyError) as error:            # somebody else's .npz
+            raise InputError(f"{real}: {mu} and {sigma} cannot be used, {error}") from None
     row["IS"] = mine.inception_score()
     if theirs and min(args.pairs, n, n_real) > 3:          # the metrics that compare pairs
         a, b = torch.cat(theirs.kept), torch.cat(mine.kept)

@@ -1305,6 +1305,10 @@ def test_fid_from_every_source():
             assert fid("--real", "faces", "--fake", f"{folder}/fake", "--n", 12)["N real"] == 12
             close(fid("--real", f"{folder}/real", "--fake", f"{folder}/real")["FID"], 0, 1e-3)
 
+            np.savez(f"{folder}/odd.npz", mu=np.zeros(9), sigma=np.eye(9))
+            status, text = command(evaluate.main, "fid", "--fake", f"{folder}/fake.npz", "--real",
+                                   f"{folder}/odd.npz", "--out", f"{folder}/none")
+            assert status == 1 and "odd.npz: mu and sigma" in text.splitlines()[-1], text
             for fake, options, words in (
                     ("fake", [], "--real"), ("no.pt", [], "no such"),
                     ("fake", ["--real", f"{folder}/no"], "no such"),
