@@ -542,16 +542,9 @@ class Attention(nn.Module):
         return self.proj(x.transpose(1, 2).reshape(B, N, D))               # (B, N, D)
 
 
-class Mlp(nn.Module):
-    """Two layers, four times as wide in between, on each token alone."""
-
-    def __init__(self, D):
-        super().__init__()
-        self.fc1 = nn.Linear(D, 4 * D)
-        self.fc2 = nn.Linear(4 * D, D)
-
-    def forward(self, x):
-        return self.fc2(F.gelu(self.fc1(x)))               # (B, N, D) -> (B, N, 4D) -> (B, N, D)
+def named(**modules):
+    """Modules run one after the other, under the names that published weights have."""
+    return nn.Sequential(OrderedDict(modules))
 
 
 class Block(nn.Module):
@@ -562,7 +555,7 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(D, eps=1e-6)
         self.attn = Attention(D, num_heads)
         self.norm2 = nn.LayerNorm(D, eps=1e-6)
-        self.mlp = Mlp(D)
+        self.mlp = named(fc1=nn.Linear(D, 4 * D), act=nn.GELU(), fc2=nn.Linear(4 * D, D))
 
     def forward(self, x):
         x = x + self.attn(self.norm1(x))                   # (B, N, D)
@@ -821,11 +814,6 @@ def conv3(c_in, c_out):
 def group_norm(C):
     """GroupNorm (Wu & He 2018) in 32 groups, or one a channel where there are fewer."""
     return nn.GroupNorm(min(32, C), C, eps=1e-6)
-
-
-def named(**modules):
-    """Modules run one after the other, under the names of diffusers' AutoencoderKL."""
-    return nn.Sequential(OrderedDict(modules))
 
 
 class ResnetBlock(nn.Module):
