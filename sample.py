@@ -19,7 +19,6 @@ import ldm
 import vmae
 from vmae import InputError
 
-
 SAMPLERS = {                                # and the options that belong to each
     "ddpm": (ldm.ddpm_sample, ("clip",)), "ddim": (ldm.ddim_sample, ("clip", "eta")),
     "euler": (ldm.euler_sample, ("shift", "interval"))}
@@ -37,13 +36,13 @@ def options():
         "most the T of training (default: %(default)s)")
     add("--sampler", choices=SAMPLERS, help="(default: euler for rectified flow, else ddim)")
     add("--eta", type=float, help="noise of ddim: 0 none, 1 as ddpm (default: 0)")
+    add("--clip", type=float, help="bound ddpm's and ddim's estimates of z_0 to this many standard "
+        "deviations (default: not at all)")
     add("--shift", type=float, help="of euler's times; LightningDiT's 0.3 spends more of them on "
         "noise (default: 1)")
     add("--cfg", type=float, help="guidance weight w, 1: none (default: 1.5 with classes, else 1)")
     add("--interval", type=float, help="euler guides from this time on, 0 to 1 (default: 0)")
     add("--class", dest="label", help="name or number of one class (default: all in turn)")
-    add("--clip", type=float, help="bound the estimates of z_0 to this many standard deviations "
-        "(default: not at all)")
     add("--seed", type=int, default=0, help="image i of a seed is the same whatever --n and "
         "--batch are (default: %(default)s)")
     add("--batch", type=int, default=64, help="images at a time (default: %(default)s)")
@@ -84,7 +83,9 @@ def pick_sampler(args, schedule):
     if (name == "euler") != (schedule.objective == "flow"):
         raise InputError(f"--sampler {name}: does not go with the objective of this checkpoint, "
                          f"{schedule.objective}; leave it out")
-    function, own = SAMPLERS[name]      # options that it knows
+    if args.steps > schedule.T and name != "euler":
+        raise InputError(f"--steps {args.steps}: this model was trained with {schedule.T} steps")
+    function, own = SAMPLERS[name]          # options that it knows
     typed = {o: getattr(args, o) for o in ("clip", "eta", "shift", "interval")
              if getattr(args, o) is not None}
     if strange := set(typed) - set(own):
@@ -108,8 +109,6 @@ def main():
     args = options()
     model, schedule, ckpt = ldm.load_ldm(args.ckpt, args.stats)            # the EMA weights
     sampler, extra = pick_sampler(args, schedule)          # and its own options
-    if args.steps > schedule.T and sampler is not ldm.euler_sample:
-        raise InputError(f"--steps {args.steps}: this model was trained with {schedule.T} steps")
     classes, label = ckpt["classes"], pick_label(args.label, ckpt["classes"])  # [] without classes
     if args.cfg not in (None, 1) and not classes:
         raise InputError(f"--cfg {args.cfg}: this checkpoint is unconditional, leave --cfg out")
