@@ -458,8 +458,8 @@ def published(path, ckpt):
     """The authors' LightningDiT in the form of our checkpoints, but for statistics and stage one.
 
     Its weights lie in {"ema": ...} or {"model": ...}, under DDP's and torch.compile's prefixes;
-    shapes tell the constructor's arguments, the rotary tables how many heads. Says what was
-    missing or left over; OSError if it is another model or a part of one.
+    shapes tell the constructor's arguments, the rotary tables how many heads. Says what was left
+    over; OSError if it is another model, or if anything of it is missing.
     """
     weights = ckpt.get("ema") or ckpt.get("model") or ckpt
     weights = {re.sub(r"^(module\.|_orig_mod\.)+", "", k): v for k, v in weights.items()}

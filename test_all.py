@@ -707,6 +707,10 @@ def test_conv_autoencoder_is_sd3s_in_size_and_vmaes_in_use():
     assert x_hat.shape == x.shape and q.mu.shape == (2, 4, 8, 8) and mask.sum() == 0
     assert model.decode(model.encode(x).mode()).shape == x.shape
     raises(ValueError, vmae.ConvAutoencoder, 30)
+    args = SimpleNamespace(arch="conv", model="base", size=256, mask=0, data=None, batch=None,
+                           steps=None, lr=None, workers=None)
+    train_vmae.fill_in(args, torch.device("cpu"), None)
+    assert args.batch < train_vmae.RECIPES["base"]["batch"]                # ten times the memory
 
 
 def test_published_vmae_loads_with_a_report():
@@ -732,6 +736,8 @@ def test_published_vmae_loads_with_a_report():
         torch.save(theirs, path)
         assert "norm.weight" in raises(InputError, vmae.load_vmae, path)
         torch.save({"weight": torch.zeros(1)}, path)
+        assert "patch_embed" in raises(InputError, vmae.load_vmae, path)
+        torch.save({"model_args": {}}, path)               # half of one of ours
         assert "patch_embed" in raises(InputError, vmae.load_vmae, path)
         torch.save(torch.zeros(1), path)
         assert "not a checkpoint" in raises(InputError, vmae.load_vmae, path)
@@ -800,7 +806,8 @@ def test_presets_differ_in_what_they_learn_from():
         assert not torch.equal(weights["ae"], weights["dae"])              # the noise is live
         assert not torch.equal(weights["ae"], weights["vae"])
         for name, options in (("ae", ["--lambda-reg", 1]), ("dae", ["--noise", 1]),
-                              ("vae", ["--lambda-reg", 1]), ("mae", ["--lambda-m", 9]),
+                              ("vae", ["--lambda-reg", 1]), ("vae", ["--kl-mean", "free"]),
+                              ("mae", ["--lambda-m", 9]),
                               ("sdvae", ["--lambda-adv", 9]), ("vmae", ["--lambda-reg", 0])):
             assert not torch.equal(weights[name], next(train(name, *options)[0].parameters())), name
         assert isinstance(train("ae", "--arch", "vit")[0], VMAE)           # like for like

@@ -8,7 +8,7 @@
     torchrun --nproc-per-node 4 train_vmae.py --data path    several GPUs
 
 Writes into --out: last.pt, log.jsonl (one JSON object a line) and preview_*.png, whose rows are
-original, masked input, reconstruction from that masked input. train_ldm.py borrows the plumbing.
+original, input as masked or noisy, reconstruction from it. train_ldm.py borrows the plumbing.
 """
 import argparse
 import json

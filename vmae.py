@@ -1,7 +1,8 @@
 """Stage one of LDMAE (Latent Diffusion Models with Masked AutoEncoders, ICCV 2025).
 
 Everything between a folder of images and a latent grid, in reading order: images, patches and
-masks, the Gaussian posterior, the four losses of Section 4, the transformer, save and load.
+masks, the Gaussian posterior, the four losses of Section 4, the transformer, save and load; last
+and to be skipped, the convolutional body of the autoencoders that the paper compares it with.
 
     x --patchify, mask--> x_v --encoder--> q(z|x_v) --sample--> z --decoder--> x_hat
 
@@ -787,8 +788,7 @@ def published(path, ckpt, num_heads):
         raise InputError(f"{path}: lacks {len(lost)} weights of its architecture, as {min(lost)}")
     print(f"{path}: {len(weights) - len(left_over)} tensors read; missing: "
           f"{', '.join(missing) or 'none'}; left over: {', '.join(left_over) or 'none'}")
-    return dict(model_args=args, model=model.state_dict(),
-                train_args=dict(data=None, val=None, size=args["img_size"]))
+    return dict(model_args=args, model=model.state_dict())
 
 
 def read_stage_one(path, num_heads=12):
@@ -796,7 +796,10 @@ def read_stage_one(path, num_heads=12):
     stage, or of published weights. num_heads: of published VMAE weights, 12 in the authors'."""
     ckpt = read_checkpoint(path)
     ckpt = ckpt.get("vmae", ckpt)           # stage two's file holds its stage one
-    return ckpt if "model_args" in ckpt else published(path, ckpt, num_heads)
+    if not {"model_args", "model"} <= ckpt.keys():
+        ckpt = published(path, ckpt, num_heads)
+    faces = dict(data=None, val=None, size=ckpt["model_args"]["img_size"])
+    return {"train_args": faces, **ckpt}    # published ones do not say what they were trained on
 
 
 def load_vmae(path, num_heads=12):
