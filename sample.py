@@ -7,8 +7,7 @@
     python sample.py --n 10000 --npz --trajectory       also samples.npz, trajectory.png
 """
 import argparse
-import os
-import re
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -32,34 +31,25 @@ def options():
     add("--n", type=int, default=64, help="images (default: %(default)s)")
     add("--vmae", help="stage-one checkpoint (default: the one inside --ckpt)")
     add("--stats", help="latent statistics beside the authors' weights (default: those in --ckpt)")
-    add("--steps", type=int, default=50, help="network evaluations an image; of ddpm and ddim at "
-        "most the T of training (default: %(default)s)")
+    add("--steps", type=int, default=50, help="network evaluations an image (default: %(default)s)")
     add("--sampler", choices=SAMPLERS, help="(default: euler for rectified flow, else ddim)")
     add("--eta", type=float, help="noise of ddim: 0 none, 1 as ddpm (default: 0)")
-    add("--clip", type=float, help="bound ddpm's and ddim's estimates of z_0 to this many standard "
-        "deviations (default: not at all)")
-    add("--shift", type=float, help="of euler's times; LightningDiT's 0.3 spends more of them on "
-        "noise (default: 1)")
+    add("--clip", type=float, help="ddpm, ddim: bound z_0 to this many deviations (default: none)")
+    add("--shift", type=float, help="of euler's times; below 1: more of them on noise (default: 1)")
     add("--cfg", type=float, help="guidance weight w, 1: none (default: 1.5 with classes, else 1)")
     add("--interval", type=float, help="euler guides from this time on, 0 to 1 (default: 0)")
     add("--class", dest="label", help="name or number of one class (default: all in turn)")
-    add("--seed", type=int, default=0, help="image i of a seed is the same whatever --n and "
-        "--batch are (default: %(default)s)")
+    add("--seed", type=int, default=0, help="whose image i is one, in any batch (default: 0)")
     add("--batch", type=int, default=64, help="images at a time (default: %(default)s)")
     add("--device", default="auto", help="cuda, cpu, mps... (default: cuda if there is one)")
     add("--out", default="samples", help="folder (default: %(default)s)")
     add("--npz", action="store_true", help="also samples.npz: arr_0, uint8 (N, H, W, 3), as ADM's")
-    add("--trajectory", action="store_true", help="also trajectory.png: the estimate of x_0 along "
-        "the way, 8 images down, noise to image across")
+    add("--trajectory", action="store_true", help="also trajectory.png: x_0 as seen along the way")
     args = parser.parse_args()
-    for name in ("n", "steps", "batch", "clip", "shift"):
-        value = getattr(args, name)
-        if value is not None and not value > 0:
-            raise InputError(f"--{name} must be above 0, not {value}")
-    for name in ("eta", "interval"):
-        value = getattr(args, name)
-        if value is not None and not 0 <= value <= 1:
-            raise InputError(f"--{name} must be from 0 to 1, not {value}")
+    for name in ("n", "steps", "batch", "clip", "shift", "eta", "interval"):
+        value, share = getattr(args, name), name in ("eta", "interval")
+        if value is not None and not (0 <= value <= 1 if share else value > 0):
+            raise InputError(f"--{name} must be {'0 to 1' if share else 'above 0'}, not {value}")
     return args
 
 
@@ -69,12 +59,11 @@ def pick_label(label, classes):
         return None
     if not classes:
         raise InputError(f"--class {label}: this checkpoint is unconditional, it has no classes")
-    if label in classes:
-        return classes.index(label)
-    if label.isdigit() and int(label) < len(classes):      # a name that is a number comes first
-        return int(label)
-    raise InputError(f"--class {label}: unknown; choose from {', '.join(classes)} or a number "
-                     f"below {len(classes)}")
+    known = [*classes, *map(str, range(len(classes)))]     # a name that is a number comes first
+    if label not in known:
+        raise InputError(f"--class {label}: unknown; choose from {', '.join(classes)} or a number "
+                         f"below {len(classes)}")
+    return known.index(label) % len(classes)
 
 
 def pick_sampler(args, schedule):
@@ -118,22 +107,18 @@ def main():
     model, first = model.to(device), stage_one(args, ckpt).to(device)
     mean, std = ckpt["latent_mean"].to(device), ckpt["latent_std"].to(device)  # (d,) each
 
-    images, record = [], None               # uint8 batches; the trajectory in pixels
+    images, record = [], None               # uint8 batches; the trajectory, (8, 3, H, W) a step
     shape = (first.latent_dim, first.grid, first.grid)                     # (d, h, w)
-    for start in tqdm(range(0, args.n, args.batch), desc="sampling", dynamic_ncols=True):
-        index = range(start, min(start + args.batch, args.n))              # the last may be short
+    for index in tqdm(torch.arange(args.n).split(args.batch), desc="sampling", dynamic_ncols=True):
         # One generator an image, so that an image does not depend on its neighbours in the batch.
-        own = [torch.Generator().manual_seed(args.seed * 1_000_003 + i) for i in index]
+        own = [torch.Generator().manual_seed(args.seed * 1_000_003 + i) for i in index.tolist()]
 
-        def noise(_=None):
-            rows = [torch.randn(shape, generator=g) for g in own]          # on the CPU: the same
-            return torch.stack(rows).to(device)                            # images on any device
+        def noise(_=None):                  # drawn on the CPU: the same images on any device
+            return torch.stack([torch.randn(shape, generator=g) for g in own]).to(device)
 
-        y = None
-        if classes:
-            y = torch.tensor([label if label is not None else i % len(classes) for i in index],
-                             device=device)                                # (B,)
-        estimates = [] if args.trajectory and start == 0 else None         # of z_0, a step each
+        y = index % max(len(classes), 1) if label is None else torch.full_like(index, label)
+        y = y.to(device) if classes else None                              # (B,)
+        estimates = [] if args.trajectory and not images else None         # of z_0, a step each
         # float32 on a CPU: rounding in bfloat16 would make an image depend on its batch.
         with torch.no_grad(), torch.autocast("cuda", torch.bfloat16, device.type == "cuda"):
             if sampler is not ldm.euler_sample:            # the others may add noise on the way
@@ -145,25 +130,20 @@ def main():
             if estimates is not None:       # ten of the steps, the first and the last among them
                 at = np.linspace(0, args.steps - 1, min(10, args.steps)).round().astype(int)
                 record = [first.decode(ldm.denormalise(estimates[k][:8], mean, std)) for k in at]
-    write(args, torch.cat(images), record)  # nothing is written before all of it is there
 
-
-def write(args, images, record):
-    """images (N, 3, H, W) uint8 and the trajectory's (8, 3, H, W), or None -> files in --out."""
-    os.makedirs(args.out, exist_ok=True)
-    for old in os.listdir(args.out):        # a longer run's leftovers would be counted as ours
-        if (number := re.fullmatch(r"sample_(\d+)\.png", old)) and int(number[1]) >= len(images):
-            os.remove(os.path.join(args.out, old))
+    out, images = Path(args.out), torch.cat(images)                        # (N, 3, H, W)
     pixels = images.permute(0, 2, 3, 1).numpy()                            # (N, H, W, 3)
+    out.mkdir(parents=True, exist_ok=True)  # only now that there is all of it to write
+    for old in out.glob(f"sample_{'[0-9]' * 6}.png"):      # leftovers would be counted as ours
+        old.unlink()
     for i, image in enumerate(pixels):      # PNG loses nothing, which FID would notice
-        Image.fromarray(image).save(os.path.join(args.out, f"sample_{i:06d}.png"))
-    shown = images[:64] / 127.5 - 1         # an overview, 8 a row
-    vmae.save_grid(shown.split(8), os.path.join(args.out, "grid.png"))
+        Image.fromarray(image).save(out / f"sample_{i:06d}.png")
+    vmae.save_grid((images[:64] / 127.5 - 1).split(8), out / "grid.png")   # an overview, 8 a row
     if args.npz:
-        np.savez(os.path.join(args.out, "samples.npz"), arr_0=pixels)
-    if record is not None:
-        vmae.save_grid(torch.stack(record, 1), os.path.join(args.out, "trajectory.png"))
-    print(f"{len(images)} images in {args.out}, an overview in {args.out}/grid.png")
+        np.savez(out / "samples.npz", arr_0=pixels)
+    if record is not None:                  # 8 images down, noise to image across
+        vmae.save_grid(torch.stack(record, 1), out / "trajectory.png")
+    print(f"{len(images)} images in {out}, an overview in {out}/grid.png")
 
 
 if __name__ == "__main__":

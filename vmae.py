@@ -351,6 +351,7 @@ def save_grid(rows, path, gap=2):
     """Rows of images in [-1, 1], each row (K, 3, H, W), as one PNG with white lines between."""
     cells = [torch.cat([F.pad(to_uint8(x.cpu()), (0, gap, 0, gap), value=255) for x in row], 2)
              for row in rows]                              # each (3, H + gap, K(W + gap))
+    cells = [F.pad(row, (0, cells[0].shape[2] - row.shape[2]), value=255) for row in cells]
     picture = Image.fromarray(torch.cat(cells, 1).permute(1, 2, 0).numpy()[:-gap, :-gap])
     scale = max(1, 64 // rows[0].shape[-1])                # 32 px is too small to look at
     picture.resize((picture.width * scale, picture.height * scale), Image.NEAREST).save(path)
