@@ -19,8 +19,8 @@ from tqdm import tqdm
 
 import ldm
 import vmae
-from train_vmae import (Log, autocast, begin, check, common_options, endless_loader,
-                        learning_rate, optimiser, resume, rng_state, start_processes, update)
+from train_vmae import (Log, autocast, begin, check, common_options, endless_loader, learning_rate,
+                        optimiser, parse, resume, rng_state, start_processes, update)
 from vmae import InputError
 
 # What a run of each size wants by default. tiny: measured on 2 CPU cores. small, base: DiT's and
@@ -116,7 +116,7 @@ def options():
         "Ho 2020; cosine, Nichol 2021 (default: %(default)s)")
     add("--drop", type=float, default=0.1, help="share of labels replaced by the null class, which "
         "guidance needs (default: %(default)s)")
-    return check(parser.parse_args(), above=("size", "batch", "steps", "lr", "save_every"),
+    return check(parse(parser), above=("size", "batch", "steps", "lr", "save_every"),
                  from_zero=("workers",), below_one=("drop",))
 
 
@@ -163,7 +163,8 @@ def preview(model, first, schedule, mean, std, classes, path):
 
 def main():
     args = options()
-    stage_one = vmae.read_stage_one(args.vmae)
+    last = os.path.join(args.out, "last.pt")
+    stage_one = vmae.read_stage_one(last if args.resume else args.vmae)    # last.pt holds its own
     device = vmae.pick_device(args.device)
     fill_in(args, stage_one, device)
     rank, world, device = start_processes(device, args.batch)
@@ -187,16 +188,18 @@ def main():
     schedule_args = {"kind": args.schedule, "objective": "v", **init.get("schedule", {})}
     schedule_args["objective"] = args.objective or schedule_args["objective"]
     schedule, opt, ema = ldm.Schedule(**schedule_args), optimiser(model), ldm.EMA(model)
-    start, last = 0, os.path.join(args.out, "last.pt")
+    start = 0
     if args.resume:
-        ckpt = resume(last, model_args, model, opt, device, args.steps)
-        ema.model.load_state_dict(ckpt["ema"])
-        start = ema.n = ckpt["step"]        # the decay's warm-up goes on where it was
+        init = resume(last, model_args, model, opt, device, args.steps)
+        if init["schedule"] != schedule_args:              # the network knows no other
+            raise InputError(f"{last}: trained with {init['schedule']}; --resume keeps to that")
+        ema.model.load_state_dict(init["ema"])
+        start = ema.n = init["step"]        # the decay's warm-up goes on where it was
     begin(args, model, f"{len(data)} images, {len(classes) or 'no'} classes", start, rank)
     cache = Moments(first, data, args.out, device, workers=args.workers, build=rank == 0)
     if world > 1:
         dist.barrier()                      # process 0 encodes, the others wait and then read
-    mean, std = cache.open().statistics()   # (d,) each; or the scale that --init was trained on
+    mean, std = cache.open().statistics()   # (d,) each; or the scale that the weights know
     mean, std = (init.get(f"latent_{k}", s).to(device) for k, s in (("mean", mean), ("std", std)))
 
     net = torch.compile(model) if args.compile else model  # shares the weights of model

@@ -47,6 +47,16 @@ def common_options(parser, out, recipes, default_model):
     add("--compile", action="store_true", help="torch.compile: faster after a slow first step")
 
 
+def parse(parser):
+    """The command line -> args. With --resume, what is not typed is as the run had it."""
+    typed, _ = parser.parse_known_args()
+    if typed.resume:                        # but for what belongs to the machine
+        saved = vmae.read_checkpoint(os.path.join(typed.out, "last.pt"), "train_args")["train_args"]
+        parser.set_defaults(**{k: v for k, v in saved.items() if k in vars(typed) and k not in (
+            "resume", "out", "device", "workers", "compile")})
+    return parser.parse_args()
+
+
 def check(args, above=(), from_zero=(), below_one=()):
     """Refuse numbers out of range, in one line with the option's name -> args."""
     rules = ((above, lambda v: v > 0, "above 0"), (from_zero, lambda v: v >= 0, "at least 0"),
@@ -145,7 +155,7 @@ def resume(path, model_args, model, opt, device, steps, extra={}):
     ckpt = vmae.read_checkpoint(path, "model_args", "model", "opt", "step", "rng", *extra)
     if ckpt["model_args"] != model_args:
         raise InputError(f"{path}: holds a model of {ckpt['model_args']}, not of {model_args}; "
-                         f"give the options it was trained with, or another --out")
+                         f"leave out the options that --resume knows, or give another --out")
     if ckpt["step"] >= steps:
         raise InputError(f"{path}: is at step {ckpt['step']} already; give more --steps")
     for name, part in {"model": model, "opt": opt, **extra}.items():
@@ -246,7 +256,7 @@ def options():
     tuned = dict(mask=0.0, lambda_p=None) if typed.tune else {}
     parser.set_defaults(out=f"runs/{'tuned' if typed.tune else typed.preset}",     # what is typed
                         **{**AE, **PRESETS[typed.preset], **tuned})        # still comes first
-    args = check(parser.parse_args(), above=("size", "batch", "steps", "lr", "save_every"),
+    args = check(parse(parser), above=("size", "batch", "steps", "lr", "save_every"),
                  from_zero=("whole", "noise", "lambda_m", "lambda_reg", "lambda_p", "lambda_adv",
                             "workers"), below_one=("mask",))
     if args.tune and not args.init:
