@@ -502,7 +502,7 @@ def load_ldm(path, stats=None):
                               f"{ckpt['model_args']['in_channels']} channels")
     if "latent_mean" not in ckpt:
         raise OSError(f"{path}: published weights come with a file of latent statistics; name it "
-                      f"with --stats")
+                      f"with --stats of sample.py or train_ldm.py")
     model = DiT(**ckpt["model_args"])
     model.load_state_dict(ckpt["ema"])  # what samples best
     return model.eval(), Schedule(**ckpt["schedule"]), ckpt

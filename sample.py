@@ -54,16 +54,17 @@ def options():
 
 
 def pick_label(label, classes):
-    """--class as typed -> class index, or None for all. InputError lists what there is."""
+    """--class as typed -> index, or None for all of them; len(classes) is the null class."""
     if label is None:                       # all of them, image i of class i mod their number
         return None
     if not classes:
         raise InputError(f"--class {label}: this checkpoint is unconditional, it has no classes")
-    known = [*classes, *map(str, range(len(classes)))]     # a name that is a number comes first
-    if label not in known:
-        raise InputError(f"--class {label}: unknown; choose from {', '.join(classes)} or a number "
-                         f"below {len(classes)}")
-    return known.index(label) % len(classes)
+    if label in classes:
+        return classes.index(label)
+    if label.isdecimal() and int(label) <= len(classes):   # a name that is a number comes first
+        return int(label)
+    raise InputError(f"--class {label}: unknown; choose from {', '.join(classes)}, a number below "
+                     f"{len(classes)}, or {len(classes)}, which is none of them")
 
 
 def pick_sampler(args, schedule):
@@ -107,7 +108,7 @@ def main():
     model, first = model.to(device), stage_one(args, ckpt).to(device)
     mean, std = ckpt["latent_mean"].to(device), ckpt["latent_std"].to(device)  # (d,) each
 
-    images, record = [], None               # uint8 batches; the trajectory, (8, 3, H, W) a step
+    images, record = [], None               # uint8 (B, 3, H, W); the trajectory, 8 images a step
     shape = (first.latent_dim, first.grid, first.grid)                     # (d, h, w)
     for index in tqdm(torch.arange(args.n).split(args.batch), desc="sampling", dynamic_ncols=True):
         # One generator an image, so that an image does not depend on its neighbours in the batch.
@@ -125,8 +126,7 @@ def main():
                 extra["noise"] = noise
             z = sampler(model, schedule, noise(), y, steps=args.steps, w=w, record=estimates,
                         **extra)                                           # (B, d, h, w)
-            x = first.decode(ldm.denormalise(z, mean, std))                # (B, 3, H, W)
-            images.append(vmae.to_uint8(x).cpu())          # (B, 3, H, W)
+            images.append(vmae.to_uint8(first.decode(ldm.denormalise(z, mean, std))).cpu())
             if estimates is not None:       # ten of the steps, the first and the last among them
                 at = np.linspace(0, args.steps - 1, min(10, args.steps)).round().astype(int)
                 record = [first.decode(ldm.denormalise(estimates[k][:8], mean, std)) for k in at]
