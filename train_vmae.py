@@ -356,7 +356,8 @@ def main():
         start = resume(last, model_args, model, opt, device, args.steps, extra)["step"]
     begin(args, model, f"{len(train)} images to train on, {len(val)} held out", start, rank)
 
-    net = torch.compile(model) if args.compile else model  # shares the weights of model
+    # Its weights are model's. Not dynamic: a graph for masked steps and another for whole images.
+    net = torch.compile(model, dynamic=False) if args.compile else model
     net = DistributedDataParallel(net) if world > 1 else net               # averages gradients
     judge = DistributedDataParallel(disc) if disc and world > 1 else disc  # likewise
     loader = endless_loader(train, args, start, rank, world, num_workers=args.workers,
