@@ -116,8 +116,7 @@ def options():
         "Ho 2020; cosine, Nichol 2021 (default: %(default)s)")
     add("--drop", type=float, default=0.1, help="share of labels replaced by the null class, which "
         "guidance needs (default: %(default)s)")
-    return check(parse(parser), above=("size", "batch", "steps", "lr", "save_every"),
-                 from_zero=("workers",), below_one=("drop",))
+    return check(parse(parser))
 
 
 def fill_in(args, stage_one, device):

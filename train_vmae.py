@@ -57,14 +57,16 @@ def parse(parser):
     return parser.parse_args()
 
 
-def check(args, above=(), from_zero=(), below_one=()):
+def check(args):
     """Refuse numbers out of range, in one line with the option's name -> args."""
-    rules = ((above, lambda v: v > 0, "above 0"), (from_zero, lambda v: v >= 0, "at least 0"),
-             (below_one, lambda v: 0 <= v < 1, "at least 0 and below 1"))
-    for name, holds, words in ((name, *rule) for names, *rule in rules for name in names):
-        value = getattr(args, name)
-        if value is not None and not holds(value):         # None: to be chosen later
-            raise InputError(f"--{name.replace('_', '-')} must be {words}, not {value}")
+    above_0 = ("size", "batch", "steps", "lr", "save_every")
+    below = dict(mask=1, drop=1, seed=2**32)
+    for name, value in vars(args).items():
+        if isinstance(value, (int, float)):                # the others are words, or chosen later
+            low, high = "above" if name in above_0 else "at least", below.get(name, math.inf)
+            if not (0 < value < high or value == 0 and name not in above_0):
+                name = name.replace("_", "-")
+                raise InputError(f"--{name} must be {low} 0 and below {high}, not {value}")
     return args
 
 
@@ -239,16 +241,14 @@ def options():
     # Measured on held-out faces after 2,200 steps: 31.0 dB with these defaults. --whole 0: 28.3,
     # since the encoder then never meets the whole images that it is used on.
     add("--whole", type=float, default=0.5, help="share of steps without mask (default: 0.5)")
-    add("--noise", type=float, help="deviation of the noise on the input, pixels being in [-1, 1]; "
-        "the output has to be free of it (default: dae 0.2, others 0)")
+    add("--noise", type=float, help="deviation of noise on the input (default: dae 0.2, others 0)")
     # At 1, the authors' balance, 28.6: the hidden patches' large errors crowd out the visible.
     add("--lambda-m", type=float, default=0.1, help="weight of L_M (default: %(default)s)")
     add("--lambda-reg", type=float, help="weight of L_reg; 0: z without variance (default: vmae "
         "1e-4, vae 3e-4, sdvae 1e-5, others 0)")
     add("--lambda-p", type=float, help="weight of L_P, LPIPS (default for vmae and sdvae: the "
         "authors' 0.5 for a folder if VGG's weights are to be had, 0 for the built-in faces)")
-    add("--lambda-adv", type=float, help="weight of the adversarial loss, which "
-        "begins halfway through (default: sdvae 0.1, others 0)")
+    add("--lambda-adv", type=float, help="of L_G, in the second half (default: sdvae 0.1, else 0)")
     add("--kl-mean", choices=("free", "zero"), help="free: the variance alone is pulled to 1, "
         "Section 4.4; zero: the KL of Eq. (1) (default: vmae free, vae and sdvae zero)")
     add("--vgg-weights", help="local copy of torchvision's vgg16-397923af.pth, for LPIPS")
@@ -256,9 +256,7 @@ def options():
     tuned = dict(mask=0.0, lambda_p=None) if typed.tune else {}
     parser.set_defaults(out=f"runs/{'tuned' if typed.tune else typed.preset}",     # what is typed
                         **{**AE, **PRESETS[typed.preset], **tuned})        # still comes first
-    args = check(parse(parser), above=("size", "batch", "steps", "lr", "save_every"),
-                 from_zero=("whole", "noise", "lambda_m", "lambda_reg", "lambda_p", "lambda_adv",
-                            "workers"), below_one=("mask",))
+    args = check(parse(parser))
     if args.tune and not args.init:
         raise InputError("--tune decoder: needs a trained model, named with --init")
     if args.compile and args.lambda_adv > 0:
