@@ -13,13 +13,15 @@ Each is a function whose docstring defines its quantities; it prints a Markdown 
 the same numbers as JSON, and a picture. Images meet every metric as uint8, as they leave a model.
 """
 import argparse
+import contextlib
 import hashlib
 import itertools
 import json
 import math
 import multiprocessing
 import os
-import time
+import sys
+import timeit
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -42,9 +44,7 @@ from vmae import InputError
 
 def psnr(a, b):
     """Peak signal-to-noise ratio, 10 log10(255^2 / MSE), dB -> (N,); infinite for equal images.
-
-    a, b: (N, C, H, W) in 0..255.
-    """
+    a, b: (N, C, H, W) in 0..255."""
     mse = ((a.double() - b.double()) ** 2).mean((1, 2, 3))
     return 10 * torch.log10(255**2 / mse)
 
@@ -54,40 +54,37 @@ def ssim(a, b):
 
     SSIM = (2 mu_a mu_b + c1)(2 cov + c2) / ((mu_a^2 + mu_b^2 + c1)(var_a + var_b + c2)) under an
     11 x 11 Gaussian window of sigma 1.5, biased (co)variances, c1 = (.01 * 255)^2, c2 = (.03 *
-    255)^2; mean over channels and over the windows that lie inside. ValueError below 11 pixels.
+    255)^2; mean over channels and over the windows that lie inside. InputError below 11 pixels.
     """
     if min(a.shape[2:]) < 11:
-        raise ValueError(f"SSIM needs images of 11 pixels or more, not {min(a.shape[2:])}")
-    C = a.shape[1]
+        raise InputError(f"SSIM needs images of 11 pixels or more, not {min(a.shape[2:])}")
     g = torch.exp(-torch.arange(-5, 6, dtype=torch.float64, device=a.device) ** 2 / (2 * 1.5**2))
-    g = g / g.sum()
+    g = (g / g.sum()).expand(a.shape[1], 1, 11)            # (C, 1, 11), the same for each channel
 
     def blur(x):                                           # (N, C, H, W) -> (N, C, H-10, W-10)
-        x = F.conv2d(x, g.view(1, 1, 11, 1).expand(C, 1, 11, 1), groups=C)
-        return F.conv2d(x, g.view(1, 1, 1, 11).expand(C, 1, 1, 11), groups=C)
+        return F.conv2d(F.conv2d(x, g[..., None], groups=len(g)), g[:, :, None], groups=len(g))
 
     a, b = a.double(), b.double()
     mu_a, mu_b = blur(a), blur(b)
     var_a, var_b, cov = blur(a * a) - mu_a**2, blur(b * b) - mu_b**2, blur(a * b) - mu_a * mu_b
     c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
-    value = ((2 * mu_a * mu_b + c1) * (2 * cov + c2)
-             / ((mu_a**2 + mu_b**2 + c1) * (var_a + var_b + c2)))
-    return value.mean((1, 2, 3))
+    return ((2 * mu_a * mu_b + c1) * (2 * cov + c2)
+            / ((mu_a**2 + mu_b**2 + c1) * (var_a + var_b + c2))).mean((1, 2, 3))
 
 
 # ---- InceptionV3 (Szegedy 2016) in the form FID is defined on: TensorFlow's weights of 2015 ---
 
 class ConvBN(nn.Module):
-    """Convolution, batch norm with its stored statistics, ReLU.
+    """Convolution, batch norm with its stored statistics, ReLU. width: the height, if not given.
 
     The norm is folded into the convolution at every call: 22 M products, against 5.7 G for one
     image, spare three passes over each feature map and leave the state dict as published.
     """
 
-    def __init__(self, c_in, c_out, kernel, stride=1, valid=False):
+    def __init__(self, c_in, c_out, height, width=None, stride=1, valid=False):
         super().__init__()
-        padding = 0 if valid or stride == 2 else [k // 2 for k in kernel]  # keeps the grid, or not
-        self.conv = nn.Conv2d(c_in, c_out, kernel, stride, padding, bias=False)
+        padding = "valid" if valid or stride == 2 else "same"              # keeps the grid, or not
+        self.conv = nn.Conv2d(c_in, c_out, (height, width or height), stride, padding, bias=False)
         self.bn = nn.BatchNorm2d(c_out, eps=1e-3)
 
     def forward(self, x):
@@ -100,66 +97,34 @@ class ConvBN(nn.Module):
 class Mixed(nn.Module):
     """Branches side by side on one input, joined along the channels.
 
-    branches: name -> its convolutions in order, each (channels, kernel height, kernel width); a
-    list of two is a fork, both reading the same input. What is called branch_pool pools first.
-    pool: "avg" of the pixels that are there (padding does not count), or "max". stride 2, in the
-    last convolution of each branch and in the pool, halves the grid.
+    branches: name -> its convolutions in order, each (channels, kernel height, width if another).
+    A dict of two, always the last, is a fork: both read the same input. branch_pool pools first.
+    The last convolution of each branch has the stride of the pool; 2 halves the grid.
     """
 
-    def __init__(self, c_in, branches, pool="avg", stride=1):
+    def __init__(self, c_in, pool, **branches):
         super().__init__()
-        self.pool, self.stride, self.paths, self.width = pool, stride, {}, 0
+        self.paths = []                     # of each branch its steps, each a list of one or two
         for branch, convs in branches.items():
-            path, c = self.paths.setdefault(branch, []), c_in
+            path, c = [[pool]] if branch == "branch_pool" else [], c_in
             for i, step in enumerate(convs, 1):
                 name = f"{branch}_{i}" if len(convs) > 1 else branch
-                fork = ([(name + letter, conv) for letter, conv in zip("ab", step)]
-                        if isinstance(step, list) else [(name, step)])
-                for key, (c_out, *kernel) in fork:
-                    self.add_module(key, ConvBN(c, c_out, kernel, stride if i == len(convs) else 1))
-                path.append([key for key, _ in fork])
-                c = sum(conv[0] for _, conv in fork)
-            self.width += c
+                stride = pool.stride if i == len(convs) else 1
+                fork = step if isinstance(step, dict) else {"": step}
+                path.append([ConvBN(c, *conv, stride=stride) for conv in fork.values()])
+                for letter, conv in zip(fork, path[-1]):
+                    self.add_module(name + letter, conv)
+                c = path[-1][0].bn.num_features
+            self.paths.append(path)
 
     def forward(self, x):
         parts = []
-        for branch, path in self.paths.items():
+        for *chain, ends in self.paths:
             h = x
-            if branch == "branch_pool" and self.pool == "avg":
-                h = F.avg_pool2d(x, 3, 1, padding=1, count_include_pad=False)
-            elif branch == "branch_pool":
-                h = F.max_pool2d(x, 3, self.stride, padding=2 - self.stride)
-            for names in path[:-1]:
-                h = getattr(self, names[0])(h)             # forks come last
-            parts += [getattr(self, name)(h) for name in path[-1]] if path else [h]
-        return torch.cat(parts, 1)                         # (N, width, h, w)
-
-
-def mixed_5(pool):
-    """35 x 35: a 5 x 5, and two stacked 3 x 3 that see as far. pool: channels after pooling."""
-    return dict(branch1x1=[(64, 1, 1)], branch5x5=[(48, 1, 1), (64, 5, 5)],
-                branch3x3dbl=[(64, 1, 1), (96, 3, 3), (96, 3, 3)], branch_pool=[(pool, 1, 1)])
-
-
-def mixed_6(c):
-    """17 x 17: a 7 x 7 as a row and a column. c: channels inside the branches."""
-    return dict(branch1x1=[(192, 1, 1)], branch7x7=[(c, 1, 1), (c, 1, 7), (192, 7, 1)],
-                branch7x7dbl=[(c, 1, 1), (c, 7, 1), (c, 1, 7), (c, 7, 1), (192, 1, 7)],
-                branch_pool=[(192, 1, 1)])
-
-
-FORK = [(384, 1, 3), (384, 3, 1)]
-MIXED_7 = dict(branch1x1=[(320, 1, 1)], branch3x3=[(384, 1, 1), FORK],     # 8 x 8
-               branch3x3dbl=[(448, 1, 1), (384, 3, 3), FORK], branch_pool=[(192, 1, 1)])
-MIXED = {  # name -> branches, pool, stride
-    "Mixed_5b": (mixed_5(32),), "Mixed_5c": (mixed_5(64),), "Mixed_5d": (mixed_5(64),),
-    "Mixed_6a": (dict(branch3x3=[(384, 3, 3)], branch3x3dbl=[(64, 1, 1), (96, 3, 3), (96, 3, 3)],
-                      branch_pool=[]), "max", 2),
-    "Mixed_6b": (mixed_6(128),), "Mixed_6c": (mixed_6(160),),
-    "Mixed_6d": (mixed_6(160),), "Mixed_6e": (mixed_6(192),),
-    "Mixed_7a": (dict(branch3x3=[(192, 1, 1), (320, 3, 3)], branch7x7x3=[
-        (192, 1, 1), (192, 1, 7), (192, 7, 1), (192, 3, 3)], branch_pool=[]), "max", 2),
-    "Mixed_7b": (MIXED_7,), "Mixed_7c": (MIXED_7, "max")}  # the last pools by max, as in 2015
+            for (step,) in chain:
+                h = step(h)
+            parts += [step(h) for step in ends]
+        return torch.cat(parts, 1)                         # (N, all channels, h, w)
 
 
 class InceptionV3(nn.Module):
@@ -173,42 +138,55 @@ class InceptionV3(nn.Module):
     def __init__(self, resize="pytorch-fid", fast=False):
         super().__init__()
         self.resize, self.fast, self.hash = resize, fast, "none"
-        self.Conv2d_1a_3x3 = ConvBN(3, 32, (3, 3), stride=2)
-        self.Conv2d_2a_3x3 = ConvBN(32, 32, (3, 3), valid=True)
-        self.Conv2d_2b_3x3 = ConvBN(32, 64, (3, 3))
-        self.Conv2d_3b_1x1 = ConvBN(64, 80, (1, 1))
-        self.Conv2d_4a_3x3 = ConvBN(80, 192, (3, 3), valid=True)
-        c = 192
-        for name, arguments in MIXED.items():
-            self.add_module(name, Mixed(c, *arguments))
-            c = getattr(self, name).width
-        self.fc = nn.Linear(c, 1008)
+        self.Conv2d_1a_3x3 = ConvBN(3, 32, 3, stride=2)
+        self.Conv2d_2a_3x3 = ConvBN(32, 32, 3, valid=True)
+        self.Conv2d_2b_3x3 = ConvBN(32, 64, 3)
+        self.Conv2d_3b_1x1 = ConvBN(64, 80, 1)
+        self.Conv2d_4a_3x3 = ConvBN(80, 192, 3, valid=True)
+        avg, halve = nn.AvgPool2d(3, 1, 1, count_include_pad=False), nn.MaxPool2d(3, 2)
+        double = [(64, 1), (96, 3), (96, 3)]               # as far as a 5 x 5 sees, for less
+        parts = dict(branch1x1=[(64, 1)], branch5x5=[(48, 1), (64, 5)], branch3x3dbl=double)
+        self.Mixed_5b = Mixed(192, avg, **parts, branch_pool=[(32, 1)])    # 35 x 35
+        self.Mixed_5c = Mixed(256, avg, **parts, branch_pool=[(64, 1)])
+        self.Mixed_5d = Mixed(288, avg, **parts, branch_pool=[(64, 1)])
+        self.Mixed_6a = Mixed(288, halve, branch3x3=[(384, 3)], branch3x3dbl=double, branch_pool=[])
+        for name, c in zip("bcde", (128, 160, 160, 192)):  # 17 x 17; a 7 x 7 as a row and a column
+            self.add_module(f"Mixed_6{name}", Mixed(
+                768, avg, branch1x1=[(192, 1)], branch7x7=[(c, 1), (c, 1, 7), (192, 7, 1)],
+                branch7x7dbl=[(c, 1), (c, 7, 1), (c, 1, 7), (c, 7, 1), (192, 1, 7)],
+                branch_pool=[(192, 1)]))
+        self.Mixed_7a = Mixed(
+            768, halve, branch3x3=[(192, 1), (320, 3)],
+            branch7x7x3=[(192, 1), (192, 1, 7), (192, 7, 1), (192, 3)], branch_pool=[])
+        fork = dict(a=(384, 1, 3), b=(384, 3, 1))
+        parts = dict(branch1x1=[(320, 1)], branch3x3=[(384, 1), fork],
+                     branch3x3dbl=[(448, 1), (384, 3), fork], branch_pool=[(192, 1)])
+        self.Mixed_7b = Mixed(1280, avg, **parts)                          # 8 x 8
+        self.Mixed_7c = Mixed(2048, nn.MaxPool2d(3, 1, 1), **parts)        # max, as in 2015
+        self.fc = nn.Linear(2048, 1008)
         self.to(memory_format=torch.channels_last).eval().requires_grad_(False)
 
     def forward(self, images):
         return self.outputs(images)[0]
 
-    @torch.no_grad()
     def outputs(self, images):
         """-> features (N, 2048); spatial (N, 2023), the first 7 channels of Mixed_6d's first
         convolution at its 17 x 17 places (Nash 2021; in TensorFlow `mixed_6/conv`, of which ADM
         stores statistics in this order); logits (N, 1008), without the bias, as Salimans 2016."""
         x = images.to(self.fc.weight.device).float()       # (N, 3, H, W) in 0..255
-        if self.resize == "clean":
-            x = F.interpolate(x, (299, 299), mode="bicubic", antialias=True).clamp(0, 255)
-            x = (x - 128) / 128
-        else:
-            x = F.interpolate(x, (299, 299), mode="bilinear") / 127.5 - 1
+        clean = self.resize == "clean"
+        x = F.interpolate(x, (299, 299), mode="bicubic" if clean else "bilinear", antialias=clean)
+        x = (x.clamp(0, 255) - 128) / 128 if clean else x / 127.5 - 1
         x = x.contiguous(memory_format=torch.channels_last)                # 1.4x as fast
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.fast):
             x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))
             x = F.max_pool2d(x, 3, 2)                                      # (N, 64, 73, 73)
             x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(x))
             x = F.max_pool2d(x, 3, 2)                                      # (N, 192, 35, 35)
-            for name in MIXED:
-                if name == "Mixed_6d":
-                    spatial = self.Mixed_6d.branch1x1(x)[:, :7].permute(0, 2, 3, 1)
-                x = getattr(self, name)(x)
+            for block in (b for b in self.children() if isinstance(b, Mixed)):
+                if block is self.Mixed_6d:
+                    spatial = block.branch1x1(x)[:, :7].permute(0, 2, 3, 1)
+                x = block(x)
         features = x.float().mean((2, 3))                  # (N, 2048, 8, 8) -> (N, 2048)
         return features, spatial.flatten(1).float(), features @ self.fc.weight.T
 
@@ -219,10 +197,8 @@ INCEPTION_URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_
 
 def load_inception(path=None, resize="pytorch-fid", fast=False):
     """FID's weights -> InceptionV3; `.hash` is the beginning of the file's SHA-256.
-
     path: a local copy of INCEPTION_URL; otherwise torch hub's cache, otherwise the download, of
-    which torch checks the hash. InputError names URL, path and flag, or the wrong network.
-    """
+    which torch checks the hash. InputError names URL, path and flag, or the wrong network."""
     net = InceptionV3(resize, fast)
     target = Path(path or Path(torch.hub.get_dir(), "checkpoints", Path(INCEPTION_URL).name))
     try:
@@ -232,18 +208,15 @@ def load_inception(path=None, resize="pytorch-fid", fast=False):
         classes = len(weights["fc.bias"])
     except Exception as error:
         why = (str(error) or repr(error)).splitlines()[0]
-        raise InputError(f"FID needs InceptionV3: {target} cannot be read ({why}); download "
-                         f"{INCEPTION_URL} to it, or name a copy with --inception-weights"
-                         ) from None
+        raise InputError(
+            f"FID needs InceptionV3: {target} cannot be read ({why}); download {INCEPTION_URL} to "
+            f"it, or name a copy with --inception-weights") from None
     if classes != 1008:
         raise InputError(f"{target}: torchvision's ImageNet network of {classes} classes; FID is "
                          f"defined on TensorFlow's of 2015 (other weights, other pools, 1,008 "
                          f"classes), no other compares: take {INCEPTION_URL}")
-    for key, value in net.state_dict().items():            # a counter that some copies leave out
-        if key.endswith("num_batches_tracked"):
-            weights.setdefault(key, value)
     try:
-        net.load_state_dict(weights)
+        net.load_state_dict(weights)        # of a plain dict: some copies lack the norms' counters
     except RuntimeError:
         raise InputError(f"{target}: not FID's InceptionV3; take {INCEPTION_URL}") from None
     net.hash = hashlib.sha256(target.read_bytes()).hexdigest()[:8]
@@ -254,9 +227,7 @@ def load_inception(path=None, resize="pytorch-fid", fast=False):
 
 class Statistics:
     """Mean and covariance of rows by running sums in float64: D^2 numbers, however many rows.
-
-    The first batch's mean is taken off everything, so that the sums of squares do not cancel.
-    """
+    The first batch's mean is taken off everything, so that the sums of squares do not cancel."""
 
     def __init__(self):
         self.n = 0
@@ -271,18 +242,18 @@ class Statistics:
         self.outer += rows.T @ rows
 
     def moments(self):
-        """-> mean (D,), covariance (D, D) with n - 1 below, as numpy.cov."""
+        """-> mean (D,), covariance (D, D) with n - 1 below, as numpy.cov. InputError for a row."""
+        if self.n < 2:
+            raise InputError("FID: one image has no covariance; both sides take two or more")
         mean = self.total / self.n                         # less the shift, (D,)
-        sigma = (self.outer - self.n * torch.outer(mean, mean)) / max(self.n - 1, 1)
+        sigma = (self.outer - self.n * torch.outer(mean, mean)) / (self.n - 1)
         return (self.shift + mean).cpu().numpy(), sigma.cpu().numpy()
 
 
 def cholesky(sigma):
     """Covariance (D, D) -> L (D, r) with L L^T = sigma, r its rank (N images: N - 1 at the most).
-
-    Pivoted, so that it ends where the rest is rounding; ValueError if the rest is more than
-    that, as of no covariance.
-    """
+    Pivoted, so that it ends where the rest is rounding; ValueError if the rest is more than that,
+    as of no covariance."""
     digits = 1e-4 if sigma.dtype == np.float32 else 1e-8
     sigma = sigma.astype(np.float64)
     L, order, r, _ = scipy.linalg.lapack.dpstrf(sigma, lower=1)
@@ -314,10 +285,8 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
 
 def kid(a, b):
     """KID = MMD^2 with k(x, y) = (x.y / D + 1)^3, unbiased at any N. Binkowski 2018.
-
     a (N, D), b (M, D): mean of k over pairs within a, plus within b, less twice between, no image
-    being paired with itself. Close to 0, also below it, for samples of one distribution.
-    """
+    being paired with itself. Close to 0, also below it, for samples of one distribution."""
     def total(x, y):                                       # in blocks: N x M is never in memory
         return sum(((block.double() @ y.double().T / x.shape[1] + 1) ** 3).sum().item()
                    for block in x.split(1024))
@@ -344,8 +313,7 @@ def nearest(rows, batches, k):
 def precision_recall(real, fake, k=3):
     """Kynkaanniemi 2019: a set's manifold is the union of balls around its members, each out to
     the k-th nearest other member. Precision = share of fakes on the manifold of the real,
-    recall = share of the real on the manifold of the fakes. (N, D), (M, D) -> two floats.
-    """
+    recall = share of the real on the manifold of the fakes. (N, D), (M, D) -> two floats."""
     def on_manifold(rows, members):
         """Share of rows that lie in at least one member's ball."""
         radius = torch.cat([nearest(block, members.split(4096), k + 1)[0][:, -1]  # itself is first
@@ -357,11 +325,9 @@ def precision_recall(real, fake, k=3):
 
 
 class Features:
-    """What a set of images leaves behind once Inception has seen it; images are not kept.
-
-    Running sums serve FID, sFID and the Inception Score; the features themselves, 8 KB an image,
-    are kept only of the first `pairs` images, for the metrics that compare pairs.
-    """
+    """What a set of images leaves behind once Inception has seen it: running sums, for FID, sFID
+    and the Inception Score; and of the first `pairs` images the features themselves, 8 KB each,
+    for the metrics that compare pairs. No image is kept."""
 
     def __init__(self, net, pairs=0):
         self.net, self.pairs, self.kept = net, pairs, []
@@ -378,7 +344,7 @@ class Features:
         self.p += log_p.exp().sum(0)                                       # (1008,)
         self.entropy -= (log_p.exp() * log_p).sum().item()
 
-    def see(self, batches, n):
+    def see(self, n, batches):
         """Add all of the batches, n images, under a progress bar -> self."""
         with tqdm(total=n, desc="Inception", dynamic_ncols=True, mininterval=1) as bar:
             for images in batches:
@@ -393,9 +359,7 @@ class Features:
 
     def inception_score(self):
         """IS = exp(E KL(p(y|x) || p(y))) = exp(H(y) - E H(y|x)), from 1 to 1,008. Salimans 2016.
-
-        Over all images at once; many papers average over parts of 5,000, which comes out lower.
-        """
+        Over all images at once; many papers average over parts of 5,000, which comes out lower."""
         p = self.p / self.pool.n                           # p(y), (1008,)
         return math.exp(-torch.special.xlogy(p, p).sum().item() - self.entropy / self.pool.n)
 
@@ -406,17 +370,16 @@ def optional_nets(args):
     """-> [LPIPS, InceptionV3], each None where the sub-command has no use for it, or its weights
     are not here and not to be fetched, which a line then says."""
     nets = []
-    for what, url, flag, load in (
-            ("LPIPS", vmae.VGG_URL, "vgg-weights", vmae.load_lpips), ("FID", INCEPTION_URL,
-             "inception-weights", lambda path: load_inception(path, args.resize, args.fast))):
-        path, net = getattr(args, flag.replace("-", "_")) or None, None
+    for what, url, flag, load, options in (
+            ("LPIPS", vmae.VGG_URL, "vgg-weights", vmae.load_lpips, ()),
+            ("FID", INCEPTION_URL, "inception-weights", load_inception, (args.resize, args.fast))):
+        used, path = flag in args.uses, getattr(args, flag.replace("-", "_")) or None
         kept = Path(torch.hub.get_dir(), "checkpoints", Path(url).name)
-        if flag in args.uses and (path or args.download or kept.exists()):
-            net = load(path).to(vmae.pick_device(args.device))
-        elif flag in args.uses:
+        here = used and (path or args.download or kept.exists())
+        nets.append(load(path, *options).to(args.device) if here else None)
+        if used and not here:
             print(f"skipped {what}: its weights are not here; --download fetches {url}, or name a "
                   f"copy with --{flag}")
-        nets.append(net)
     return nets
 
 
@@ -424,7 +387,7 @@ def shuffled(data, args):
     """At most --n images of a dataset, a fixed draw that mixes classes -> their number, batches
     of (uint8 (B, 3, S, S), labels (B,))."""
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[:args.n].tolist()
-    workers = 8 if vmae.pick_device(args.device).type == "cuda" else 0     # JPEGs are slow to read
+    workers = 8 if args.device.type == "cuda" else 0       # JPEGs are slow to read
     loader = DataLoader(Subset(data, order), args.batch, num_workers=workers)
     return len(order), ((vmae.to_uint8(x), y) for x, y in loader)
 
@@ -436,8 +399,7 @@ class Run:
     def __init__(self, path, args):
         ckpt = vmae.read_stage_one(path)    # of a stage-two file, the one inside
         self.path, self.args, self.trained = path, args, ckpt["train_args"]
-        self.device = vmae.pick_device(args.device)
-        self.model = vmae.build_vmae(ckpt).to(self.device)
+        self.model = vmae.build_vmae(ckpt).to(args.device)                 # frozen
 
     def held_out(self):
         """--data, or what was held out in training, as `shuffled` gives it."""
@@ -446,16 +408,14 @@ class Run:
         return shuffled(vmae.open_images(self.trained["data"], self.model.img_size, "val",
                                          self.trained["val"]), self.args)
 
-    @torch.no_grad()
     def encode(self, images):
         """uint8 (N, 3, S, S) -> the posterior's mode (N, d, h, w), as at use time, on the CPU."""
-        return torch.cat([self.model.encode(x.to(self.device) / 127.5 - 1).mode().cpu()
+        return torch.cat([self.model.encode(x.to(self.args.device) / 127.5 - 1).mode().cpu()
                           for x in images.split(self.args.batch)])
 
-    @torch.no_grad()
     def decode(self, z):
         """z (N, d, h, w) -> uint8 (N, 3, S, S) on the CPU."""
-        return torch.cat([vmae.to_uint8(self.model.decode(part.to(self.device))).cpu()
+        return torch.cat([vmae.to_uint8(self.model.decode(part.to(self.args.device))).cpu()
                           for part in z.split(self.args.batch)])
 
 
@@ -463,48 +423,46 @@ def draw_samples(path, args):
     """A stage-two checkpoint -> batches of --n samples, uint8, those that sample.py draws from
     seed 0: the classes in turn, 50 steps, guidance --cfg."""
     model, schedule, ckpt = ldm.load_ldm(path)             # the EMA weights
-    device = vmae.pick_device(args.device)
-    model, first = model.to(device), vmae.build_vmae(ckpt["vmae"]).to(device)
-    mean, std = ckpt["latent_mean"].to(device), ckpt["latent_std"].to(device)
+    model = model.to(args.device).requires_grad_(False)
+    first = vmae.build_vmae(ckpt["vmae"]).to(args.device)
+    mean, std = ckpt["latent_mean"].to(args.device), ckpt["latent_std"].to(args.device)
     shape, K = (first.latent_dim, first.grid, first.grid), len(ckpt["classes"])
     if args.cfg != 1 and K == 0:
         raise InputError(f"--cfg {args.cfg}: {path} is unconditional, leave --cfg out")
     for index in torch.arange(args.n).split(args.batch):
         z = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(i))
-                         for i in index.tolist()]).to(device)              # (B, d, h, w)
-        y = (index % K).to(device) if K else None
-        with torch.no_grad():
-            z = ldm.sampler_for(schedule)(model, schedule, z, y, steps=50, w=args.cfg)
-            yield vmae.to_uint8(first.decode(ldm.denormalise(z, mean, std))).cpu()
+                         for i in index.tolist()]).to(args.device)         # (B, d, h, w)
+        y = (index % K).to(args.device) if K else None
+        z = ldm.sampler_for(schedule)(model, schedule, z, y, steps=50, w=args.cfg)
+        yield vmae.to_uint8(first.decode(ldm.denormalise(z, mean, std))).cpu()
 
 
 def open_source(source, args, size=None):
-    """--real or --fake as typed -> (number, side, batches of uint8 (B, 3, side, side)).
-
-    A folder or "faces" (the training ones, built in) at `size`, by default the first file's short
-    side; a .npz with arr_0, uint8 (N, H, W, 3) as ADM's; a stage-two checkpoint, sampled.
-    """
+    """--real or --fake as typed -> (side, number, batches of uint8 (B, 3, side, side)). A folder or
+    "faces" (the training ones, built in) at `size`, by default the first file's short side; a .npz
+    with arr_0, uint8 (N, H, W, 3) as ADM's; a stage-two checkpoint, sampled."""
     if source.endswith(".npz"):
         images = torch.from_numpy(read_npz(source, "arr_0")["arr_0"])[:args.n].permute(0, 3, 1, 2)
         if size not in (None, images.shape[2]):
             raise InputError(f"{source}: images of {images.shape[2]} pixels, the others have "
                              f"{size}; give a folder, which is resized")
-        return len(images), images.shape[2], images.split(args.batch)
+        return images.shape[2], len(images), images.split(args.batch)
     if os.path.isfile(source):
         size = ldm.load_ldm(source)[2]["vmae"]["model_args"]["img_size"]
-        return args.n, size, draw_samples(source, args)
+        return size, args.n, draw_samples(source, args)
     if source == "faces":
         data = vmae.Faces(size or 32)
-    else:                                   # sample.py's overviews lie beside its samples
-        def single(path):
-            return Path(path).name not in ("grid.png", "trajectory.png")
-
-        first = next(filter(single, vmae.list_images(source)), None)
-        size = size or first and min(vmae.open_image(os.path.join(source, first)).size)
+    else:
         data = vmae.ImageFolder(source, size)
-        data = Subset(data, [i for i, path in enumerate(data.paths) if single(path)])
+        single = [i for i, path in enumerate(data.paths)   # sample.py's overviews lie beside them
+                  if Path(path).name not in ("grid.png", "trajectory.png")]
+        if not single:
+            raise InputError(f"{source}: no images in it but sample.py's overviews")
+        first = os.path.join(source, data.paths[single[0]])
+        data.size = size = size or min(vmae.open_image(first).size)
+        data = Subset(data, single)
     n, batches = shuffled(data, args)
-    return n, size or 32, (x for x, _ in batches)
+    return size or 32, n, (x for x, _ in batches)
 
 
 def read_npz(path, *needed):
@@ -522,37 +480,32 @@ def read_npz(path, *needed):
 
 # ---- Tables and pictures ----------------------------------------------------------------------
 
-def beside_fid(net, n):
-    """What has to stand beside a FID of n images on the smaller side, "" without Inception. Warns
-    where n is small: FID falls as n grows, whatever the images."""
-    if net is None:
-        return ""
-    if n < 2048:
-        warnings.warn(f"FID of {n} images: under 2,048 the covariance is singular; KID is unbiased")
-    elif n < 10000:
-        warnings.warn(f"FID of {n} images, under 10,000: compare at equal numbers only")
-    return (f"; FID: resize {net.resize}, Inception weights {net.hash}"
-            + ", bfloat16, so two or three digits count" * net.fast)
+COLOURS = "#4477aa #ee6677 #228833 #ccbb44 #66ccee #aa3377 #999999 #222222 #ee7733 #009988".split()
 
 
-def output(args, name):
-    """Where a result goes, in --out; the folder is made as late as this."""
-    os.makedirs(args.out, exist_ok=True)
-    return os.path.join(args.out, name)
-
-
-def report(args, title, rows, **more):
-    """Print rows, a list of dicts, as one Markdown table and write them, and `more`, as JSON."""
+def report(args, title, rows, n=None, **more):
+    """Print rows, a list of dicts, as one Markdown table and write them, and `more`, as JSON.
+    n: images on the smaller side of a FID. The title then says how it was made, and a small n is
+    warned of, as FID falls when n grows, whatever the images."""
     def cell(value):
         if isinstance(value, float):
             return f"{value:.4g}" if abs(value) < 1000 else f"{value:,.1f}"
         return f"{value:,}" if isinstance(value, int) else str(value)
 
+    net = args.nets[1] if n else None
+    if net:
+        title += (f"; FID: resize {net.resize}, Inception weights {net.hash}"
+                  + ", bfloat16, so two or three digits count" * net.fast)
+    if net and n < 2048:
+        warnings.warn(f"FID of {n} images: under 2,048 the covariance is singular; KID is unbiased")
+    elif net and n < 10000:
+        warnings.warn(f"FID of {n} images, under 10,000: compare at equal numbers only")
     columns = list(dict.fromkeys(key for row in rows for key in row))      # in order, once each
     print(f"\n{title}\n\n| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
     for row in rows:
         print(f"| {' | '.join(cell(row.get(key, '')) for key in columns)} |")
-    with open(output(args, f"{args.function.__name__}.json"), "w") as file:
+    os.makedirs(args.out, exist_ok=True)    # as late as this: after what may go wrong
+    with open(f"{args.out}/{args.function.__name__}.json", "w") as file:
         json.dump(dict(title=title, rows=rows, **more), file, indent=1)
 
 
@@ -562,96 +515,88 @@ def picture(rows, path):
     vmae.save_grid([F.interpolate(row[:k] / 127.5 - 1, size) for row in rows], path)
 
 
-COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#999999", "#222222",
-           "#ee7733", "#009988")
-
-
-def canvas(width, height, names):
-    """-> (image, pen, font), the names in their colours below. Drawn at twice the size it is
+@contextlib.contextmanager
+def canvas(path, width, height, names):
+    """The pen to draw a PNG with, the names in their colours below. Drawn at twice the size it is
     saved at, which smooths every line."""
     image = Image.new("RGB", (2 * width, 2 * height + 36 * len(names)), "white")
-    pen, font = ImageDraw.Draw(image), ImageFont.load_default(24)
+    pen = ImageDraw.Draw(image)
+    pen.font = ImageFont.load_default(24)
     for y, name, colour in zip(itertools.count(2 * height, 36), names, itertools.cycle(COLOURS)):
-        pen.ellipse((30, y - 10, 50, y + 10), fill=colour)
-        pen.text((64, y), name, "#333333", font, "lm")
-    return image, pen, font
+        pen.circle((40, y), 10, colour)
+        pen.text((64, y), name, "#333333", anchor="lm")
+    yield pen
+    image.resize((image.width // 2, image.height // 2), Image.LANCZOS).save(path)
 
 
 def plot(path, series, x_label, y_label, lines=True):
     """series: name -> [(x, y), ...], joined by lines or as a cloud of dots. Writes a PNG."""
-    image, pen, font = canvas(560, 340, series)
-    points = np.array([p for curve in series.values() for p in curve])
+    points = np.array([p for curve in series.values() for p in curve])     # (M, 2)
     cut, r = ((0, 100), 8) if lines else ((0.5, 99.5), 3)  # a cloud's stragglers are left out
     low, high = np.percentile(points, cut, axis=0)
     span = np.where(high > low, high - low, 1)             # a flat curve has none
-
-    def place(*p):                                         # y up
-        return tuple((130, 560) + (np.array(p) - low) / span * (940, -500))
-
-    for x, y in zip(np.linspace(low[0], high[0], 5), np.linspace(low[1], high[1], 5)):
-        pen.line([place(x, low[1]), place(x, high[1])], "#dddddd", 2)
-        pen.line([place(low[0], y), place(high[0], y)], "#dddddd", 2)
-        pen.text((place(x, y)[0], 585), f"{x:.3g}", "#333333", font, "mm")
-        pen.text((115, place(x, y)[1]), f"{y:.3g}", "#333333", font, "rm")
-    for curve, colour in zip(series.values(), itertools.cycle(COLOURS)):
-        if lines:
-            pen.line([place(*p) for p in curve], colour, 4)
-        for x, y in (place(*p) for p in curve):
-            if 129 < x < 1071 and 59 < y < 561:
-                pen.ellipse((x - r, y - r, x + r, y + r), fill=colour)
-    pen.text((600, 625), x_label, "#333333", font, "mm")
-    pen.text((130, 26), y_label, "#333333", font, "lm")
-    image.resize((image.width // 2, image.height // 2), Image.LANCZOS).save(path)
+    with canvas(path, 560, 340, series) as pen:
+        for i in range(5):                  # a line of the grid each way, and its number
+            x, y, value = 130 + 235 * i, 560 - 125 * i, low + span * i / 4
+            pen.line((x, 60, x, 560), "#dddddd", 2)
+            pen.line((130, y, 1070, y), "#dddddd", 2)
+            pen.text((x, 585), f"{value[0]:.3g}", "#333333", anchor="mm")
+            pen.text((115, y), f"{value[1]:.3g}", "#333333", anchor="rm")
+        for curve, colour in zip(series.values(), itertools.cycle(COLOURS)):
+            dots = [tuple((130, 560) + (p - low) / span * (940, -500)) for p in curve]     # y up
+            if lines:
+                pen.line(dots, colour, 4)
+            for x, y in dots:
+                if 129 < x < 1071 and 59 < y < 561:
+                    pen.circle((x, y), r, colour)
+        pen.text((600, 625), x_label, "#333333", anchor="mm")
+        pen.text((130, 26), y_label, "#333333", anchor="lm")
 
 
 def radar(path, axes, shapes):
     """axes: names; shapes: name -> a value in [0, 1] for each, 0 on the inner ring, 1 outside."""
-    image, pen, font = canvas(640, 440, shapes)
-    pen.text((30, 36), "outside: the best run, inner ring: the worst", "#333333", font, "lm")
     turn = [2 * math.pi * i / len(axes) - math.pi / 2 for i in range(len(axes))]
 
     def place(angle, value):
         r = 80 + 240 * value
         return 640 + r * math.cos(angle), 420 + r * math.sin(angle)
 
-    for value in (0, 0.5, 1):
-        pen.line([place(angle, value) for angle in turn + turn[:1]], "#bbbbbb", 2)
-    for angle, name in zip(turn, axes):
-        pen.line([place(angle, -1 / 3), place(angle, 1)], "#bbbbbb", 2)
-        anchor = "lmr"[1 - round(math.cos(angle))] + "m"   # away from the middle
-        pen.text(place(angle, 1.12), name, "#333333", font, anchor)
-    for values, colour in zip(shapes.values(), itertools.cycle(COLOURS)):
-        pen.line([place(*p) for p in zip(turn + turn[:1], values + values[:1])], colour, 6, "curve")
-    image.resize((image.width // 2, image.height // 2), Image.LANCZOS).save(path)
+    with canvas(path, 640, 440, shapes) as pen:
+        pen.text((30, 36), "outside: the best run, inner ring: the worst", "#333333", anchor="lm")
+        for value in (0, 0.5, 1):
+            pen.line([place(angle, value) for angle in turn + turn[:1]], "#bbbbbb", 2)
+        for angle, name in zip(turn, axes):
+            pen.line([(640, 420), place(angle, 1)], "#bbbbbb", 2)
+            anchor = "lmr"[1 - round(math.cos(angle))] + "m"               # away from the middle
+            pen.text(place(angle, 1.12), name, "#333333", anchor=anchor)
+        for values, colour in zip(shapes.values(), itertools.cycle(COLOURS)):
+            corners = [place(*p) for p in zip(turn, values)]
+            pen.line(corners + corners[:1], colour, 6, "curve")
 
 
 # ---- Sub-commands -----------------------------------------------------------------------------
 
 def scores(pairs, args, real=None):
     """Batches of uint8 (original, reconstruction) -> (the metrics of Table 1, Features of the
-    originals, which a later call may reuse as `real`).
-
-    L1 = mean |x - x_hat| with pixels in [0, 1]; PSNR, SSIM as above; LPIPS (Zhang 2018, VGG); of
-    each the mean over images of its value for one. rFID: FID between the two sets.
-    """
-    (lpips_net, inception), device, values = args.nets, vmae.pick_device(args.device), []
-    fake, known = Features(inception), real is not None
-    real = real or Features(inception)
+    originals, which a later call may reuse as `real`). L1 = mean |x - x_hat| with pixels in [0, 1];
+    PSNR, SSIM as above; LPIPS (Zhang 2018, VGG); of each the mean over images of its value for
+    one. rFID: FID between the two sets."""
+    (lpips_net, inception), values = args.nets, []
+    fake, theirs = Features(inception), real or Features(inception)
     for a, b in pairs:
         row = [(a.double() - b.double()).abs().mean((1, 2, 3)) / 255, psnr(a, b), ssim(a, b)]
         if lpips_net:
-            with torch.no_grad():
-                d = lpips_net(a.to(device) / 127.5 - 1, b.to(device) / 127.5 - 1)
-            row.append(d.flatten().double().cpu())
+            d = lpips_net(a.to(args.device) / 127.5 - 1, b.to(args.device) / 127.5 - 1)
+            row.append(d.flatten().cpu().double())
         values.append(torch.stack(row))                                    # (3 or 4, B)
         if inception:
             fake.add(b)                                    # one pass, two sums
-            if not known:
-                real.add(a)
+        if inception and not real:
+            theirs.add(a)
     row = dict(zip(("L1", "PSNR", "SSIM", "LPIPS"), torch.cat(values, 1).mean(1).tolist()))
     if inception:
-        row["rFID"] = frechet_distance(*real.pool.moments(), *fake.pool.moments())
-    return row, real if inception else None
+        row["rFID"] = frechet_distance(*theirs.pool.moments(), *fake.pool.moments())
+    return row, theirs if inception else None
 
 
 def reconstruct(args):
@@ -665,11 +610,10 @@ def reconstruct(args):
         if not (shown and torch.equal(shown[0], first[0][:16])):           # once, if the same
             shown.append(first[0][:16])
         shown.append(first[1][:16])
-        rows.append({"checkpoint": run.path, "N": n,
-                     **scores(itertools.chain([first], pairs), args)[0]})
-    picture(shown, output(args, "reconstruct.png"))        # originals above reconstructions
-    report(args, "Reconstruction of held-out images (Table 1)"
-           + beside_fid(args.nets[1], min(row["N"] for row in rows)), rows)
+        row, _ = scores(itertools.chain([first], pairs), args)
+        rows.append({"checkpoint": run.path, "N": n, **row})
+    report(args, "Reconstruction of held-out images (Table 1)", rows, min(r["N"] for r in rows))
+    picture(shown, f"{args.out}/reconstruct.png")          # originals above reconstructions
 
 
 def perturb(z, eps):
@@ -680,11 +624,9 @@ def perturb(z, eps):
 
 
 def smoothness(args):
-    """Fig. 6: does a small step in latent space (`perturb`) stay a small step in the image?
-
-    The decoded z' is scored against the original, as in Table 1; `lost` is the PSNR that it lacks
-    against the first --eps. The picture's axis is rFID, as the paper's, or PSNR without Inception.
-    """
+    """Fig. 6: does a small step in latent space (`perturb`) stay a small step in the image? The
+    decoded z' is scored against the original, as in Table 1; `lost` is the PSNR that it lacks
+    against the first --eps. The plot's axis is rFID, as the paper's, or PSNR without Inception."""
     rows, shown, curves = [], [], {}
     for run in (Run(path, args) for path in args.ckpt):
         x = torch.cat([x for x, _ in run.held_out()[1]])                   # (N, 3, S, S)
@@ -698,10 +640,9 @@ def smoothness(args):
         axis = "rFID" if real else "PSNR"
         curves[run.path] = [(row["eps"], row[axis]) for row in rows[start:]]
         shown.append(torch.cat(strip))
-    picture(shown, output(args, "smoothness_strip.png"))   # the original, then each eps
-    plot(output(args, "smoothness.png"), curves, "eps, in standard deviations of a channel", axis)
-    report(args, f"Reconstruction from z + eps std N(0, 1), {len(x)} images (Fig. 6)"
-           + beside_fid(args.nets[1], len(x)), rows)
+    report(args, f"Reconstruction from z + eps std N(0, 1), {len(x)} images (Fig. 6)", rows, len(x))
+    picture(shown, f"{args.out}/smoothness_strip.png")     # the original, then each eps
+    plot(f"{args.out}/smoothness.png", curves, "eps, in standard deviations of a channel", axis)
 
 
 def separation(z, group, image):
@@ -733,11 +674,9 @@ def separation(z, group, image):
 
 
 def face_levels(run):
-    """Tokens of held-out built-in faces on the paper's levels -> name: (z, group, image).
-
-    A token belongs to the part that covers more than half of its patch, and is left out where
-    none does. object: tokens of the head by kind; part: all, by part; pattern: those of the skin.
-    """
+    """Tokens of held-out built-in faces on the paper's levels -> name: (z, group, image). A token
+    belongs to the part that covers more than half of its patch, and is left out where none does.
+    object: tokens of the head by kind; part: all, by part; pattern: those of the skin."""
     faces, tokens = vmae.Faces(run.model.img_size, "val"), []
     for numbers in torch.arange(min(run.args.n, len(faces))).split(run.args.batch):
         x, kind, pattern, part = faces.render(numbers)
@@ -747,35 +686,36 @@ def face_levels(run):
         whole = [v.view(-1, 1, 1).expand_as(part) for v in (kind, pattern, numbers)]
         tokens.append([v[share > 0.5] for v in (z, part, *whole)])
     z, part, kind, pattern, image = map(torch.cat, zip(*tokens))           # (M, d), (M,)...
-    levels = {"object": (part > 0, kind), "part": (part >= 0, part),
-              "pattern": (part == 2, pattern)}
-    return {name: (z[m], group[m], image[m]) for name, (m, group) in levels.items()}
+    head, skin = part > 0, part == 2
+    return {"object": (z[head], kind[head], image[head]), "part": (z, part, image),
+            "pattern": (z[skin], pattern[skin], image[skin])}
 
 
 def separability(args):
     """Figs. 4 and 7: is the latent ordered by object, by part, by pattern? `separation` defines
     the numbers, `face_levels` the groups; class folders (--data, or those of training) add the
     object level, each token being of its image's class. The picture: two principal components."""
-    rows = []
-    for i, run in enumerate(Run(path, args) for path in args.ckpt):
+    rows, clouds = [], []
+    for run in (Run(path, args) for path in args.ckpt):
         levels = {f"faces, {level}": tokens for level, tokens in face_levels(run).items()}
         if args.data or run.trained["data"]:
-            z, y = zip(*((run.encode(x).permute(0, 2, 3, 1), y) for x, y in run.held_out()[1]))
-            z, y = torch.cat(z), torch.cat(y)                              # (N, h, w, d), (N,)
+            x, y = map(torch.cat, zip(*run.held_out()[1]))                 # (N, 3, S, S), (N,)
             if len(y.unique()) > 1:
-                whole = (v.view(-1, 1, 1).expand(z.shape[:3]) for v in (y, torch.arange(len(y))))
-                levels["classes, object"] = z.flatten(0, 2), *(v.flatten() for v in whole)
+                z = run.encode(x).permute(0, 2, 3, 1).flatten(0, 2)        # (M, d)
+                image = torch.arange(len(y)).repeat_interleave(len(z) // len(y))   # (M,)
+                levels["classes, object"] = z, y[image], image
             else:
                 print(f"skipped the classes of {args.data or run.trained['data']}: one at the most")
         rows += [{"checkpoint": run.path, "level": k, **separation(*v)} for k, v in levels.items()]
         z, part, _ = levels["faces, part"]
         z = (z - z.mean(0)) / z.std(0).clamp(min=1e-12)    # PCA of what `separation` sees
-        points = z @ torch.linalg.eigh(z.T @ z).eigenvectors[:, -2:].flip(1)     # (M, 2)
-        clouds = {name: points[part == k][:1500].tolist() for k, name in enumerate(vmae.PARTS)}
-        plot(output(args, f"separability{i or ''}.png"), clouds, "first principal component of "
-             "the tokens", f"second; {run.path}", lines=False)
+        xy = z @ torch.linalg.eigh(z.T @ z).eigenvectors[:, -2:].flip(1)   # (M, 2)
+        clouds.append({name: xy[part == k][:1500].tolist() for k, name in enumerate(vmae.PARTS)})
     report(args, "Order in latent space, by our definition (Figs. 4, 7): a low sigma^2 and a high "
            "rho separate", rows)
+    for i, (cloud, path) in enumerate(zip(clouds, args.ckpt)):
+        plot(f"{args.out}/separability{i or ''}.png", cloud, "first principal component of the "
+             "tokens", f"second; {path}", lines=False)
 
 
 class Work(TorchFunctionMode):
@@ -812,16 +752,17 @@ def efficiency(args):
     (forward, backward); peak memory beyond torch's own, in a process for each.
     """
     rows = []
+    if args.size % 8:
+        raise InputError(f"--size {args.size}: has to be a multiple of 8, the f of both")
     for name, (body, kwargs) in BODIES.items():
         with torch.device("meta"), torch.no_grad():        # tensors with a shape and no content
             model = body(args.size, **kwargs)
-            with Work() as encoder:
+            with Work() as work:
                 z = model.encode(torch.empty(1, 3, args.size, args.size)).mode()
-            with Work() as decoder:
+                e = work.count.copy()       # the encoder's
                 model.decode(z)
+        d, whole = work.count - e, work.count["body"] + work.count["attention"]
         numbers = sum(v.numel() for v in model.state_dict().values())
-        e, d = encoder.count, decoder.count
-        whole = e["body"] + e["attention"] + d["body"] + d["attention"]
         rows.append({"model": name, "numbers": numbers, "MB": numbers * 4 / 2**20,
                      "GFLOPs": e["body"] * 128 / 1e9,
                      "+ norms": (e["body"] + 4 * e["norm"]) * 128 / 1e9,
@@ -841,32 +782,29 @@ def measure(name, size, batch, device):
     import resource                         # not on Windows, where all the rest works
 
     usage, (body, kwargs) = resource.RUSAGE_SELF, BODIES[name]
-    device, before = vmae.pick_device(device), resource.getrusage(usage).ru_maxrss  # torch's own
+    device, before = torch.device(device), resource.getrusage(usage).ru_maxrss  # torch's own
     model, x = body(size, **kwargs).to(device), torch.rand(batch, 3, size, size, device=device)
 
     def train():
         model.zero_grad()
         (model.decode(model.encode(x).sample()) - x).square().mean().backward()
 
-    def clock(work):
+    def now():
         """Seconds; CUDA returns before it is done, unless asked to wait."""
-        start = time.perf_counter()
-        work()
         if device.type == "cuda":
             torch.cuda.synchronize()
-        return time.perf_counter() - start
+        return timeit.default_timer()
 
-    no_grad = torch.no_grad()
-    z = no_grad(model.encode)(x).mode()
-    works = {"encode s": no_grad(lambda: model.encode(x)),
-             "decode s": no_grad(lambda: model.decode(z)), "train s": train}
-    row = {what: min(clock(work) for _ in range(4)) for what, work in works.items()}
+    encode, decode = torch.no_grad()(model.encode), torch.no_grad()(model.decode)
+    z = encode(x).mode()
+    works = {"encode s": lambda: encode(x), "decode s": lambda: decode(z), "train s": train}
+    row = {k: min(timeit.repeat(work, timer=now, repeat=4, number=1)) for k, work in works.items()}
     row["peak MiB"] = (torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else
                        (resource.getrusage(usage).ru_maxrss - before) / 2**10)   # KiB on Linux
     return row
 
 
-def generation(fake, real, net, args):
+def generation(fake, real, args):
     """--fake and --real as in `open_source`, or --real a .npz of mu and sigma as pytorch-fid's ->
     (a row of `fid`'s metrics, the real side's statistics). Both sides are cropped and resized by
     the same code, to the size of the fakes."""
@@ -874,25 +812,23 @@ def generation(fake, real, net, args):
     if not real and not own:
         raise InputError('--real: name a folder, a .npz or "faces" to compare with')
     real = real or ldm.load_ldm(fake)[2]["train_args"]["data"] or "faces"
-    n, size, fakes = open_source(fake, args)
+    size, *fakes = open_source(fake, args)
     known = read_npz(real) if real.endswith(".npz") else {}
-    if "mu" not in known:                   # opened first, so that a bad --real stops here
-        n_real, _, reals = open_source(real, args, size)
-    mine, theirs = Features(net, args.pairs).see(fakes, n), None
-    if "mu" not in known:
-        theirs = Features(net, args.pairs).see(reals, n_real)
-        known = theirs.statistics()
-    row = {"fake": fake, "real": real, "N fake": n, "N real": int(known.get("n", 0)) or "unknown"}
-    name, stats = "gFID" if own else "FID", mine.statistics()
+    reals = [] if "mu" in known else open_source(real, args, size)[1:]     # a bad --real stops here
+    mine = Features(args.nets[1], args.pairs).see(*fakes)
+    theirs = Features(args.nets[1], args.pairs).see(*reals) if reals else None
+    known, stats = theirs.statistics() if reals else known, mine.statistics()
+    row = {"fake": fake, "real": real, "N fake": stats["n"],
+           "N real": int(known.get("n", 0)) or "unknown"}
+    name = "gFID" if own else "FID"
     for metric, mu, sigma in ((name, "mu", "sigma"), ("sFID", "mu_s", "sigma_s")):
-        if mu not in known:
-            continue
         try:
-            row[metric] = frechet_distance(known[mu], known[sigma], stats[mu], stats[sigma])
+            if mu in known:
+                row[metric] = frechet_distance(known[mu], known[sigma], stats[mu], stats[sigma])
         except (ValueError, KeyError) as error:            # somebody else's .npz
             raise InputError(f"{real}: {mu} and {sigma} cannot be used, {error}") from None
     row["IS"] = mine.inception_score()
-    if theirs and min(args.pairs, n, n_real) > 3:          # the metrics that compare pairs
+    if theirs and min(args.pairs, mine.pool.n, theirs.pool.n) > 3:         # as they compare pairs
         a, b = torch.cat(theirs.kept), torch.cat(mine.kept)
         row["KID x 1e3"] = 1e3 * kid(a, b)
         row["precision"], row["recall"] = precision_recall(a, b)
@@ -900,19 +836,16 @@ def generation(fake, real, net, args):
 
 
 def fid(args):
-    """Table 2: generated images against real ones, from one pass of Inception over each.
-
-    FID (gFID of our generator's samples), sFID = the same of the spatial features, IS of the
-    fakes; and of the first --pairs images of each side, whose features stay in memory, KID,
-    precision and recall.
-    """
+    """Table 2: generated images against real ones, from one pass of Inception over each: FID (gFID
+    of our generator's samples), sFID = the same of the spatial features, IS of the fakes; and of
+    the first --pairs images of each side, whose features stay in memory, KID, precision, recall."""
     if args.save_stats:                     # a place that cannot be written shows before the work
         os.makedirs(os.path.dirname(args.save_stats) or ".", exist_ok=True)
-    row, known = generation(args.fake, args.real, args.nets[1], args)      # statistics of the real
+    row, known = generation(args.fake, args.real, args)          # the real side's statistics
     if args.save_stats:
         np.savez(args.save_stats, **known)
     n = min(row["N fake"], int(known.get("n", 10**9)))
-    report(args, "Generated images (Table 2)" + beside_fid(args.nets[1], n), [row])
+    report(args, "Generated images (Table 2)", [row], n)
 
 
 def compare(args):
@@ -924,43 +857,38 @@ def compare(args):
     pixels       PSNR of held-out images; perception: their LPIPS, or SSIM without VGG's weights
     generation   gFID of --n samples, if all runs are of stage two and Inception's weights here
     """
-    rows, shapes, (lpips_net, inception) = [], {}, args.nets
-    args.nets = lpips_net, None
-    runs = {name: os.path.join(name, "last.pt") if os.path.isdir(name) else name
-            for name in args.runs}
+    rows, (lpips_net, inception) = [], args.nets
+    no_fid = argparse.Namespace(nets=(lpips_net, None), device=args.device)        # for `scores`
+    runs = {run: f"{run}/last.pt" if os.path.isdir(run) else run for run in args.runs}
     second = inception and all("vmae" in vmae.read_checkpoint(path) for path in runs.values())
     perception = "LPIPS" if lpips_net else "SSIM"
     for name, run in ((name, Run(path, args)) for name, path in runs.items()):
         x = torch.cat([x for x, _ in run.held_out()[1]])                   # (N, 3, S, S)
         z = run.encode(x)                                  # (N, d, h, w)
         x_hat, moved = run.decode(z), run.decode(perturb(z, 0.1))
-        row, _ = scores(zip(x.split(args.batch), x_hat.split(args.batch)), args)
+        row, _ = scores(zip(x.split(args.batch), x_hat.split(args.batch)), no_fid)
         rows.append({"run": name, "smoothness, dB": psnr(x_hat, moved).mean().item(),
                      "compression, sigma^2": separation(*face_levels(run)["part"])["sigma^2"],
                      "pixels, dB": row["PSNR"], f"perception, {perception}": row[perception]})
         if second:
-            rows[-1]["generation, gFID"] = generation(run.path, None, inception, args)[0]["gFID"]
+            rows[-1]["generation, gFID"] = generation(run.path, None, args)[0]["gFID"]
     axes = list(rows[0])[1:]
-    for axis in axes:
-        sign = -1 if axis.endswith(("sigma^2", "LPIPS", "gFID")) else 1    # up is good
-        values = [sign * row[axis] for row in rows]
-        for row, value in zip(rows, values):
-            shapes.setdefault(row["run"], []).append(
-                (value - min(values)) / ((max(values) - min(values)) or 1))
-    radar(output(args, "compare.png"), axes, shapes)
-    report(args, "Comparison (Fig. 2)" + beside_fid(second and inception or None, args.n), rows,
-           rescaled=shapes)
+    sign = [-1 if axis.endswith(("sigma^2", "LPIPS", "gFID")) else 1 for axis in axes]
+    table = np.array([[row[axis] for axis in axes] for row in rows]) * sign        # up is good
+    span = np.ptp(table, 0)                                # (axes,), 0 where all runs are equal
+    rescaled = (table - table.min(0)) / np.where(span > 0, span, 1)        # (runs, axes)
+    shapes = dict(zip(runs, rescaled.tolist()))
+    report(args, "Comparison (Fig. 2)", rows, args.n if second else None, rescaled=shapes)
+    radar(f"{args.out}/compare.png", axes, shapes)
     if not second:
         print("skipped generation: it takes stage-two runs, and Inception's weights")
 
 
 def neighbours(args):
     """Did it memorise? Each sample (top row) above its 5 nearest training images, in pixels and,
-    with Inception's weights, in its features.
-
-    The table: the median distance to the nearest training image, of the samples and of as many
-    held-out images; samples much nearer than those are copies. Pixels: RMS difference, 0 to 255.
-    """
+    with Inception's weights, in its features. The table: the median distance to the nearest
+    training image, of the samples and of as many held-out images; samples much nearer than those
+    are copies. Pixels: RMS difference, 0 to 255."""
     trained = ldm.load_ldm(args.ckpt[0])[2]["train_args"]
     x = torch.cat(list(draw_samples(args.ckpt[0], args)))                  # (n, 3, S, S)
     (_, net), size, rows, shown = args.nets, x.shape[-1], [], [x[:16]]
@@ -978,13 +906,13 @@ def neighbours(args):
                      "ratio": near / usual if usual else math.nan})        # 0: they are duplicates
         shown += [torch.stack([vmae.to_uint8(train[i][0]) for i in row.tolist()])
                   for row in index[:len(x)][:16].T]
-    picture(shown, output(args, "neighbours.png"))         # 6 rows, or 11
     report(args, f"Distance to the nearest of {len(train)} training images, median", rows)
+    picture(shown, f"{args.out}/neighbours.png")           # 6 rows, or 11
 
 
 # ---- The command line -------------------------------------------------------------------------
 
-OPTIONS = {  # name: default, help; the default's type is the option's
+OPTIONS = {  # name: default, whose type is the option's; help; choices
     "runs": (["runs/ae", "runs/vmae"], "run folders, or checkpoints"),
     "ckpt": (["runs/vmae/last.pt"], "checkpoints of either stage, or published weights"),
     "fake": ("runs/ldm/last.pt", "a stage-two checkpoint, sampled; a folder; a .npz with arr_0"),
@@ -998,7 +926,8 @@ OPTIONS = {  # name: default, help; the default's type is the option's
     "size": (256, "pixels"),
     "cfg": (1.0, "guidance weight of samples, 1: none"),
     "time": (False, "also seconds and memory"),
-    "resize": ("pytorch-fid", "to Inception's 299 pixels; clean: antialiased, as clean-fid"),
+    "resize": ("pytorch-fid", "to Inception's 299 pixels; clean: antialiased, as clean-fid",
+               "pytorch-fid", "clean"),
     "fast": (False, "Inception in bfloat16: faster, two or three digits count"),
     "inception-weights": ("", "a copy of FID's InceptionV3 (default: torch hub's cache)"),
     "vgg-weights": ("", "a copy of VGG-16, for LPIPS (default: torch hub's cache)"),
@@ -1025,45 +954,43 @@ COMMANDS = (  # function, what it is, options besides batch, device and out, def
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], usage="%(prog)s [command]")
-    commands = parser.add_subparsers(dest="command", metavar="command", prog=parser.prog)
+    parser.set_defaults(**{name.replace("-", "_"): row[0] for name, row in OPTIONS.items()})
+    commands = parser.add_subparsers(metavar="command", prog=parser.prog)
     for function, about, names, own in COMMANDS:
         sub = commands.add_parser(function.__name__, help=about)
-        defaults = {name: own.get(name, default) for name, (default, _) in OPTIONS.items()}
         for name in f"{names} batch device out".split():
-            default, text = defaults[name], OPTIONS[name][1]
-            kind = dict(action="store_true") if default is False else dict(type=type(default))
+            default, text, *choices = OPTIONS[name]
+            kind = dict(type=type(default), choices=choices or None)
             if isinstance(default, list):
                 kind = dict(type=type(default[-1]), nargs="+")
-            if name == "resize":
-                kind["choices"] = ("pytorch-fid", "clean")
-            sub.add_argument("runs" if name == "runs" else f"--{name}", **kind,
+            elif default is False:
+                kind = dict(action="store_true")
+            sub.add_argument("runs" if name == "runs" else f"--{name}", default=default, **kind,
                              help=text + " (default: %(default)s)" * bool(default))
-        sub.set_defaults(function=function, uses=names.split(), **{
-            name.replace("-", "_"): default for name, default in defaults.items()})
-    args = parser.parse_args()
-    todo = [args]
-    if args.command is None:                # everything that needs no download, with its defaults
-        todo = [parser.parse_args([name]) for name in (
-            "reconstruct", "smoothness", "separability", "efficiency", "neighbours")]
-        todo = [run for run in todo if run.function is not neighbours or Path(*run.ckpt).exists()]
+        sub.set_defaults(function=function, uses=names.split(), **own)
+    lines = [sys.argv[1:]]
+    if not sys.argv[1:]:                    # everything that needs no download, with its defaults
+        lines = [["reconstruct"], ["smoothness"], ["separability"], ["efficiency"]]
+        lines += [["neighbours"]] * Path("runs/ldm/last.pt").exists()
         runs = [str(path.parent) for path in sorted(Path("runs").glob("*/last.pt"))
                 if "vmae" not in vmae.read_checkpoint(path)]               # those of stage one
-        todo += [parser.parse_args(["compare", *runs])] * (len(runs) > 1)
-        for run in todo:                    # nor minutes of Inception on a CPU
-            run.uses = []
-    for run in todo:
-        for name in ("n", "batch", "size"):
-            if not getattr(run, name) > 0:
-                raise InputError(f"--{name} must be above 0, not {getattr(run, name)}")
-        beside = {fid: run.fake, efficiency: "runs/", compare: "runs/"}.get(run.function,
-                                                                            run.ckpt[0])
-        run.out = run.out or (beside if os.path.isdir(beside) else os.path.dirname(beside) or ".")
-        run.nets = optional_nets(run)
-        run.function(run)
-    if args.command is None:
+        lines += [["compare", *runs]] * (len(runs) > 1)
+    for line in lines:
+        args = parser.parse_args(line)
+        args.device = vmae.pick_device(args.device)
+        for name, least in dict(n=1, batch=1, size=1, pairs=0, eps=0).items():
+            if not np.min(getattr(args, name)) >= least:   # nor is NaN
+                raise InputError(f"--{name} must be at least {least}, not {getattr(args, name)}")
+        place = {fid: args.fake, efficiency: "runs/", compare: "runs/"}.get(args.function)
+        place = place or args.ckpt[0]       # what is measured
+        args.out = args.out or (place if os.path.isdir(place) else os.path.dirname(place) or ".")
+        # With no arguments no nets, even if they are here: Inception takes minutes on a CPU.
+        args.nets = optional_nets(args) if sys.argv[1:] else (None, None)
+        args.function(args)
+    if not sys.argv[1:]:
         print("skipped LPIPS and rFID: `evaluate.py reconstruct --download` fetches 528 and 91 MB\n"
               "skipped fid: `evaluate.py fid` samples, and fetches Inception's 91 MB")
-        if neighbours not in (run.function for run in todo):
+        if ["neighbours"] not in lines:
             print("skipped neighbours: it needs a generator, `train_ldm.py`")
         if len(runs) < 2:
             print("skipped compare: train a second preset, then `evaluate.py compare` both")
