@@ -87,9 +87,8 @@ def open_image(path):
 def read_image(path, size):
     """File -> uint8 (3, size, size): any mode to RGB, short side resized, centre cropped.
 
-    Transparency is laid over white, since that is how such pictures are shown; EXIF rotation is
-    applied, since phones store portraits lying down. Raises one of UNREADABLE.
-    """
+    Transparency is laid over white, as such pictures are shown; EXIF rotation is applied, as phones
+    store portraits lying down. Raises one of UNREADABLE."""
     with open_image(path) as file:
         image = ImageOps.exif_transpose(file)              # turned upright
     if image.mode.startswith("I"):          # 16 bits: Pillow's own conversion clips at 255
@@ -134,17 +133,15 @@ class ImageFolder(torch.utils.data.Dataset):
         self.limit = MAX_UNREADABLE * len(paths)
         readable = [p for p in paths if self._header_ok(p)]  # all files: a split shares its limit
 
-        tops = [p.split("/")[0] if "/" in p else "" for p in readable]     # "": beside the folders
-        names = sorted(set(tops))       # class 0, 1, ...
-        self.classes = names if len(names) > 1 and "" not in names else []
-        label = {p: self.classes.index(t) if self.classes else 0 for p, t in zip(readable, tops)}
-
+        tops = {p.split("/")[0] if "/" in p else "" for p in readable}     # "": beside the folders
+        self.classes = sorted(tops) if len(tops) > 1 and "" not in tops else []
         rank = {p: zlib.crc32(p.encode()) for p in readable}  # by name: the same everywhere
         held_out = {p for p in readable if rank[p] % 20 == 0} or {min(readable, key=rank.get)}
         self.paths = [p for p in readable if split == "all" or (p in held_out) == (split == "val")]
         if not self.paths:
             raise InputError(f"{root}: one image is not enough, as one is always held out")
-        self.labels = [label[p] for p in self.paths]
+        number = {name: y for y, name in enumerate(self.classes)}
+        self.labels = [number.get(p.split("/")[0], 0) for p in self.paths]
         self.kept = {} if keep and len(self.paths) * 3 * size * size < KEEP_BYTES else None
 
     def _header_ok(self, path):
@@ -327,9 +324,7 @@ class Faces(torch.utils.data.Dataset):
 
 def open_images(data, size, split, val=None, keep=False):
     """--data and --val as typed -> a dataset: a folder, or the built-in faces when data is None.
-
-    With `val`, a folder of its own for validation, nothing of `data` is held out.
-    """
+    With `val`, a folder of its own for validation, nothing of `data` is held out."""
     if data is None:
         return Faces(size, split)
     if val is not None:
