@@ -43,7 +43,7 @@ from vmae import VMAE, Faces, Gaussian, ImageFolder, InputError
 
 HERE = Path(__file__).absolute().parent
 VECTORS = HERE.parent / "shared" / "vectors"
-TINY_VMAE = dict(patch_size=4, embed_dim=32, depth=2, num_heads=4, latent_dim=4)
+TINY_VMAE = dict(img_size=16, patch_size=4, embed_dim=32, depth=2, num_heads=4, latent_dim=4)
 TINY_RUN = "--data data --size 16 --steps 2 --batch 4 --lambda-p 0"  # what is typed later wins
 
 
@@ -77,12 +77,6 @@ def raises(kind, function, *args, **kwargs):
     with unittest.TestCase().assertRaises(kind) as caught:
         function(*args, **kwargs)
     return str(caught.exception)
-
-
-def tiny_vmae():
-    """The same random weights every time, for images of 16 pixels: a grid of 4 x 4."""
-    torch.manual_seed(0)
-    return VMAE(16, **TINY_VMAE)
 
 
 def random_images(B=2, size=16, seed=0):
@@ -155,13 +149,6 @@ def measured(name, options="", *words):
     return json.loads(Path("out", f"{name}.json").read_text())["rows"]
 
 
-def reproduces(model, v):
-    """Check encode and decode against what the original code gave for the same weights."""
-    q = model.encode(v["x"])
-    close(torch.cat([q.mu, q.logvar], 1), v["moments"], 1e-4)
-    close(model.decode(q.mode()), v["recon"], 1e-4)
-
-
 # ---- Patches and masks ------------------------------------------------------------------------
 
 def test_patchify_round_trip_is_exact():
@@ -189,7 +176,7 @@ def test_random_mask_shows_exactly_the_floor_and_repeats_by_generator():
 
 
 def test_masked_patches_cost_no_work_and_cannot_influence_the_latents():
-    model, x, seen = tiny_vmae(), random_images().requires_grad_(), []
+    model, x, seen = VMAE(**TINY_VMAE), random_images().requires_grad_(), []
     for module in [model.patch_embed, *model.blocks, model.norm, model.to_latent]:
         module.register_forward_hook(lambda m, inputs, output: seen.append(output.shape[1]))
     _, q, mask = model(x, 0.6)
@@ -201,7 +188,7 @@ def test_masked_patches_cost_no_work_and_cannot_influence_the_latents():
 
 def test_attention_is_fused():
     with torch.profiler.profile() as log, torch.no_grad():
-        tiny_vmae().blocks[0].attn(torch.randn(1, 1024, 32))
+        VMAE(**TINY_VMAE).blocks[0].attn(torch.randn(1, 1024, 32))
     names = {event.key for event in log.key_averages()}
     assert any("flash" in name for name in names) and "aten::softmax" not in names
 
@@ -256,10 +243,9 @@ def test_lpips_is_frozen_and_reads_vgg_from_a_file():
     assert "/nowhere/vgg.pth" in message and vmae.VGG_URL in message and "--vgg-weights" in message
 
     save_images("data", 8)
-    without, with_it = (trained(f"--vgg-weights vgg.pth --lambda-p {weight}", f"{weight}")
-                        for weight in (0, 1))
-    assert all_differ(without, with_it) and "L_P" in log_of("1")[-1]
-    runs(train_vmae.main, "--init 0/last.pt --tune decoder --vgg-weights vgg.pth --data data "
+    one, two = (trained(f"--vgg-weights vgg.pth --lambda-p {n}", f"{n}") for n in (1, 2))
+    assert all_differ(one, two) and "L_P" in log_of("1")[-1]
+    runs(train_vmae.main, "--init 1/last.pt --tune decoder --vgg-weights vgg.pth --data data "
          "--steps 1 --batch 2")
     tuned = torch.load("runs/tuned/last.pt", weights_only=True)["train_args"]
     assert (tuned["lambda_p"], tuned["mask"]) == (10, 0)   # the authors' stage 3
@@ -276,7 +262,9 @@ def test_vmae_equals_the_authors_and_loads_with_a_report():
     weights["module.perceptual.scale"] = torch.zeros(1)
     torch.save({"model": weights, "epoch": 3, "args": argparse.Namespace(lr=1)}, "vmae.pth")
     model = vmae.load_vmae("vmae.pth", v["model_args"]["num_heads"])
-    reproduces(model, v)
+    q = model.encode(x)
+    close(torch.cat([q.mu, q.logvar], 1), v["moments"], 1e-4)
+    close(model.decode(q.mode()), v["recon"], 1e-4)
     keep = mask.argsort(dim=1, stable=True)[:, :int((1 - mask[0]).sum())]  # the visible
     x_hat = model.decode_tokens(model.encode_tokens(x, keep).mode(), keep)
     close(x_hat, v["pred_img"], 1e-4)
@@ -304,19 +292,21 @@ def test_conv_autoencoder_equals_diffusers():
     torch.save(v["state_dict"], "vae.bin")
     model = vmae.load_vmae("vae.bin")
     assert isinstance(model, vmae.ConvAutoencoder) and model.latent_dim == 16
-    reproduces(model, v)
+    q = model.encode(v["x"])
+    close(torch.cat([q.mu, q.logvar], 1), v["moments"], 1e-4)
+    close(model.decode(q.mode()), v["recon"], 1e-4)
 
 
 def test_both_bodies_encode_and_decode_the_whole_grid():
     x = random_images()
-    for model in (tiny_vmae(), vmae.ConvAutoencoder(16, (8, 8, 16), 4)):   # both f4d4
+    for model in (VMAE(**TINY_VMAE), vmae.ConvAutoencoder(16, (8, 8, 16), 4)):  # both f4d4
         q = model.encode(x)
         assert q.mu.shape == q.logvar.shape == (2, 4, 4, 4)
         assert (model.patch_size, model.grid, model.latent_dim) == (4, 4, 4)
         x_hat, q_v, mask = model(x, 0.0)                   # mask 0 is the use-time path
         assert x_hat.shape == model.decode(q.mode()).shape == x.shape and mask.sum() == 0
         close(q_v.mu.view(2, 4, 4, 4), q.mu, 1e-6)
-    raises(ValueError, tiny_vmae().encode, random_images(1, 32))           # made for 16
+    raises(ValueError, VMAE(**TINY_VMAE).encode, random_images(1, 32))     # made for 16
     raises(ValueError, VMAE, 30, 4)                        # 30 pixels hold no whole patches
     raises(ValueError, vmae.ConvAutoencoder, 30)
 
@@ -389,21 +379,22 @@ def test_folder_reads_every_mode_crops_the_centre_and_turns_by_exif():
 
 @in_a_folder()
 def test_folder_classes_hidden_files_and_hold_out():
-    for name in ("dog/deep", "Cat/deep", ".hidden"):
-        save_images(name, 40)
+    for name in ("dog/deep", ".hidden", "Cat/deep"):
+        pixels = save_images(name, 40)
     Path("dog", "._000.png").write_bytes(b"Apple")
     Path("dog", "notes.txt").write_text("no image")
-    whole, train, val = (ImageFolder(".", 16, split) for split in ("all", "train", "val"))
+    whole, train, val = (ImageFolder(".", 20, split) for split in ("all", "train", "val"))
     assert whole.classes == ["Cat", "dog"] and len(whole) == 80
     assert [whole[i][1] for i in (0, 79)] == [0, 1]
+    close(vmae.to_uint8(whole[7][0]), pixels[7].transpose(2, 0, 1), 0)     # there and back is exact
     assert sorted(train.paths + val.paths) == whole.paths and 1 <= len(val) <= 10
-    save_images("dog/more", 40, seed=1)                    # adding files moves none across
-    assert set(val.paths) <= set(ImageFolder(".", 16, "val").paths)
+    save_images("Bat", 7, seed=1)                          # adding files moves none across
+    assert set(val.paths) <= set(ImageFolder(".", 20, "val").paths)
     before = whole.fingerprint()
     os.utime("dog/deep/000.png", (1, 1))
     assert whole.fingerprint() != before
     Image.new("RGB", (20, 20)).save("beside.png")
-    assert ImageFolder(".", 16).classes == []
+    assert ImageFolder(".", 20).classes == []
 
 
 @in_a_folder()
@@ -549,8 +540,12 @@ def test_dit_starts_at_zero_and_takes_patches():
     z_t = torch.randn(2, 4, 4, 4)
     t, y = torch.tensor([0, 9]), torch.tensor([0, 2])
     assert ldm.DiT(4, 2, 4, 32, 1, 4, 2)(z_t, t, y).abs().max() == 0
-    for P in (1, 2, 4):
+    for P in (1, 4):
         assert tiny_dit(patch_size=P)(z_t, t).shape == z_t.shape
+    model, numbers = tiny_dit(patch_size=2), torch.arange(16.0)  # each piece answers 0 to 15
+    model.final_layer.linear.weight.zero_(), model.final_layer.linear.bias.copy_(numbers)
+    piece = numbers.view(2, 2, 4).permute(2, 0, 1)         # rows, columns, channels innermost
+    close(model(z_t, t)[0], piece.repeat(1, 2, 2), 0)
     raises(ValueError, ldm.DiT, 4, 3)                      # pieces of 3 in a grid of 4
     base = ldm.DiT(**ldm.sizes["base"])
     assert abs(sum(p.numel() for p in base.parameters()) / 1e6 - 130) < 1  # B/1, 130 M
@@ -601,7 +596,7 @@ def test_ema_warms_up_and_copies_buffers():
 @in_a_folder()
 def test_cache_equals_fresh_encoding_and_is_never_stale():
     save_images("data/a", 9), save_images("data/b", 8, seed=1)
-    data, model = ImageFolder("data", 16), tiny_vmae()
+    data, model = ImageFolder("data", 16), VMAE(**TINY_VMAE)
     model.to_latent.bias.data[4:] -= 6                     # a confident posterior
     moments = functools.partial(train_ldm.Moments, model, data, ".", torch.device("cpu"), 4)
     cache = moments().open()
@@ -653,9 +648,8 @@ def test_non_finite_loss_names_step_and_term():
 
 @in_a_folder()
 def test_checkpoint_survives_an_interrupted_save():
-    model, x = tiny_vmae(), random_images()
-    vmae.save_checkpoint("last.pt", model_args=dict(TINY_VMAE, img_size=16),
-                         model=model.state_dict())
+    model, x = VMAE(**TINY_VMAE), random_images()
+    vmae.save_checkpoint("last.pt", model_args=TINY_VMAE, model=model.state_dict())
     unwritable = (i for i in "ab")                         # stops pickle halfway, like a power cut
     raises(TypeError, vmae.save_checkpoint, "last.pt", model=unwritable)
     close(vmae.load_vmae("last.pt").encode(x).mode(), model.encode(x).mode(), 0)
@@ -710,11 +704,12 @@ def test_every_preset_and_option_changes_what_is_learnt():
         assert isinstance(model, VMAE) == (name in ("mae", "vmae")), name
     assert all_differ(models["ae"], models["dae"]) and all_differ(models["ae"], models["vae"])
     for name, options in (
-            ("ae", "--lambda-reg 1"), ("dae", "--noise 1"), ("vae", "--lambda-reg 1"),
+            ("ae", "--lambda-reg 1"), ("dae", "--noise 9"), ("vae", "--lambda-reg 1"),
             ("vae", "--kl-mean free"), ("mae", "--lambda-m 9"), ("sdvae", "--lambda-adv 9"),
             ("vmae", "--lambda-m 0"), ("vmae", "--lambda-reg 0"), ("vmae", "--lambda-reg 1"),
             ("vmae", "--mask 0.3"), ("vmae", "--whole 1"), ("vmae", "--seed 1")):
         assert all_differ(models[name], trained(f"--preset {name} {options}")), (name, options)
+        assert log_of("runs/vmae")[-1]["L_R"] < 5          # 40 if the noise were in the target
     assert isinstance(trained("--preset ae --arch vit"), VMAE)             # like for like
     refuses("--mask", train_vmae.main, "--arch conv")      # it would see what is hidden
 
@@ -1026,7 +1021,7 @@ def test_efficiency_is_the_papers_table_3():
         torch.nn.Linear(3, 5)(torch.zeros(2, 3))
         F.scaled_dot_product_attention(*(torch.zeros(1, n, 8) for n in (4, 6, 6)))
     assert work.count == {"body": 30, "attention": 2 * 4 * 6 * 8}
-    with mock.patch.dict(evaluate.BODIES, VMAE=(VMAE, TINY_VMAE)):
+    with mock.patch.dict(evaluate.BODIES, VMAE=(VMAE, vmae.sizes["tiny"])):
         row = evaluate.measure("VMAE", 16, 2, "cpu")       # --time: every number is a cost
     assert list(row) == ["encode s", "decode s", "train s", "peak MiB"]
     assert min(list(row.values())[:3]) > 0 and row["peak MiB"] >= 0
