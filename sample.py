@@ -39,7 +39,7 @@ def options():
     add("--cfg", type=float, help="guidance weight w, 1: none (default: 1.5 with classes, else 1)")
     add("--interval", type=float, help="euler guides from this time on, 0 to 1 (default: 0)")
     add("--class", dest="label", help="name or number of one class (default: all in turn)")
-    add("--seed", type=int, default=0, help="whose image i is one, in any batch (default: 0)")
+    add("--seed", type=int, default=0, help="its image i is the same in any batch (default: 0)")
     add("--batch", type=int, default=64, help="images at a time (default: %(default)s)")
     add("--device", default="auto", help="cuda, cpu, mps... (default: cuda if there is one)")
     add("--out", default="samples", help="folder (default: %(default)s)")

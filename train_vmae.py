@@ -43,7 +43,7 @@ def common_options(parser, out, recipes, default_model):
     add("--seed", type=int, default=0, help="of weights, order, masks and noise (default: 0)")
     add("--device", default="auto", help="cuda, cpu, mps... (default: cuda if there is one)")
     add("--workers", type=int, help="image decoding processes (default: 8 on CUDA, elsewhere 0)")
-    add("--resume", action="store_true", help="continue from last.pt in --out")
+    add("--resume", action="store_true", help="go on from last.pt in --out, with its options")
     add("--compile", action="store_true", help="torch.compile: faster after a slow first step")
 
 
@@ -248,7 +248,8 @@ def options():
         "1e-4, vae 3e-4, sdvae 1e-5, others 0)")
     add("--lambda-p", type=float, help="weight of L_P, LPIPS (default for vmae and sdvae: the "
         "authors' 0.5 for a folder if VGG's weights are to be had, 0 for the built-in faces)")
-    add("--lambda-adv", type=float, help="of L_G, in the second half (default: sdvae 0.1, else 0)")
+    add("--lambda-adv", type=float, help="weight of the adversarial loss, which begins halfway "
+        "(default: sdvae 0.1, others 0)")
     add("--kl-mean", choices=("free", "zero"), help="free: the variance alone is pulled to 1, "
         "Section 4.4; zero: the KL of Eq. (1) (default: vmae free, vae and sdvae zero)")
     add("--vgg-weights", help="local copy of torchvision's vgg16-397923af.pth, for LPIPS")
