@@ -38,7 +38,7 @@ def options():
     add("--shift", type=float, help="of euler's times; below 1: more of them on noise (default: 1)")
     add("--cfg", type=float, help="guidance weight w, 1: none (default: 1.5 with classes, else 1)")
     add("--interval", type=float, help="euler guides from this time on, 0 to 1 (default: 0)")
-    add("--class", dest="label", help="name or number of one class (default: all in turn)")
+    add("--class", dest="label", help="name or number; K: none of K classes (default: all in turn)")
     add("--seed", type=int, default=0, help="its image i is the same in any batch (default: 0)")
     add("--batch", type=int, default=64, help="images at a time (default: %(default)s)")
     add("--device", default="auto", help="cuda, cpu, mps... (default: cuda if there is one)")
@@ -46,23 +46,24 @@ def options():
     add("--npz", action="store_true", help="also samples.npz: arr_0, uint8 (N, H, W, 3), as ADM's")
     add("--trajectory", action="store_true", help="also trajectory.png: x_0 as seen along the way")
     args = parser.parse_args()
-    for name in ("n", "steps", "batch", "clip", "shift", "eta", "interval"):
-        value, share = getattr(args, name), name in ("eta", "interval")
-        if value is not None and not (0 <= value <= 1 if share else value > 0):
-            raise InputError(f"--{name} must be {'0 to 1' if share else 'above 0'}, not {value}")
+    for name in ("n", "steps", "batch", "clip", "shift", "eta", "interval", "seed"):
+        value, high = getattr(args, name), dict(eta=1, interval=1, seed=2**32).get(name)
+        if value is not None and not (0 <= value <= high if high else value > 0):
+            words = f"from 0 to {high}" if high else "above 0"
+            raise InputError(f"--{name} must be {words}, not {value}")
     return args
 
 
-def pick_label(label, classes):
-    """--class as typed -> index, or None for all of them; len(classes) is the null class."""
-    if label is None:                       # all of them, image i of class i mod their number
-        return None
+def pick_labels(label, classes):
+    """--class as typed -> the labels to draw in turn; len(classes) is that of the null class."""
+    if label is None:
+        return list(range(len(classes)))
     if not classes:
         raise InputError(f"--class {label}: this checkpoint is unconditional, it has no classes")
     if label in classes:
-        return classes.index(label)
+        return [classes.index(label)]
     if label.isdecimal() and int(label) <= len(classes):   # a name that is a number comes first
-        return int(label)
+        return [int(label)]
     raise InputError(f"--class {label}: unknown; choose from {', '.join(classes)}, a number below "
                      f"{len(classes)}, or {len(classes)}, which is none of them")
 
@@ -99,7 +100,7 @@ def main():
     args = options()
     model, schedule, ckpt = ldm.load_ldm(args.ckpt, args.stats)            # the EMA weights
     sampler, extra = pick_sampler(args, schedule)          # and its own options
-    classes, label = ckpt["classes"], pick_label(args.label, ckpt["classes"])  # [] without classes
+    classes, labels = ckpt["classes"], torch.tensor(pick_labels(args.label, ckpt["classes"]))
     if args.cfg not in (None, 1) and not classes:
         raise InputError(f"--cfg {args.cfg}: this checkpoint is unconditional, leave --cfg out")
     # Guidance of 1.5 is where the kinds become certain and the colours still vary.
@@ -117,8 +118,7 @@ def main():
         def noise(_=None):                  # drawn on the CPU: the same images on any device
             return torch.stack([torch.randn(shape, generator=g) for g in own]).to(device)
 
-        y = index % max(len(classes), 1) if label is None else torch.full_like(index, label)
-        y = y.to(device) if classes else None                              # (B,)
+        y = labels[index % len(labels)].to(device) if classes else None    # (B,)
         estimates = [] if args.trajectory and not images else None         # of z_0, a step each
         # float32 on a CPU: rounding in bfloat16 would make an image depend on its batch.
         with torch.no_grad(), torch.autocast("cuda", torch.bfloat16, device.type == "cuda"):

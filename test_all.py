@@ -1205,6 +1205,7 @@ def test_sampling_depends_on_the_seed_alone_and_refuses_what_does_not_fit():
                         ("--ckpt flat/last.pt --cfg 2", "unconditional"),
                         ("--ckpt flat/last.pt --steps 1001", "1000"),
                         ("--class up", "left, right"), ("--class 3", "left, right"),
+                        ("--eta 2", "--eta"), (f"--seed {10**20}", "--seed"),
                         ("--ckpt runs/vmae/last.pt", "stage-two"),
                         ("--ckpt nothing.pt", "no such checkpoint")):
         refuses(words, sample.main, line)

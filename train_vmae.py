@@ -60,7 +60,7 @@ def parse(parser):
 def check(args):
     """Refuse numbers out of range, in one line with the option's name -> args."""
     above_0 = ("size", "batch", "steps", "lr", "save_every")
-    below = dict(mask=1, drop=1, seed=2**32)
+    below = dict(mask=1, drop=1, seed=2**32)               # times 1,000,003 it fits 64 bits
     for name, value in vars(args).items():
         if isinstance(value, (int, float)):                # the others are words, or chosen later
             low, high = "above" if name in above_0 else "at least", below.get(name, math.inf)

@@ -343,7 +343,8 @@ def to_uint8(x):
 
 
 def save_grid(rows, path, gap=2):
-    """Rows of images in [-1, 1], each row (K, 3, H, W), as one PNG with white lines between."""
+    """Rows of images in [-1, 1], each (K, 3, H, W) or shorter than the first, as one PNG with white
+    lines between."""
     cells = [torch.cat([F.pad(to_uint8(x.cpu()), (0, gap, 0, gap), value=255) for x in row], 2)
              for row in rows]                              # each (3, H + gap, K(W + gap))
     cells = [F.pad(row, (0, cells[0].shape[2] - row.shape[2]), value=255) for row in cells]
