@@ -18,133 +18,127 @@ import ldm
 import vmae
 from vmae import InputError
 
-SAMPLERS = {                                # and the options that belong to each
-    "ddpm": (ldm.ddpm_sample, ("clip",)), "ddim": (ldm.ddim_sample, ("clip", "eta")),
-    "euler": (ldm.euler_sample, ("shift", "interval"))}
-
+SAMPLER_OPTIONS = {name: text for _, _, own in ldm.SAMPLERS.values() for name, text in own.items()}
 
 def options():
     """The command line -> checked options."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], usage="%(prog)s [options]")
     add = parser.add_argument
     add("--ckpt", default="runs/ldm/last.pt", help="stage-two checkpoint (default: %(default)s)")
-    add("--n", type=int, default=64, help="images (default: %(default)s)")
+    add("--n", type=int, default=64, help="number of images (default: %(default)s)")
     add("--vmae", help="stage-one checkpoint (default: the one inside --ckpt)")
     add("--stats", help="latent statistics beside the authors' weights (default: those in --ckpt)")
-    add("--steps", type=int, default=50, help="network evaluations an image (default: %(default)s)")
-    add("--sampler", choices=SAMPLERS, help="(default: euler for rectified flow, else ddim)")
-    add("--eta", type=float, help="noise of ddim: 0 none, 1 as ddpm (default: 0)")
-    add("--clip", type=float, help="ddpm, ddim: bound z_0 to this many deviations (default: none)")
-    add("--shift", type=float, help="of euler's times; below 1: more of them on noise (default: 1)")
+    add("--steps", type=int, default=50, help="network calls per image (default: %(default)s)")
+    add("--sampler", choices=ldm.SAMPLERS, help="default: euler for rectified flow, else ddim")
     add("--cfg", type=float, help="guidance weight w, 1: none (default: 1.5 with classes, else 1)")
-    add("--interval", type=float, help="euler guides from this time on, 0 to 1 (default: 0)")
-    add("--class", dest="label", help="name or number; K: none of K classes (default: all in turn)")
-    add("--seed", type=int, default=0, help="its image i is the same in any batch (default: 0)")
+    for name, text in SAMPLER_OPTIONS.items():
+        users = ", ".join(s for s, (_, _, own) in ldm.SAMPLERS.items() if name in own)
+        add(f"--{name}", type=float, help=f"{users}: {text}")
+    add("--class", dest="label", help="name or number; the number after the last one is the null "
+        "class (default: all classes in turn)")
+    add("--seed", type=int, default=0, help="image i of a seed is always the same (default: 0)")
     add("--batch", type=int, default=64, help="images at a time (default: %(default)s)")
     add("--device", default="auto", help="cuda, cpu, mps... (default: cuda if there is one)")
     add("--out", default="samples", help="folder (default: %(default)s)")
     add("--npz", action="store_true", help="also samples.npz: arr_0, uint8 (N, H, W, 3), as ADM's")
-    add("--trajectory", action="store_true", help="also trajectory.png: x_0 as seen along the way")
-    args = parser.parse_args()
-    for name in ("n", "steps", "batch", "clip", "shift", "eta", "interval", "seed"):
-        value, high = getattr(args, name), dict(eta=1, interval=1, seed=2**32).get(name)
-        if value is not None and not (0 <= value <= high if high else value > 0):
-            words = f"from 0 to {high}" if high else "above 0"
-            raise InputError(f"--{name} must be {words}, not {value}")
-    return args
-
+    add("--trajectory", action="store_true", help="also trajectory.png: estimates of x on the way")
+    return vmae.check(parser.parse_args())
 
 def pick_labels(label, classes):
-    """--class as typed -> the labels to draw in turn; len(classes) is that of the null class."""
+    """--class -> the labels to draw in turn. The null class has the number len(classes)."""
     if label is None:
         return list(range(len(classes)))
     if not classes:
         raise InputError(f"--class {label}: this checkpoint is unconditional, it has no classes")
-    if label in classes:
+    if label in classes:                    # before numbers, as a name may be a number
         return [classes.index(label)]
-    if label.isdecimal() and int(label) <= len(classes):   # a name that is a number comes first
+    if label.isdecimal() and int(label) <= len(classes):
         return [int(label)]
     raise InputError(f"--class {label}: unknown; choose from {', '.join(classes)}, a number below "
                      f"{len(classes)}, or {len(classes)}, which is none of them")
 
-
 def pick_sampler(args, schedule):
-    """--sampler -> (function, its options as typed). InputError for one that does not fit."""
-    name = args.sampler or ldm.sampler_for(schedule).__name__.removesuffix("_sample")
-    if (name == "euler") != (schedule.objective == "flow"):
-        raise InputError(f"--sampler {name}: does not go with the objective of this checkpoint, "
-                         f"{schedule.objective}; leave it out")
-    if args.steps > schedule.T and name != "euler":
+    """--sampler -> (function, those of its own options that were given). InputError if it does not
+    fit the checkpoint's objective, or an option not the sampler."""
+    fitting = ldm.fitting_samplers(schedule.objective)
+    name = args.sampler or fitting[0]       # the default comes first
+    if name not in fitting:
+        raise InputError(f"--sampler {name}: this checkpoint was trained for the objective "
+                         f"{schedule.objective}; choose from {', '.join(fitting)}")
+    if args.steps > schedule.T and schedule.objective != "flow":
         raise InputError(f"--steps {args.steps}: this model was trained with {schedule.T} steps")
-    function, own = SAMPLERS[name]          # options that it knows
-    typed = {o: getattr(args, o) for o in ("clip", "eta", "shift", "interval")
-             if getattr(args, o) is not None}
-    if strange := set(typed) - set(own):
-        raise InputError(f"--{min(strange)}: the sampler {name} has no such option")
-    return function, typed
-
+    function, _, own = ldm.SAMPLERS[name]
+    given = {o: getattr(args, o) for o in SAMPLER_OPTIONS if getattr(args, o) is not None}
+    for option in given:
+        if option not in own:
+            raise InputError(f"--{option}: the sampler {name} has no such option")
+    return function, given
 
 def stage_one(args, ckpt):
-    """The decoder of --vmae or of the checkpoint itself, if its latents are those of stage two."""
+    """The model of --vmae, or the one inside the checkpoint, if its latents fit those of --ckpt."""
     if args.vmae is None and "vmae" not in ckpt:
         raise InputError(f"{args.ckpt}: published weights hold no stage one; name it with --vmae")
-    first = vmae.load_vmae(args.vmae) if args.vmae else vmae.build_vmae(ckpt["vmae"])  # its own
-    wanted = ckpt["model_args"]["in_channels"], ckpt["model_args"]["input_size"]  # d, h
-    if (first.latent_dim, first.grid) != wanted:
+    first = vmae.load_vmae(args.vmae) if args.vmae else vmae.build_vmae(ckpt["vmae"])
+    d, side = ckpt["model_args"]["in_channels"], ckpt["model_args"]["input_size"]
+    if (first.latent_dim, first.grid) != (d, side):
         raise InputError(f"--vmae {args.vmae}: its latents have {first.latent_dim} channels on a "
-                         f"side of {first.grid}, those of {args.ckpt} {wanted[0]} on {wanted[1]}")
+                         f"side of {first.grid}, those of {args.ckpt} have {d} on {side}")
     return first
 
+def decode(z_0, first, ckpt):
+    """Normalised latents z_0 (B, d, h, w) -> images (B, 3, H, W), about [-1, 1]."""
+    mean, std = ckpt["latent_mean"].to(z_0), ckpt["latent_std"].to(z_0)    # (d,) each
+    return first.decode(ldm.denormalise(z_0, mean, std))
+
+@torch.no_grad()
+def draw(index, y, model, first, schedule, ckpt, sampler, seed=0, w=1.0, **options):
+    """The images with the numbers index (B,) of a seed and the labels y (B,) or None -> uint8
+    (B, 3, H, W) on the CPU. first: stage one; options: w, steps and others of the sampler."""
+    if y is None and w != 1:
+        raise InputError(f"--cfg {w}: this checkpoint is unconditional, leave --cfg out")
+    shape, device = (first.latent_dim, first.grid, first.grid), model.pos_embed.device
+    # One generator per image, on the CPU: it depends neither on its batch nor on the device.
+    generators = [vmae.seeded(seed, i) for i in index.tolist()]
+
+    def noise(_=None):
+        return torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
+
+    # On a CPU in float32: the rounding of bfloat16 would make an image depend on its batch.
+    with torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
+        y = y if y is None else y.to(device)               # (B,) or None
+        z_0 = sampler(model, schedule, noise(), y, w=w, noise=noise, **options)    # (B, d, h, w)
+        return vmae.to_uint8(decode(z_0, first, ckpt)).cpu()               # (B, 3, H, W)
 
 def main():
     args = options()
     model, schedule, ckpt = ldm.load_ldm(args.ckpt, args.stats)            # the EMA weights
-    sampler, extra = pick_sampler(args, schedule)          # and its own options
+    sampler, own_options = pick_sampler(args, schedule)    # by default DDIM, or Euler
     classes, labels = ckpt["classes"], torch.tensor(pick_labels(args.label, ckpt["classes"]))
-    if args.cfg not in (None, 1) and not classes:
-        raise InputError(f"--cfg {args.cfg}: this checkpoint is unconditional, leave --cfg out")
-    # Guidance of 1.5 is where the kinds become certain and the colours still vary.
+    # With 1.5 nearly all samples show the class that was asked for, and colours still vary.
     w = args.cfg if args.cfg is not None else 1.5 if classes else 1.0
     device = vmae.pick_device(args.device)
-    model, first = model.to(device), stage_one(args, ckpt).to(device)
-    mean, std = ckpt["latent_mean"].to(device), ckpt["latent_std"].to(device)  # (d,) each
+    model, first = model.to(device), stage_one(args, ckpt).to(device)      # generator, decoder
 
-    images, record = [], None               # uint8 (B, 3, H, W); the trajectory, 8 images a step
-    shape = (first.latent_dim, first.grid, first.grid)                     # (d, h, w)
+    images, record = [], [] if args.trajectory else None
     for index in tqdm(torch.arange(args.n).split(args.batch), desc="sampling", dynamic_ncols=True):
-        # One generator an image, so that an image does not depend on its neighbours in the batch.
-        own = [torch.Generator().manual_seed(args.seed * 1_000_003 + i) for i in index.tolist()]
-
-        def noise(_=None):                  # drawn on the CPU: the same images on any device
-            return torch.stack([torch.randn(shape, generator=g) for g in own]).to(device)
-
-        y = labels[index % len(labels)].to(device) if classes else None    # (B,)
-        estimates = [] if args.trajectory and not images else None         # of z_0, a step each
-        # float32 on a CPU: rounding in bfloat16 would make an image depend on its batch.
-        with torch.no_grad(), torch.autocast("cuda", torch.bfloat16, device.type == "cuda"):
-            if sampler is not ldm.euler_sample:            # the others may add noise on the way
-                extra["noise"] = noise
-            z = sampler(model, schedule, noise(), y, steps=args.steps, w=w, record=estimates,
-                        **extra)                                           # (B, d, h, w)
-            images.append(vmae.to_uint8(first.decode(ldm.denormalise(z, mean, std))).cpu())
-            if estimates is not None:       # ten of the steps, the first and the last among them
-                at = np.linspace(0, args.steps - 1, min(10, args.steps)).round().astype(int)
-                record = [first.decode(ldm.denormalise(estimates[k][:8], mean, std)) for k in at]
-
+        y = labels[index % len(labels)] if classes else None               # (B,)
+        images.append(draw(index, y, model, first, schedule, ckpt, sampler, args.seed, w=w,
+                           steps=args.steps, record=None if images else record, **own_options))
     out, images = Path(args.out), torch.cat(images)                        # (N, 3, H, W)
     pixels = images.permute(0, 2, 3, 1).numpy()                            # (N, H, W, 3)
-    out.mkdir(parents=True, exist_ok=True)  # only now that there is all of it to write
-    for old in out.glob(f"sample_{'[0-9]' * 6}.png"):      # leftovers would be counted as ours
+    out.mkdir(parents=True, exist_ok=True)  # only now, with all images drawn
+    for old in out.glob(f"sample_{'[0-9]' * 6}.png"):      # of an earlier run
         old.unlink()
-    for i, image in enumerate(pixels):      # PNG loses nothing, which FID would notice
+    for i, image in enumerate(pixels):      # as PNG, because FID would notice JPEG's losses
         Image.fromarray(image).save(out / f"sample_{i:06d}.png")
-    vmae.save_grid((images[:64] / 127.5 - 1).split(8), out / "grid.png")   # an overview, 8 a row
+    vmae.save_grid((images[:64] / 127.5 - 1).split(8), out / "grid.png")   # 8 per row
     if args.npz:
-        np.savez(out / "samples.npz", arr_0=pixels)
-    if record is not None:                  # 8 images down, noise to image across
-        vmae.save_grid(torch.stack(record, 1), out / "trajectory.png")
+        np.savez(out / "samples.npz", arr_0=pixels)        # for evaluate.py fid, or ADM's
+    if args.trajectory:                     # the first 8 images, one per row, at ten of the steps
+        at = np.linspace(0, args.steps - 1, min(10, args.steps)).round().astype(int)
+        estimates = [decode(record[k][:8], first, ckpt) for k in at]       # (8, 3, H, W) each
+        vmae.save_grid(torch.stack(estimates, 1), out / "trajectory.png")  # (8, 10, 3, H, W)
     print(f"{len(images)} images in {out}, an overview in {out}/grid.png")
-
 
 if __name__ == "__main__":
     vmae.cli(main)

@@ -46,7 +46,6 @@ VECTORS = HERE.parent / "shared" / "vectors"
 TINY_VMAE = dict(img_size=16, patch_size=4, embed_dim=32, depth=2, num_heads=4, latent_dim=4)
 TINY_RUN = "--data data --size 16 --steps 2 --batch 4 --lambda-p 0"  # what is typed later wins
 
-
 @contextlib.contextmanager
 def in_a_folder():
     """Decorator: the test runs inside a new, empty folder, so that files need only their names."""
@@ -57,13 +56,11 @@ def in_a_folder():
         finally:                                           # whatever happened
             os.chdir(HERE)
 
-
 def vector(name):
     """A recorded output of the original code, or a skip."""
     if not (path := VECTORS / name).exists():
         raise unittest.SkipTest(f"{path} is not here")
     return np.load(path) if name.endswith(".npz") else torch.load(path, weights_only=True)
-
 
 def close(a, b, tolerance):
     """Fail with the largest difference rather than with two tensors."""
@@ -71,18 +68,15 @@ def close(a, b, tolerance):
     difference = (a - b).abs().max().item()
     assert difference <= tolerance, f"differs by {difference:.3g}, more than {tolerance:.3g}"
 
-
 def raises(kind, function, *args, **kwargs):
     """The message of the expected exception."""
     with unittest.TestCase().assertRaises(kind) as caught:
         function(*args, **kwargs)
     return str(caught.exception)
 
-
 def random_images(B=2, size=16, seed=0):
     """(B, 3, size, size) in [-1, 1], the same every time."""
     return torch.rand(B, 3, size, size, generator=torch.Generator().manual_seed(seed)) * 2 - 1
-
 
 def save_images(folder, count, size=20, seed=0):
     """Photographs of noise, different from each other -> their pixels, uint8 (count, H, W, 3)."""
@@ -91,7 +85,6 @@ def save_images(folder, count, size=20, seed=0):
     for i, image in enumerate(pixels):
         Image.fromarray(image).save(Path(folder, f"{i:03d}.png"))
     return pixels
-
 
 def runs(main, line="", status=0):
     """Run a script's main in this process, its options as typed, to this status -> what it said."""
@@ -108,7 +101,6 @@ def runs(main, line="", status=0):
     assert got == status, said.getvalue()
     return said.getvalue()
 
-
 def refuses(words, main, line):
     """Run a command that has to stop with one line that holds `words`, and to write nothing."""
     before, text = set(Path().rglob("*")), runs(main, line, status=1)
@@ -117,18 +109,15 @@ def refuses(words, main, line):
     assert len(lines) == 1 and words in lines[0], text
     assert set(Path().rglob("*")) == before
 
-
 def trained(options="", out="runs/vmae"):
     """Two steps of stage one on the images in data/ -> the autoencoder that they leave in `out`."""
     runs(train_vmae.main, f"{TINY_RUN} --out {out} {options}")
     return vmae.load_vmae(f"{out}/last.pt")
 
-
 def all_differ(a, b):
     """Whether two models share no weight matrix: what was changed reached all of their layers."""
     return not any(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True)
                    if p.ndim > 1)
-
 
 def both_stages():
     """data/ with two classes, and two steps of each stage on it, in runs/vmae and runs/ldm."""
@@ -136,11 +125,9 @@ def both_stages():
     trained()
     runs(train_ldm.main, "--steps 2 --batch 8")
 
-
 def log_of(run):
     """The lines of a run's log.jsonl."""
     return [json.loads(line) for line in Path(run, "log.jsonl").read_text().splitlines()]
-
 
 def measured(name, options="", *words):
     """Run a sub-command of evaluate.py -> the rows of its table, which are also its JSON's."""
@@ -159,21 +146,20 @@ def test_patchify_round_trip_is_exact():
     assert torch.equal(patches[0, 5].view(4, 4, 3).permute(2, 0, 1), x[0, :, 4:8, 4:8])
     raises(ValueError, vmae.patchify, x, 5)                # divides neither 24 nor 16
 
-
 def test_random_mask_shows_exactly_the_floor_and_repeats_by_generator():
-    for N in (10, 16, 64, 1024):
+    for h, w in ((2, 5), (4, 4), (8, 8), (32, 32)):
+        N = h * w
         for percent in (0, 10, 25, 30, 60, 75, 90):
-            keep, mask = vmae.random_mask(3, N, percent / 100)
+            keep, mask = vmae.random_mask(3, h, w, percent / 100)
             V = N * (100 - percent) // 100                 # whole numbers: .1 has no rounding
             assert keep.shape == (3, V) and mask.sum(1).tolist() == [N - V] * 3
             assert mask.gather(1, keep).sum() == 0         # 1 = masked
     for ratio in (1.0, -0.1, 0.99):
-        raises(ValueError, vmae.random_mask, 1, 16, ratio)  # each leaves none, or more than all
-    a, b = (vmae.random_mask(64, 64, 0.6, torch.Generator().manual_seed(1))[0] for _ in range(2))
+        raises(ValueError, vmae.random_mask, 1, 4, 4, ratio)   # each leaves none, or more than all
+    a, b = (vmae.random_mask(64, 8, 8, 0.6, torch.Generator().manual_seed(1))[0] for _ in range(2))
     assert torch.equal(a, b) and len(a.unique(dim=0)) == 64                # no two samples alike
     share = a.flatten().bincount(minlength=64) / 64
     assert share.min() > 0.1 and share.max() < 0.7         # no patch is favoured; expected .39
-
 
 def test_masked_patches_cost_no_work_and_cannot_influence_the_latents():
     model, x, seen = VMAE(**TINY_VMAE), random_images().requires_grad_(), []
@@ -184,7 +170,6 @@ def test_masked_patches_cost_no_work_and_cannot_influence_the_latents():
     (q.mu.square().sum() + q.logvar.square().sum()).backward()
     grad = vmae.patchify(x.grad, 4).abs().amax(-1)         # (B, N)
     assert grad[mask == 1].max() == 0 and grad[mask == 0].min() > 0
-
 
 def test_attention_is_fused():
     with torch.profiler.profile() as log, torch.no_grad():
@@ -203,7 +188,6 @@ def test_kl_equals_torch_distributions():
         expected = torch.distributions.kl_divergence(q, prior).sum(1).mean()  # sum over channels
         close(Gaussian(mu, logvar).kl(mean), expected, 1e-5)
 
-
 def test_gaussian_samples_have_its_moments():
     q = Gaussian(torch.full((100000,), 3.0), torch.full((100000,), math.log(4.0)))
     z = q.sample(torch.Generator().manual_seed(0))
@@ -212,16 +196,41 @@ def test_gaussian_samples_have_its_moments():
     assert torch.equal(q.mode(), q.mu)
     assert Gaussian(torch.zeros(1), torch.tensor([1e9])).sample().isfinite()  # clamped
 
-
 def test_nll_is_a_gaussians_over_the_patches_that_count():
     x, x_hat = random_images(), random_images(seed=1)
-    _, mask = vmae.random_mask(2, 16, 0.6)
-    p = torch.distributions.Normal(vmae.patchify(x_hat, 4), 1.0)
-    nll = -p.log_prob(vmae.patchify(x, 4))                 # (B, N, P*P*C)
-    close(vmae.loss_R(x, x_hat, mask, 4), nll[mask == 0].mean(), 1e-6)
-    close(vmae.loss_M(x, x_hat, mask, 4), nll[mask == 1].mean(), 1e-6)
-    assert vmae.loss_M(x, x_hat, 0 * mask, 4) == 0         # not 0 / 0
+    _, mask = vmae.random_mask(2, 4, 4, 0.6)
+    for logvar in (0.0, -2.0):                             # sigma fixed at 1, and another
+        p = Gaussian(x_hat, torch.tensor(logvar))
+        expected = torch.distributions.Normal(vmae.patchify(x_hat, 4), math.exp(logvar / 2))
+        nll = -expected.log_prob(vmae.patchify(x, 4))      # (B, N, P*P*C)
+        close(vmae.loss_R(p, x, mask, 4), nll[mask == 0].mean(), 1e-6)
+        close(vmae.loss_M(p, x, mask, 4), nll[mask == 1].mean(), 1e-6)
+    assert vmae.loss_M(p, x, 0 * mask, 4) == 0             # not 0 / 0
 
+def test_loss_VMAE_is_the_weighted_sum_of_section_4_4():
+    x, model = random_images(), VMAE(**TINY_VMAE)
+    p, q, mask = model(x, 0.6)
+    alone = {"L_R": vmae.loss_R(p, x, mask, 4), "L_M": vmae.loss_M(p, x, mask, 4),
+             "L_P": (x - p.mode()).abs().mean(), "L_reg": q.kl("zero")}
+    total, terms = vmae.loss_VMAE(x, p, q, mask, 4, lambda_M=2.0, lambda_P=3.0, lambda_reg=5.0,
+                                  kl_mean="zero", lpips_net=lambda a, b: (a - b).abs())
+    assert list(terms) == ["L_R", "L_M", "L_P", "L_reg"]   # before weighting, by the paper's names
+    for name in terms:
+        close(terms[name], alone[name], 1e-6)
+    close(total, alone["L_R"] + 2 * alone["L_M"] + 3 * alone["L_P"] + 5 * alone["L_reg"], 1e-4)
+    total, terms = vmae.loss_VMAE(x, p, q, mask, 4, lambda_M=0.0, lambda_reg=0.0)
+    assert total == terms["L_R"] and len(terms) == 1       # what has no weight is not computed
+
+def test_a_likelihood_with_a_learned_sigma_needs_one_parameter():
+    model, x = VMAE(**TINY_VMAE), random_images()
+    assert "logvar_x" not in model.state_dict()            # published weights have none
+    model.logvar_x = torch.nn.Parameter(torch.zeros(()))
+    p, q, mask = model(x, 0.6)
+    vmae.loss_VMAE(x, p, q, mask, 4)[0].backward()
+    error = vmae.patchify((x - p.mode()) ** 2, 4).mean(-1)                 # (B, N)
+    visible, masked = ((error * m).sum() / m.sum() for m in (1 - mask, mask))
+    close(model.logvar_x.grad, 0.5 * (1 - visible) + 0.05 * (1 - masked), 1e-5)  # d NLL / d logvar
+    assert "logvar_x" in model.state_dict()
 
 @in_a_folder()
 def test_lpips_is_frozen_and_reads_vgg_from_a_file():
@@ -269,8 +278,9 @@ def test_vmae_equals_the_authors_and_loads_with_a_report():
     x_hat = model.decode_tokens(model.encode_tokens(x, keep).mode(), keep)
     close(x_hat, v["pred_img"], 1e-4)
     constant = 0.5 * math.log(2 * math.pi)                 # our NLL is half their squared error
-    close(2 * (vmae.loss_R(x, x_hat, mask, 8) - constant), v["vis_mse"], 1e-4)
-    close(2 * (vmae.loss_M(x, x_hat, mask, 8) - constant), v["masked_mse"], 1e-4)
+    p = Gaussian(x_hat, model.logvar_x)
+    close(2 * (vmae.loss_R(p, x, mask, 8) - constant), v["vis_mse"], 1e-4)
+    close(2 * (vmae.loss_M(p, x, mask, 8) - constant), v["masked_mse"], 1e-4)
 
     del weights["module.mask_token"]                       # training alone needs it
     torch.save({"model": weights}, "vmae.pth")
@@ -285,7 +295,6 @@ def test_vmae_equals_the_authors_and_loads_with_a_report():
         torch.save(content, "bad.pth")
         assert words in raises(InputError, vmae.load_vmae, "bad.pth")
 
-
 @in_a_folder()
 def test_conv_autoencoder_equals_diffusers():
     v = vector("sd3vae_diffusers.pt")
@@ -296,20 +305,20 @@ def test_conv_autoencoder_equals_diffusers():
     close(torch.cat([q.mu, q.logvar], 1), v["moments"], 1e-4)
     close(model.decode(q.mode()), v["recon"], 1e-4)
 
-
 def test_both_bodies_encode_and_decode_the_whole_grid():
     x = random_images()
     for model in (VMAE(**TINY_VMAE), vmae.ConvAutoencoder(16, (8, 8, 16), 4)):  # both f4d4
         q = model.encode(x)
         assert q.mu.shape == q.logvar.shape == (2, 4, 4, 4)
         assert (model.patch_size, model.grid, model.latent_dim) == (4, 4, 4)
-        x_hat, q_v, mask = model(x, 0.0)                   # mask 0 is the use-time path
-        assert x_hat.shape == model.decode(q.mode()).shape == x.shape and mask.sum() == 0
+        p, q_v, mask = model(x, 0.0)                       # mask 0 is the use-time path
+        assert p.mu.shape == model.decode(q.mode()).shape == x.shape and mask.sum() == 0
+        last = list(model.named_parameters())[-2][1]       # before its bias, in both
+        assert model.last_layer is last and model.last_layer.shape[0] == 3     # makes the colours
         close(q_v.mu.view(2, 4, 4, 4), q.mu, 1e-6)
     raises(ValueError, VMAE(**TINY_VMAE).encode, random_images(1, 32))     # made for 16
     raises(ValueError, VMAE, 30, 4)                        # 30 pixels hold no whole patches
     raises(ValueError, vmae.ConvAutoencoder, 30)
-
 
 def test_sizes_have_the_same_latents_in_both_bodies():
     for name, vit in vmae.sizes.items():                   # test_efficiency has base's numbers
@@ -318,9 +327,8 @@ def test_sizes_have_the_same_latents_in_both_bodies():
         assert conv["latent_dim"] == vit["latent_dim"]
     args = SimpleNamespace(arch="conv", model="base", size=256, mask=0, data=None, batch=None,
                            steps=None, lr=None, workers=None)
-    train_vmae.fill_in(args, torch.device("cpu"), None)
+    train_vmae.fill_in(args, False, None)                  # not on CUDA
     assert args.batch < train_vmae.RECIPES["base"]["batch"]                # ten times the memory
-
 
 def test_resized_positions_are_those_the_authors_interpolate():
     table = vmae.sincos_positions(192, 16)
@@ -352,7 +360,6 @@ def test_faces_repeat_whatever_the_batch_and_have_all_levels():
     train, val = Faces(8, "train"), Faces(8, "val")        # which share no face
     assert train.first + len(train) <= val.first and len(val) >= 256
 
-
 @in_a_folder()
 def test_folder_reads_every_mode_crops_the_centre_and_turns_by_exif():
     for mode in ("1", "L", "P", "CMYK"):
@@ -376,7 +383,6 @@ def test_folder_reads_every_mode_crops_the_centre_and_turns_by_exif():
     close(x["wide"], 1, 0.01)
     assert x["phone"][:, :8].mean() > 0.9 and x["phone"][:, 12:].mean() < -0.9
 
-
 @in_a_folder()
 def test_folder_classes_hidden_files_and_hold_out():
     for name in ("dog/deep", ".hidden", "Cat/deep"):
@@ -396,7 +402,6 @@ def test_folder_classes_hidden_files_and_hold_out():
     assert whole.fingerprint() != before
     Image.new("RGB", (20, 20)).save("beside.png")
     assert ImageFolder(".", 20).classes == []
-
 
 @in_a_folder()
 def test_folder_skips_a_few_broken_files_and_stops_at_many():
@@ -432,7 +437,6 @@ def test_schedule_runs_from_signal_to_noise():
     close(ldm.Schedule("cosine").alpha_bar[499], middle**2, 1e-9)          # 500 of 1000 steps done
     raises(ValueError, ldm.Schedule, "quadratic")          # there is none
 
-
 def test_steps_end_on_clean_latents():
     schedule = ldm.Schedule()
     for S in (1, 2, 3, 7, 50, 250, 333, 999, 1000):
@@ -441,7 +445,6 @@ def test_steps_end_on_clean_latents():
         assert nexts == (*bars[1:], 1.0)                   # each step begins where the last ended
     for S in (0, 1001):
         raises(ValueError, schedule.steps, S)              # of T = 1000
-
 
 def test_objectives_invert_and_clipping_keeps_z_t():
     z_0, eps = torch.randn(4, 2, 3, 3), torch.randn(4, 2, 3, 3)
@@ -455,7 +458,6 @@ def test_objectives_invert_and_clipping_keeps_z_t():
             a, b = schedule.z0_eps(z_t, output, bar, clip=0.5)
             assert a.abs().max() <= 0.5
             close(math.sqrt(bar) * a + math.sqrt(1 - bar) * b, z_t, 1e-5)  # Ho 2020, Eq. 4
-
 
 def optimal(schedule, m, s):
     """The best possible network for latents ~ N(m, s^2): E[z_0 | z_t] in closed form."""
@@ -471,14 +473,12 @@ def optimal(schedule, m, s):
         return {"eps": eps, "v": a * eps - b * z_0, "flow": z_0 - eps}[schedule.objective]
     return model
 
-
 def test_loss_of_the_true_noise_is_zero_and_of_silence_one():
     z_0 = torch.full((64, 2, 4, 4), 0.7)
     for objective in ("v", "flow", "eps"):
         schedule = ldm.Schedule(objective=objective)
         close(ldm.loss_LDM(optimal(schedule, 0.7, 0), schedule, z_0), 0, 1e-3)
     close(ldm.loss_LDM(lambda z_t, t, y: 0 * z_t, schedule, z_0), 1, 0.1)  # E eps^2
-
 
 def test_samplers_land_on_a_gaussian():
     z_T = torch.randn(64, 4, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -493,7 +493,6 @@ def test_samplers_land_on_a_gaussian():
     one = ldm.ddim_sample(model, schedule, z_T, steps=1)   # one step can only give the mean
     close(one.mean(), m, 0.01), close(one.std(), 0, 0.01)
 
-
 def test_ddim_with_eta_one_is_ddpm():
     schedule = ldm.Schedule("linear")
     model, z_T = optimal(schedule, 0.3, 0.8), torch.randn(2, 3, 4, 4)
@@ -504,7 +503,6 @@ def test_ddim_with_eta_one_is_ddpm():
         ddim = ldm.ddim_sample(model, schedule, z_T, steps=S, eta=1.0, record=(record := []))
         close(ddpm, ddim, 1e-3)
         assert len(record) == S
-
 
 def test_euler_is_first_order_on_a_gaussian():
     m, s, schedule = 0.7, 0.5, ldm.Schedule(objective="flow")
@@ -536,7 +534,6 @@ def tiny_dit(num_classes=0, patch_size=1):
         p.data += 0.1 * torch.randn_like(p)
     return model.eval().requires_grad_(False)
 
-
 def test_dit_starts_at_zero_and_takes_patches():
     z_t = torch.randn(2, 4, 4, 4)
     t, y = torch.tensor([0, 9]), torch.tensor([0, 2])
@@ -550,7 +547,8 @@ def test_dit_starts_at_zero_and_takes_patches():
     raises(ValueError, ldm.DiT, 4, 3)                      # pieces of 3 in a grid of 4
     base = ldm.DiT(**ldm.sizes["base"])
     assert abs(sum(p.numel() for p in base.parameters()) / 1e6 - 130) < 1  # B/1, 130 M
-
+    patches = [ldm.dit_args("small", grid, 16, 3)["patch_size"] for grid in (8, 16, 32)]
+    assert patches == [1, 1, 2]                            # S/2 from 32 x 32 on
 
 def test_guidance_of_one_is_none_reaches_every_channel_and_spares_the_noise():
     model, widths = tiny_dit(num_classes=3), []
@@ -564,19 +562,16 @@ def test_guidance_of_one_is_none_reaches_every_channel_and_spares_the_noise():
     ldm.euler_sample(model, ldm.Schedule(objective="flow"), z_t, y, steps=4, w=2.0, interval=0.5)
     assert widths == [2, 2, 4, 4]                          # two passes in one from t = 1/2 on
 
-
 def test_drop_labels_makes_null_classes():
-    y = ldm.drop_labels(torch.zeros(20000, dtype=torch.long), 7, 0.1)
+    y = ldm.LabelEmbed(7, 8).drop(torch.zeros(20000, dtype=torch.long), 0.1)
     assert set(y.unique().tolist()) == {0, 7}
     close((y == 7).float().mean(), 0.1, 0.02)
-
 
 def test_normalise_inverts():
     z = torch.randn(8, 3, 4, 4) * 5 + 2
     mean, std = torch.tensor([1.0, 2, 3]), torch.tensor([5.0, 4, 3])
     close(ldm.denormalise(ldm.normalise(z, mean, std), mean, std), z, 1e-5)
     close(ldm.normalise(z, mean, std)[:, 1], (z[:, 1] - 2) / 4, 1e-6)  # the second channel's own
-
 
 def test_ema_warms_up_and_copies_buffers():
     model = torch.nn.BatchNorm1d(1)
@@ -620,7 +615,6 @@ def test_cache_equals_fresh_encoding_and_is_never_stale():
     save_images("data/b", 8, seed=2)
     assert moments().path != other.path
 
-
 def test_order_is_endless_resumable_and_shared_out():
     def first(count, start=0, rank=0, world=1):            # of ten images, with seed 3
         return list(itertools.islice(train_vmae.endless(10, 3, start, rank, world), count))
@@ -631,11 +625,9 @@ def test_order_is_endless_resumable_and_shared_out():
     assert first(20, start=17) == whole[17:37]
     assert first(20, rank=0, world=2) == whole[::2] and first(20, rank=1, world=2) == whole[1::2]
 
-
 def test_learning_rate_warms_up_and_decays():
     rates = [train_vmae.learning_rate(s, 1000, 1.0) for s in range(1000)]
     assert rates[0] < 0.1 and max(rates) == max(rates[15:30]) > 0.99 and rates[-1] < 1e-4  # 2 % up
-
 
 def test_non_finite_loss_names_step_and_term():
     model = torch.nn.Linear(1, 1)
@@ -645,7 +637,6 @@ def test_non_finite_loss_names_step_and_term():
     assert "step 7" in message and "L_M" in message and "L_R" not in message
     assert torch.equal(model.weight, before)
 
-
 @in_a_folder()
 def test_checkpoint_survives_an_interrupted_save():
     model, x = VMAE(**TINY_VMAE), random_images()
@@ -654,7 +645,6 @@ def test_checkpoint_survives_an_interrupted_save():
     raises(TypeError, vmae.save_checkpoint, "last.pt", model=unwritable)
     close(vmae.load_vmae("last.pt").encode(x).mode(), model.encode(x).mode(), 0)
     assert os.listdir() == ["last.pt"]
-
 
 @in_a_folder()
 def test_resume_continues_the_same_run():
@@ -674,7 +664,6 @@ def test_resume_continues_the_same_run():
     for key, value in a["model"].items():
         close(value, b["model"][key], 1e-6)
     refuses("no such checkpoint", train_vmae.main, f"{go} none --resume")
-
 
 @in_a_folder()
 def test_compiled_training_takes_masked_and_whole_steps():
@@ -713,7 +702,6 @@ def test_every_preset_and_option_changes_what_is_learnt():
     assert isinstance(trained("--preset ae --arch vit"), VMAE)             # like for like
     refuses("--mask", train_vmae.main, "--arch conv")      # it would see what is hidden
 
-
 @in_a_folder()
 def test_adversarial_loss_waits_and_is_weighed_on_the_last_layer():
     save_images("data", 8)
@@ -735,7 +723,6 @@ def test_adversarial_loss_waits_and_is_weighed_on_the_last_layer():
     for size, side in ((64, 6), (8, 2)):  # scores of patches of 70 pixels; of fewer
         assert vmae.discriminator(size)(random_images(2, size)).shape == (2, 1, side, side)
 
-
 @in_a_folder()
 def test_tuning_the_decoder_leaves_the_encoder_alone():
     save_images("data", 8)
@@ -750,7 +737,6 @@ def test_tuning_the_decoder_leaves_the_encoder_alone():
     refuses("--init", train_vmae.main, "--tune decoder")
     refuses("--compile", train_vmae.main, "--preset sdvae --compile")
 
-
 @in_a_folder()
 def test_dit_equals_the_authors_and_samples():
     v = vector("lightningdit_official.pt")
@@ -763,7 +749,7 @@ def test_dit_equals_the_authors_and_samples():
     model, schedule, ckpt = ldm.load_ldm("dit.pt", "stats.pt")
     close(model(v["x"], v["t"], v["y"]), v["out"], 1e-4)
     close(ckpt["latent_mean"], mean.flatten(), 0)
-    assert schedule.objective == "flow" and model.num_classes == 3
+    assert schedule.objective == "flow" and model.y_embedder.num_classes == 3
 
     save_images("data", 8)
     trained(out="first")                                   # 16 channels, 4 x 4, as theirs
@@ -790,7 +776,6 @@ def test_psnr_and_ssim_equal_scikit_image():
     a, b = (torch.from_numpy(v[k]).permute(2, 0, 1)[None] for k in ("a", "b"))
     close(evaluate.psnr(a, b), v["psnr"], 1e-6), close(evaluate.ssim(a, b), v["ssim"], 1e-6)
 
-
 def test_psnr_and_ssim_by_hand():
     a = torch.randint(0, 250, (2, 3, 16, 16), dtype=torch.uint8)
     close(evaluate.psnr(a, a + 5), 20 * math.log10(255 / 5), 1e-9)         # MSE is 25
@@ -799,7 +784,6 @@ def test_psnr_and_ssim_by_hand():
     c1 = (0.01 * 255) ** 2
     close(evaluate.ssim(flat, flat + 20), (2 * 100 * 120 + c1) / (100**2 + 120**2 + c1), 1e-9)
     raises(InputError, evaluate.ssim, a[..., :8], a[..., :8])              # the window has 11
-
 
 def made_up_inception():
     """A state dict by the rule of vectors/inception_fid.pt, which says it in words."""
@@ -813,7 +797,6 @@ def made_up_inception():
                         1 + 0.1 * w if key.endswith("bn.weight") else
                         0.1 * w if w.dim() == 1 else w * (2 / w[0].numel()) ** 0.5)
     return weights
-
 
 @in_a_folder()
 def test_inception_equals_pytorch_fid():
@@ -834,7 +817,6 @@ def test_inception_equals_pytorch_fid():
     net.fast = True                                        # bfloat16: the same to two digits
     close(net(v["images"][:1]) / size, v["features"][:1] / size, 0.03)
 
-
 @in_a_folder()
 def test_weights_that_are_not_fids_are_refused_with_the_reason():
     torch.save({"fc.bias": torch.zeros(1000)}, "google.pth")
@@ -844,7 +826,6 @@ def test_weights_that_are_not_fids_are_refused_with_the_reason():
         message = raises(InputError, evaluate.load_inception, path)
         assert all(word in message for word in words) and "\n" not in message, message
 
-
 def test_clean_resize_is_pillows_antialiased_bicubic():
     net, x, seen = evaluate.InceptionV3("clean"), (random_images(1, 400) * 127.5 + 127.5).byte(), []
     net.Conv2d_1a_3x3.register_forward_pre_hook(lambda m, inputs: seen.append(inputs[0]) or 1 / 0)
@@ -853,11 +834,9 @@ def test_clean_resize_is_pillows_antialiased_bicubic():
     expected = np.asarray(plane.resize((299, 299), Image.BICUBIC)).clip(0, 255)
     close(seen[0][0, 0], (expected - 128) / 128, 1e-4)
 
-
 def moments(rows):
     """Mean and covariance of rows (N, D), by numpy."""
     return rows.mean(0), np.cov(rows, rowvar=False)
-
 
 def test_running_statistics_are_numpys_and_do_not_grow():
     for offset, digits in ((0, 1e-12), (1e7, 1e-7)):       # whose squares would cancel
@@ -868,13 +847,11 @@ def test_running_statistics_are_numpys_and_do_not_grow():
             close(ours, numpys, digits)
     assert sum(v.numel() for v in vars(running).values() if torch.is_tensor(v)) == 8 + 8 + 64
 
-
 def test_frechet_distance_equals_pytorch_fid():
     v = vector("fid_reference.npz")
     for name in ("full", "singular"):
         ours = evaluate.frechet_distance(*moments(v[f"{name}_a"]), *moments(v[f"{name}_b"]))
         close(ours / v[f"{name}_fid"], 1, 1e-6)
-
 
 def test_frechet_distance_by_hand():
     rng = np.random.default_rng(0)
@@ -892,7 +869,6 @@ def test_frechet_distance_by_hand():
     wide = np.zeros(3), np.eye(3)
     assert "do not compare" in raises(ValueError, evaluate.frechet_distance, mu, eye, *wide)
 
-
 def test_kid_is_the_mean_over_pairs_and_unbiased():
     a, b = torch.randn(6, 4), torch.randn(5, 4) + 1
 
@@ -906,7 +882,6 @@ def test_kid_is_the_mean_over_pairs_and_unbiased():
     draws = [evaluate.kid(torch.randn(16, 4), torch.randn(16, 4)) for _ in range(400)]
     close(np.mean(draws), 0, 4 * np.std(draws) / 20)       # of one distribution: 0 on average
     assert min(draws) < 0                                  # unbiased is not clamped
-
 
 def test_precision_and_recall_by_hand():
     real = torch.tensor([[0.0], [1], [2], [3], [10]])      # to the third neighbour: 3 2 2 3 9
@@ -922,7 +897,6 @@ def test_precision_and_recall_by_hand():
     assert index[:, 0].tolist() == [20, 21, 22] and (d[:, 0] < 0.01).all()
     close(d[:, 1], torch.cdist(same[20:23], same).sort().values[:, 1], 1e-4)
 
-
 class TinyNet(torch.nn.Module):
     """Stands in for Inception: features are means of colours, in a moment."""
     hash, resize, fast = "tiny", "pytorch-fid", False
@@ -934,9 +908,7 @@ class TinyNet(torch.nn.Module):
     def forward(self, images):
         return self.outputs(images)[0]
 
-
 tiny_inception = mock.patch.object(evaluate, "load_inception", lambda *_: TinyNet())
-
 
 def test_scores_are_means_over_images_and_rfid_is_of_sets():
     a, b = (torch.randint(0, 256, (10, 3, 16, 16), dtype=torch.uint8) for _ in range(2))
@@ -952,7 +924,6 @@ def test_scores_are_means_over_images_and_rfid_is_of_sets():
     close(row["rFID"], evaluate.frechet_distance(*moments(colours[0]), *moments(colours[1])), 1e-4)
     close(evaluate.scores([(a, b)], args, real)[0]["rFID"], row["rFID"], 1e-4)  # real ones reused
 
-
 def test_inception_score_and_kept_features():
     sure = evaluate.Features(SimpleNamespace(outputs=lambda x: (x, x, 100 * x)), pairs=5)
     for part in torch.eye(4).repeat(2, 1).split(3):        # four classes, no doubt: IS = 4
@@ -963,7 +934,6 @@ def test_inception_score_and_kept_features():
     flat.add(torch.eye(4))                                 # says nothing of any image: IS = 1
     close(flat.inception_score(), 1, 1e-6)
     assert flat.kept == []                                 # not even an empty slice of a batch
-
 
 def test_separation_of_known_tokens():
     generator = torch.Generator().manual_seed(0)
@@ -980,7 +950,6 @@ def test_separation_of_known_tokens():
     close(evaluate.separation(z * torch.tensor([9, 1, 0.1]) + 5, group, image)["rho"],
           apart["rho"], 1e-4)                              # units of a channel do not matter
 
-
 def test_face_levels_are_what_was_drawn():
     run = SimpleNamespace(args=SimpleNamespace(n=24, batch=10),
                           model=SimpleNamespace(img_size=32, patch_size=4),
@@ -992,7 +961,6 @@ def test_face_levels_are_what_was_drawn():
     assert torch.equal(kinds[image], kind) and set(part.tolist()) <= set(range(5))
     assert len(skin) == (part == 2).sum() and z.shape[1] == 3 and 0 < len(kind) < len(part)
     assert evaluate.separation(*levels["part"])["rho"] > 0.5               # parts have colours
-
 
 @in_a_folder()
 def test_noise_on_the_latent_has_the_channels_scale():
@@ -1018,15 +986,15 @@ def test_efficiency_is_the_papers_table_3():
     numbers = ("319.7", "42.69", "13.4%", "17,331.3", "701.4", "4.0%", "703.9", "4.1%", "895.2",
                "41.33", "4.6%", "11,191,604", "83,819,683")
     assert len(measured("efficiency", "", *(f"| {number} |" for number in numbers))) == 3
-    with evaluate.Work() as work:                          # 2 x 3 -> 5; 4 queries, 6 keys of 8
-        torch.nn.Linear(3, 5)(torch.zeros(2, 3))
-        F.scaled_dot_product_attention(*(torch.zeros(1, n, 8) for n in (4, 6, 6)))
-    assert work.count == {"body": 30, "attention": 2 * 4 * 6 * 8}
+    with torch.device("meta"):                             # 2 x 3 -> 5; 4 queries, 6 keys of 8
+        layer, rows = torch.nn.Linear(3, 5), torch.zeros(2, 3)
+        qkv = [torch.zeros(1, n, 8) for n in (4, 6, 6)]
+    assert evaluate.multiply_adds(layer, rows)[1:] == (30, 0)
+    assert evaluate.multiply_adds(F.scaled_dot_product_attention, *qkv)[1:] == (0, 2 * 4 * 6 * 8)
     with mock.patch.dict(evaluate.BODIES, VMAE=(VMAE, vmae.sizes["tiny"])):
         row = evaluate.measure("VMAE", 16, 2, "cpu")       # --time: every number is a cost
     assert list(row) == ["encode s", "decode s", "train s", "peak MiB"]
     assert min(list(row.values())[:3]) > 0 and row["peak MiB"] >= 0
-
 
 @in_a_folder()
 def test_every_figure_of_two_runs():
@@ -1060,7 +1028,6 @@ def test_every_figure_of_two_runs():
     dense = min(table, key=lambda row: row["compression, sigma^2"])["run"]
     assert shapes[best][2] == shapes[dense][1] == 1        # high is good, and low
 
-
 @in_a_folder()
 @tiny_inception
 def test_what_inception_adds_to_the_figures():
@@ -1087,7 +1054,6 @@ def test_what_inception_adds_to_the_figures():
             lambda model, schedule, z, y, **options: labels.extend(y.tolist()) or z)):
         list(evaluate.draw_samples(ckpt, args))
     assert labels == [0, 1, 0, 1, 0, 1, 0, 1, 0]           # the classes in turn
-
 
 @in_a_folder()
 @tiny_inception
@@ -1122,7 +1088,7 @@ def test_fid_from_every_source():
 
     np.savez("odd.npz", mu=np.zeros(9), sigma=np.eye(9))
     save_images("none", 0), Image.new("RGB", (99, 99)).save("none/grid.png")
-    for line, words in (("--fake none --real faces", "overviews"),
+    for line, words in (("--fake none --real faces", "no images"),
                         ("--fake fake --real faces --n 1", "one image has no"),
                         ("--fake fake", "--real"), ("--fake no.pt", "no such"),
                         ("--fake fake --real no", "no such"),
@@ -1131,7 +1097,6 @@ def test_fid_from_every_source():
                         ("--fake new/stats.npz --real faces", "arr_0"),
                         ("--fake fake --real faces --n 0", "--n")):
         refuses(words, evaluate.main, f"fid {line} --out nowhere")
-
 
 @in_a_folder()
 def test_pictures_are_drawn():
@@ -1172,12 +1137,11 @@ def test_the_whole_chain():
     assert np.array_equal(grid[72:136:4, :64:4], images[8]) and (grid[72:, 64:] == 255).all()
     assert Image.open("samples/trajectory.png").width > 16
     model, schedule, _ = ldm.load_ldm("runs/ldm/last.pt")
-    assert schedule.T == 1000 and model.num_classes == 2
+    assert schedule.T == 1000 and model.y_embedder.num_classes == 2
     name = "final_layer.linear.weight"                     # it is the average that samples
     assert torch.equal(model.state_dict()[name], ckpt["ema"][name])
     assert not torch.equal(ckpt["model"][name], ckpt["ema"][name])
     assert ckpt["ema"][name].abs().max() > 0               # where both started
-
 
 @in_a_folder()
 def test_sampling_depends_on_the_seed_alone_and_refuses_what_does_not_fit():
@@ -1210,7 +1174,6 @@ def test_sampling_depends_on_the_seed_alone_and_refuses_what_does_not_fit():
                         ("--ckpt nothing.pt", "no such checkpoint")):
         refuses(words, sample.main, line)
     refuses("--size", train_ldm.main, "--size 24 --out none")
-
 
 @in_a_folder()
 def test_bad_input_is_one_line():
@@ -1257,7 +1220,6 @@ def run():
             print(f"{outcome:8}{time.perf_counter() - start:6.1f} s  {name[5:]}", flush=True)
     print(", ".join(f"{count} {outcome}" for outcome, count in counts.items()))
     sys.exit(counts["failed"] > 0 or counts["passed"] == 0)
-
 
 if __name__ == "__main__":
     run()

@@ -1,18 +1,18 @@
-"""Stage one of LDMAE (Latent Diffusion Models with Masked AutoEncoders, ICCV 2025).
+"""Stage one of LDMAE (Latent Diffusion Models with Masked AutoEncoders, ICCV 2025): the VMAE.
 
-Everything between a folder of images and a latent grid, in reading order: images, patches and
-masks, the Gaussian posterior, the four losses of Section 4, the transformer, save and load; last
-and to be skipped, the convolutional body of the autoencoders that the paper compares it with.
+    x --patchify, mask--> x_v --encoder--> q(z|x_v) --sample--> z --decoder--> p(x|z)
 
-    x --patchify, mask--> x_v --encoder--> q(z|x_v) --sample--> z --decoder--> x_hat
+The method comes first, in the order of Section 4: patches and masks, the Gaussians q and p, the
+four losses and their sum L_VMAE, the transformer, the class VMAE. Then follows what surrounds it:
+sizes and checkpoints, images, pictures, what the scripts share. The convolutional autoencoders
+that the paper compares VMAE with come last; a reader of the method can leave them out.
 
     python train_vmae.py --data path --mask 0.6          trains what this file defines
-    vmae = load_vmae("runs/vmae/last.pt")                then in a notebook:
+    vmae = load_vmae("runs/vmae/last.pt")                loads it, in a notebook for instance
     z = vmae.encode(x).mode(); x_hat = vmae.decode(z)    (B, 3, H, W) -> (B, d, h, w) -> back
 """
 import argparse
 import hashlib
-import itertools
 import math
 import os
 import sys
@@ -27,342 +27,25 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 
-# ---------------------------------------------------------------------------------------------
 # Glossary: the letters in every shape comment of this repository
 #
-#   B  images in a batch           P  side of a patch, pixels      D  width of the transformer
-#   C  colour channels, always 3   N  patches (tokens) an image    d  latent channels a token
+#   B  images in a batch           P  side of a patch in pixels    D  width of the transformer
+#   C  colour channels, always 3   N  patches (tokens) per image   d  latent channels per token
 #   H W  pixels                    V  visible tokens, N(1 - mask)  h w  latent grid, H/P x W/P
 #
-#   x image in [-1, 1]   x_v, x_m its visible and masked patches   x_hat reconstruction
-#   z latent   mu, logvar the posterior's mean and log variance    q(z|x_v) = N(mu, exp(logvar))
-# ---------------------------------------------------------------------------------------------
-
-
-class InputError(ValueError):
-    """Something the user gave cannot be used; the message is one sentence that says what to do."""
-
-
-def cli(main):
-    """Run a script's main; what the user got wrong ends as one line and exit status 1."""
-    warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
-    try:
-        main()
-    except (InputError, OSError) as error:  # a DataLoader worker prefixes its whole traceback
-        sys.exit(f"error: {str(error).strip().splitlines()[-1].removeprefix('vmae.InputError: ')}")
-    except KeyboardInterrupt:
-        sys.exit("stopped; a training run goes on from its last checkpoint with --resume")
-
-
-def pick_device(name):
-    """--device as typed -> torch.device; nothing here touches CUDA when the CPU is asked for."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        return torch.zeros(0, device=name).device
-    except (RuntimeError, AssertionError):
-        raise InputError(f"--device {name}: torch finds no such device here") from None
-
-
-# ---- Images: a folder -------------------------------------------------------------------------
-
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
-MIN_SIDE = 8           # pixels; anything smaller is a tracking pixel or a placeholder, not a photo
-MAX_UNREADABLE = 0.01  # a few broken files are normal in a scraped folder, one in a hundred is not
-KEEP_BYTES = 2**30     # decoded images are kept in memory up to this size
-UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError,
-              Image.DecompressionBombWarning)  # Pillow raises all of these for broken files
-
-
-def open_image(path):
-    """File -> PIL image, its header read and its pixels not yet; OSError below MIN_SIDE pixels."""
-    with warnings.catch_warnings():         # a bomb is 90 million pixels or more: a warning, to PIL
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        image = Image.open(path)
-    if min(image.size) < MIN_SIDE:
-        raise OSError(f"{image.width}x{image.height} pixels, too small")
-    return image
-
-
-def read_image(path, size):
-    """File -> uint8 (3, size, size): any mode to RGB, short side resized, centre cropped.
-
-    Transparency is laid over white, as such pictures are shown; EXIF rotation is applied, as phones
-    store portraits lying down. Raises one of UNREADABLE."""
-    with open_image(path) as file:
-        image = ImageOps.exif_transpose(file)              # turned upright
-    if image.mode.startswith("I"):          # 16 bits: Pillow's own conversion clips at 255
-        image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    image = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BICUBIC)
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
-
-
-def list_images(root):
-    """Folder -> sorted paths below it, relative to it; hidden files and Apple's `._*` left out."""
-    found, seen = [], set()
-    for folder, subfolders, files in os.walk(root, followlinks=True):
-        real = os.path.realpath(folder)     # a link to a parent would otherwise never end
-        subfolders[:] = [] if real in seen else [s for s in subfolders if not s.startswith(".")]
-        seen.add(real)
-        found += [Path(folder, f).relative_to(root).as_posix() for f in files
-                  if f.lower().endswith(EXTENSIONS) and not f.startswith(".")]
-    return sorted(found)
-
-
-class ImageFolder(torch.utils.data.Dataset):
-    """Images below `root`, recursively, as (x, y): x (3, size, size) in [-1, 1], y class index.
-
-    Sub-folders of root are classes (`classes`, sorted by name; empty when there are fewer than
-    two, or when images lie beside the sub-folders; then y = 0).
-    split  "train" or "val" share the folder by file name: about one in twenty is held out, the
-           same ones on every machine and however many files are added. "all": no hold-out.
-    keep   keep decoded images in memory: right without workers, each of which would have a copy.
-    Raises InputError for a missing or empty folder, or when over 1 % of the files are unreadable.
-    """
-
-    def __init__(self, root, size, split="all", keep=False):
-        if not os.path.isdir(root):
-            raise InputError(f"{root}: no such folder; --data and --val want folders of images")
-        paths = list_images(root)
-        if not paths:
-            raise InputError(f"{root}: no images in it (looked for {' '.join(EXTENSIONS)})")
-        self.root, self.size, self.split, self.bad = str(root), size, split, set()
-        self.limit = MAX_UNREADABLE * len(paths)
-        readable = [p for p in paths if self._header_ok(p)]  # all files: a split shares its limit
-
-        tops = {p.split("/")[0] if "/" in p else "" for p in readable}     # "": beside the folders
-        self.classes = sorted(tops) if len(tops) > 1 and "" not in tops else []
-        rank = {p: zlib.crc32(p.encode()) for p in readable}  # by name: the same everywhere
-        held_out = {p for p in readable if rank[p] % 20 == 0} or {min(readable, key=rank.get)}
-        self.paths = [p for p in readable if split == "all" or (p in held_out) == (split == "val")]
-        if not self.paths:
-            raise InputError(f"{root}: one image is not enough, as one is always held out")
-        number = {name: y for y, name in enumerate(self.classes)}
-        self.labels = [number.get(p.split("/")[0], 0) for p in self.paths]
-        self.kept = {} if keep and len(self.paths) * 3 * size * size < KEEP_BYTES else None
-
-    def _header_ok(self, path):
-        try:
-            open_image(os.path.join(self.root, path)).close()
-            return True
-        except UNREADABLE as error:
-            return self._unreadable(path, error)
-
-    def _unreadable(self, path, error):
-        self.bad.add(path)
-        why = (str(error) or repr(error)).splitlines()[0]
-        what = f"{os.path.join(self.root, path)}: unreadable ({why})"
-        if len(self.bad) > self.limit:
-            raise InputError(f"{what}, and with it over 1 % of the folder; remove or repair the "
-                             f"broken files")
-        warnings.warn(f"skipped {what}, {len(self.bad)} so far")
-        return False
-
-    def __len__(self):
-        return len(self.paths)
-
-    def __getitem__(self, i):
-        pixels = self.kept.get(i) if self.kept is not None else None
-        while pixels is None:               # a file may be cut off behind a sound header
-            try:
-                pixels = read_image(os.path.join(self.root, self.paths[i]), self.size)
-            except UNREADABLE as error:
-                self._unreadable(self.paths[i], error)
-                i = (i + 1) % len(self)     # its neighbour stands in, with the neighbour's label
-        if self.kept is not None:
-            self.kept[i] = pixels
-        return pixels / 127.5 - 1, self.labels[i]
-
-    def fingerprint(self):
-        """A string that changes whenever a file is added, removed or edited."""
-        stats = [(p, os.stat(os.path.join(self.root, p))) for p in self.paths]
-        listing = repr([(p, s.st_size, s.st_mtime_ns) for p, s in stats])
-        return hashlib.sha256(f"{self.size} {self.split} {listing}".encode()).hexdigest()
-
-
-# ---- Images: the built-in faces, known down to the pixel on the paper's three levels ----------
-
-OBJECTS = ("bear", "cat", "human", "robot")               # level 1: what it is, the class label
-PARTS = ("background", "hair/ears", "skin", "eyes", "mouth")  # level 2: a map over the pixels
-PATTERNS = ("plain", "stripes", "dots")                   # level 3: the texture of the skin
-FACES_TRAIN, FACES_VAL = 16384, 1024
-
-
-def hsv(h, s, v):
-    """Hue, saturation, value in [0, 1], each (B, 1, 1) -> RGB in [0, 1], (B, 3, 1, 1)."""
-    n = torch.tensor([5.0, 3.0, 1.0]).view(1, 3, 1, 1)     # red, green, blue on the colour wheel
-    k = (n + 6 * h.unsqueeze(1)) % 6                       # (B, 3, 1, 1)
-    s, v = s.unsqueeze(1), v.unsqueeze(1)                  # (B, 1, 1, 1)
-    return v - v * s * torch.minimum(k, 4 - k).clamp(0, 1)
-
-
-class Faces(torch.utils.data.Dataset):
-    """Procedural faces as (x, y): x (3, size, size) in [-1, 1], y the index of its object.
-
-    Face i of a seed is the same on every machine. Training faces are numbers 0 to FACES_TRAIN - 1,
-    held-out ones follow them, so that none is ever both. `render` also gives pattern and parts.
-    """
-
-    def __init__(self, size, split="train", seed=0):
-        self.size, self.seed, self.classes = size, seed, list(OBJECTS)
-        self.first = FACES_TRAIN if split == "val" else 0
-        self.count = {"train": FACES_TRAIN, "val": FACES_VAL, "all": FACES_TRAIN + FACES_VAL}[split]
-
-    def __len__(self):
-        return self.count
-
-    def __getitem__(self, i):
-        return self.__getitems__([i])[0]
-
-    def __getitems__(self, indices):        # DataLoader asks for a batch at once if it can
-        x, y, _, _ = self.render(indices)
-        return list(zip(x, y.tolist()))
-
-    def fingerprint(self):
-        """A string that changes whenever the renderer, or what is asked of it, does."""
-        pixels = self.render(range(8))[0].numpy().tobytes()
-        return hashlib.sha256(pixels + f"{self.first} {self.count}".encode()).hexdigest()
-
-    def render(self, indices):
-        """B indices -> x (B, 3, S, S) in [-1, 1], object (B,), pattern (B,) and part (B, S, S),
-        these three as indices into OBJECTS, PATTERNS and PARTS.
-
-        Painted back to front with one brush, the superellipse |x/a|^n + |y/b|^n <= 1: n = 1 is a
-        diamond (cat's ear), 2 an ellipse, 8 a rounded box (robot). Both ears, or both eyes, are
-        one stroke on |x|. Edges fade over one pixel, which is what anti-aliasing is.
-        """
-        S, B = self.size, len(indices)
-        u = np.stack([np.random.Generator(np.random.Philox(key=[self.seed, self.first + int(i)]))
-                      .random(40, dtype=np.float32) for i in indices])
-        draw = iter(torch.from_numpy(u).T.reshape(40, B, 1, 1))
-
-        def uniform(low, high):
-            return low + (high - low) * next(draw)
-
-        kind = uniform(0, 4).long().clamp(max=3)                           # (B, 1, 1)
-        pattern = uniform(0, 3).long().clamp(max=2)                        # (B, 1, 1)
-
-        def by_kind(bear, cat, human, robot):  # one number an object, in the order of OBJECTS
-            return torch.tensor([bear, cat, human, robot], dtype=torch.float32)[kind]
-
-        # Coordinates: the picture is [-1, 1]^2, y down; the head is moved and tilted a little.
-        axis = (torch.arange(S) + 0.5) * (2 / S) - 1                       # centres of pixels
-        X, Y = axis.view(1, 1, S) - uniform(-.1, .1), axis.view(1, S, 1) - uniform(.05, .2)
-        tilt = uniform(-.15, .15)                                          # radians
-        X, Y = X * tilt.cos() + Y * tilt.sin(), Y * tilt.cos() - X * tilt.sin()  # (B, S, S)
-        a = uniform(.54, .66)                                              # head, half width
-        b = a * uniform(.95, 1.1) * by_kind(.95, .88, 1.12, 1.0)           # head, half height
-
-        def ellipse(x, y, rx, ry, n=2.0):
-            """Coverage in [0, 1] of each pixel; a radius of 0 draws nothing."""
-            x, y = x / rx.clamp(min=1e-3), y / ry.clamp(min=1e-3)
-            r = (x.abs() ** n + y.abs() ** n) ** (1 / n)                   # 1 on the edge
-            return (0.5 + (1 - r) * torch.minimum(rx, ry) * (S / 2)).clamp(0, 1) * (rx > 0)
-
-        ground, hue = uniform(0, 1), uniform(.2, .8)
-        wall = hsv(ground, uniform(.15, .45), uniform(.75, 1.0))             # light
-        skin = hsv((ground + hue) % 1, uniform(.35, .7), uniform(.65, .95))  # not the wall's hue
-        hair = hsv(uniform(0, 1), uniform(.3, .8), uniform(.1, .35))         # dark
-        dark, white = torch.tensor(.08), torch.tensor(.97)
-        human = (kind == 2).unsqueeze(1)
-        ears = torch.where(human, hair, skin * .7)
-        image = wall * (1 + .12 * Y.unsqueeze(1))                          # (B, 3, S, S)
-        part = torch.zeros(B, S, S, dtype=torch.long)
-
-        def paint(cover, colour, label):
-            nonlocal image, part
-            image = image + cover.unsqueeze(1) * (colour - image)
-            part = torch.where(cover > 0.5, label, part)
-
-        # Ears, or long hair behind the head; then the head with its pattern.
-        box = by_kind(2, 2, 2, 8)                                          # robots are angular
-        ear = uniform(.9, 1.15)                                            # free size
-        paint(ellipse(X.abs() - a * by_kind(.72, .58, .38, 1.0), Y + b * by_kind(.78, .82, .22, 0),
-                      a * ear * by_kind(.36, .44, .75, .16), b * ear * by_kind(.36, .72, .92, .28),
-                      by_kind(2, 1, 2, 8)), ears, 1)
-        angle, pitch, phase = uniform(0, math.pi), uniform(.36, .5), uniform(0, 1)
-        along, across = X * angle.cos() + Y * angle.sin(), Y * angle.cos() - X * angle.sin()
-        wave = (2 * math.pi * (along / pitch + phase)).cos()               # stripes
-        dots = wave * (2 * math.pi * across / pitch).cos()                 # stripes x stripes
-        texture = torch.where(pattern == 1, wave, torch.where(pattern == 2, 2 * dots - .6, -1))
-        mark = uniform(.25, .4) * (.5 + .5 * texture.clamp(-1, 1))         # (B, S, S)
-        shade = 1 - mark - .12 * (X / a) ** 2                              # darker at the cheeks
-        paint(ellipse(X, Y, a, b, box), skin * shade.unsqueeze(1), 2)
-
-        # Fringe of a human, antenna of a robot; the light muzzle of bear and cat.
-        paint(ellipse(X - a * uniform(-.35, .35) * (kind == 2), Y + b * by_kind(0, 0, .85, 1.22),
-                      a * by_kind(0, 0, .80, .10), b * by_kind(0, 0, .36, .28), box), ears, 1)
-        paint(ellipse(X, Y - b * .45, a * by_kind(.45, .42, 0, 0), b * by_kind(.38, .30, 0, 0)),
-              skin + .55 * (1 - skin), 2)                                  # muzzle
-
-        # Eyes: the pupils look somewhere; a cat's are slits, a robot's whole eyes are boxes.
-        eye, apart, level = uniform(.9, 1.15), uniform(.9, 1.1), b * uniform(.12, .22)
-        eye_x = a * apart * by_kind(.40, .44, .40, .44)                    # from the middle
-        rx, ry = a * eye * by_kind(.21, .27, .25, .27), a * eye * by_kind(.21, .23, .19, .22)
-        iris = hsv(uniform(0, 1), uniform(.4, .9), uniform(.75, 1.0))
-        paint(ellipse(X.abs() - eye_x, Y + level, rx, ry, box),
-              torch.where((kind % 2 == 1).unsqueeze(1), iris, white), 3)   # coloured or white
-        gaze = a * uniform(-.06, .06)                                      # both look one way
-        paint(ellipse((X - gaze).abs() - eye_x, Y + level - gaze.abs() / 2,
-                      rx * by_kind(.62, .38, .58, .45), ry * by_kind(.62, .85, .72, .45), box),
-              dark, 3)
-
-        # Nose, and a mouth that smiles or not: a stroke along y = bend * x^2.
-        paint(ellipse(X, Y - b * by_kind(.30, .30, .18, 0), a * by_kind(.17, .11, .09, 0),
-                      b * by_kind(.11, .09, .14, 0), by_kind(2, 1, 2, 2)),
-              torch.where(human, skin * .7, dark), 2)                      # nose
-        wide, bend = a * uniform(.28, .40), uniform(-.2, .9)
-        curve = Y - b * by_kind(.58, .54, .56, .58) + bend * X**2 / a - bend * wide**2 / (2 * a)
-        lips = hsv(uniform(.95, 1.02) % 1, uniform(.6, .8), uniform(.45, .65))
-        thick = a * by_kind(.09, .08, .11, .16)                            # half height
-        paint(ellipse(X, curve, wide, thick, box * 2), torch.where(human, lips, dark), 4)  # mouth
-        return image.clamp(0, 1) * 2 - 1, kind.flatten(), pattern.flatten(), part
-
-
-def open_images(data, size, split, val=None, keep=False):
-    """--data and --val as typed -> a dataset: a folder, or the built-in faces when data is None.
-    With `val`, a folder of its own for validation, nothing of `data` is held out."""
-    if data is None:
-        return Faces(size, split)
-    if val is not None:
-        data, split = (val, "all") if split == "val" else (data, "all")
-    return ImageFolder(data, size, split, keep)
-
-
-def random_flip(x):
-    """Mirror half of the batch, the one augmentation of stage one. (B, 3, H, W) -> the same."""
-    return torch.where(torch.rand(len(x), 1, 1, 1, device=x.device) < 0.5, x.flip(-1), x)
-
-
-def to_uint8(x):
-    """[-1, 1] -> 0..255, rounded: the only way pixels leave this repository. Any shape."""
-    return (x.float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
-
-
-def save_grid(rows, path, gap=2):
-    """Rows of images in [-1, 1], each (K, 3, H, W) or shorter than the first, as one PNG with white
-    lines between."""
-    cells = [torch.cat([F.pad(to_uint8(x.cpu()), (0, gap, 0, gap), value=255) for x in row], 2)
-             for row in rows]                              # each (3, H + gap, K(W + gap))
-    cells = [F.pad(row, (0, cells[0].shape[2] - row.shape[2]), value=255) for row in cells]
-    picture = Image.fromarray(torch.cat(cells, 1).permute(1, 2, 0).numpy()[:-gap, :-gap])
-    scale = max(1, 64 // rows[0].shape[-1])                # 32 px is too small to look at
-    picture.resize((picture.width * scale, picture.height * scale), Image.NEAREST).save(path)
+#   x image in [-1, 1]   x_v, x_m its visible and its masked patches   x_hat reconstruction
+#   z latent             q(z|x_v) posterior, made by the encoder       p(x|z) likelihood of x
 
 
 # ---- Patches and masks ------------------------------------------------------------------------
 
 def patchify(x, P):
-    """(B, C, H, W) -> (B, N, P*P*C), rows first, colours innermost. ValueError unless P divides."""
+    """(B, C, H, W) -> (B, N, P*P*C), row by row, colours innermost. ValueError unless P divides."""
     B, C, H, W = x.shape
     if H % P or W % P:
         raise ValueError(f"an image of {H}x{W} pixels does not divide into patches of {P}")
     x = x.reshape(B, C, H // P, P, W // P, P)              # (B, C, h, P, w, P)
     return x.permute(0, 2, 4, 3, 5, 1).reshape(B, -1, P * P * C)           # (B, N, P*P*C)
-
 
 def unpatchify(patches, P, H, W):
     """The exact inverse of patchify: (B, N, P*P*C) -> (B, C, H, W)."""
@@ -370,133 +53,116 @@ def unpatchify(patches, P, H, W):
     x = patches.reshape(B, H // P, W // P, P, P, -1)       # (B, h, w, P, P, C)
     return x.permute(0, 5, 1, 3, 2, 4).reshape(B, -1, H, W)                # (B, C, H, W)
 
+def random_mask(B, h, w, mask_ratio, generator=None, device="cpu"):
+    """Choose the patches of an h x w grid that stay visible, anew for each image. Section 4.2.
 
-def random_mask(B, N, mask_ratio, generator=None, device="cpu"):
-    """A random subset of patches for each sample. Section 4.2.
-
-    Returns keep (B, V), the visible patches' numbers in order, and mask (B, N), 1 = masked.
-    V = N(1 - mask_ratio) rounded down; ValueError if that leaves nothing to see.
-    """
+    Returns keep (B, V), the numbers of the visible patches in rising order, and mask (B, N), which
+    is 1 where a patch is masked. V = N(1 - mask_ratio), rounded down; ValueError if V is 0.
+    generator: on `device`, for repeatable masks."""
+    N = h * w
     V = math.floor(N * (1 - mask_ratio) + 1e-9)            # 10 * (1 - 0.9) is 0.99999... in floats
     if not 0 < V <= N:
         raise ValueError(f"a mask ratio of {mask_ratio} leaves {max(V, 0)} of {N} patches visible; "
                          f"it must be at least 0 and leave one")
-    noise = torch.rand(B, N, generator=generator, device=generator.device if generator else device)
-    keep = noise.argsort(1)[:, :V].sort(1).values.to(device)               # (B, V)
+    # One number per patch; the V smallest stay visible. To mask blocks, smooth `noise` over h, w.
+    noise = torch.rand(B, h, w, generator=generator, device=device)        # (B, h, w)
+    keep = noise.flatten(1).argsort(1)[:, :V].sort(1).values               # (B, V)
     mask = torch.ones(B, N, device=device).scatter(1, keep, 0.0)           # (B, N)
     return keep, mask
 
 
-# ---- The posterior q(z|x) and the four losses of Section 4 ------------------------------------
+# ---- The Gaussians q(z|x_v) and p(x|z) --------------------------------------------------------
 
 class Gaussian:
-    """q(z|x) = N(mu, diag exp(logvar)); mu and logvar have any shape with the channels along 1.
+    """N(mu, sigma^2), independent in every element, with sigma^2 = exp(logvar).
 
-    logvar is clamped to [-30, 20], so that exp neither vanishes nor overflows in float32.
-    """
+    Two of them make the model: the posterior q(z|x_v), whose mu and logvar the encoder computes,
+    and the likelihood p(x|z), whose mu the decoder computes and whose logvar is fixed at 0.
+    logvar has mu's shape or one that broadcasts to it; it is clamped to [-30, 20], so that in
+    float32 sigma is neither 0 nor infinite."""
 
     def __init__(self, mu, logvar):
         self.mu, self.logvar = mu, logvar.clamp(-30.0, 20.0)
 
     def sample(self, generator=None):
-        """z = mu + sigma * eps, eps ~ N(0, 1): the reparameterisation trick (Kingma 2014)."""
-        device = generator.device if generator else self.mu.device
-        eps = torch.randn(self.mu.shape, generator=generator, device=device).to(self.mu)
-        return self.mu + (0.5 * self.logvar).exp() * eps                   # sigma = e^(logvar/2)
+        """The reparameterisation trick (Kingma 2014): mu + sigma * eps with eps ~ N(0, 1), so that
+        gradients reach mu and sigma. generator: on mu's device."""
+        eps = torch.randn(self.mu.shape, generator=generator, device=self.mu.device)
+        sigma = (0.5 * self.logvar).exp()   # a standard deviation
+        return self.mu + sigma * eps.to(self.mu.dtype)
 
     def mode(self):
-        """The most likely z, which for a Gaussian is mu."""
+        """The most likely value, which for a Gaussian is mu."""
         return self.mu
 
-    def kl(self, mean="free"):
-        """L_reg = KL(q || p) = 1/2 sum_d (sigma^2 - 1 - log sigma^2 [+ mu^2]), nats a token.
+    def nll(self, x):
+        """-log N(x; mu, sigma^2) = 1/2 ((x - mu)^2 / sigma^2 + log sigma^2 + log 2 pi), in nats.
+        x: of mu's shape. Returns one value per element, in float32."""
+        mu, logvar = self.mu.float(), self.logvar.float()
+        return 0.5 * ((x.float() - mu) ** 2 * (-logvar).exp() + logvar + math.log(2 * math.pi))
 
-        "zero": p = N(0, 1), the textbook KL of Eq. (1), with the term mu^2.
-        "free": p = N(mu, 1): Section 4.4 pulls only the variance to 1 and lets the means spread.
-        Sum over the channels of a token, mean over tokens and batch. Returns a scalar.
-        """
+    def kl(self, mean="free"):
+        """L_reg = E[KL(q(z|x_v) || p(z))], the loss that smooths the latent space. Section 4.1.
+
+        mean="zero", Eq. (1): the prior is N(0, 1), so
+            KL = 1/2 sum_d (mu^2 + sigma^2 - 1 - log sigma^2)
+        mean="free", Section 4.4: the same without mu^2. Only the variance is pulled, towards 1.
+            The means may lie anywhere, because stage two learns where they lie.
+
+        Sum over the channels of a token, mean over tokens and batch: a scalar, in nats per token.
+        At our weights this KL does not reach unit variance (sigma ends at .12 of mu's spread); the
+        latents get unit variance from ldm.normalise, before diffusion."""
         mu, logvar = self.mu.float(), self.logvar.float()
         kl = logvar.exp() - 1 - logvar + (mu**2 if mean == "zero" else 0)
         return 0.5 * kl.sum(1).mean()
 
 
-def gaussian_nll(target, mean, weight):
-    """-log N(target; mean, 1) = 1/2 (target - mean)^2 + 1/2 log(2 pi), averaged over patches.
+# ---- The four losses of Section 4, and their sum ----------------------------------------------
 
-    The likelihood's sigma is fixed at 1, so the gradient is that of half a squared error; the
-    constant .919 changes nothing and is kept because L_R and L_M are likelihoods (4.2, 4.3).
-    target, mean: (B, N, P*P*C); weight: (B, N), 1 for the patches that count. Returns nats a
-    pixel value, a scalar, and 0 when no patch counts.
-    """
-    nll = 0.5 * (target.float() - mean.float()) ** 2 + 0.5 * math.log(2 * math.pi)
-    return (nll.mean(-1) * weight).sum() / weight.sum().clamp(min=1)
+def mean_nll(p, x, weight, P):
+    """Mean of -log p(x|z) over the patches whose weight (B, N) is 1 -> a scalar, in nats per pixel
+    value, or 0 if there is no such patch.
 
+    With sigma fixed at 1 this is half the squared error plus a constant, 1/2 log(2 pi) = .919. The
+    constant has no gradient, but it hides progress; the PSNR in the log is easier to read."""
+    nll = patchify(p.nll(x), P).mean(-1)                                   # (B, N)
+    return (nll * weight).sum() / weight.sum().clamp(min=1)                # a scalar; 0, not 0 / 0
 
-def loss_R(x, x_hat, mask, P):
-    """L_R = E[-log p(x_v | z)]: what was seen must be kept. Section 4.3."""
-    return gaussian_nll(patchify(x, P), patchify(x_hat, P), 1 - mask)
+def loss_R(p, x, mask, P):
+    """L_R = E[-log p(x_v|z)]: what the encoder saw must be reconstructed. Section 4.3."""
+    return mean_nll(p, x, 1 - mask, P)
 
-
-def loss_M(x, x_hat, mask, P):
-    """L_M = E[-log p(x_m | z)]: what was hidden must be inferred, so that z holds the object and
-    its parts and not only their pixels (hierarchical compression). Section 4.2."""
-    return gaussian_nll(patchify(x, P), patchify(x_hat, P), mask)
-
+def loss_M(p, x, mask, P):
+    """L_M = E[-log p(x_m|z)]: what it did not see must be inferred. For this, z has to hold the
+    object and its parts, not only pixels: hierarchical compression. Section 4.2."""
+    return mean_nll(p, x, mask, P)
 
 def loss_P(lpips_net, x, x_hat):
     """L_P = E[sum_l w_l ||psi_l(x) - psi_l(x_hat)||^2], LPIPS on VGG features. Section 4.3.
 
-    x, x_hat: (B, 3, H, W) in [-1, 1], the whole image as in the authors' code, always in float32.
-    """
+    x, x_hat: (B, 3, H, W) in [-1, 1]. It compares whole images, as the authors' code does, and
+    always in float32. lpips_net: from load_lpips."""
     with torch.autocast(x.device.type, enabled=False):
         return lpips_net(x.float(), x_hat.float()).mean()
 
+def loss_VMAE(x, p, q, mask, P, lambda_M=0.1, lambda_P=0.0, lambda_reg=1e-4, kl_mean="free",
+              lpips_net=None):
+    """L_VMAE = L_R + lambda_M L_M + lambda_P L_P + lambda_reg L_reg. Section 4.4.
 
-VGG_URL = "https://download.pytorch.org/models/vgg16-397923af.pth"
-
-
-def load_lpips(vgg_weights=None):
-    """The LPIPS distance of Zhang et al. 2018, frozen, in eval mode (its dropout stays off).
-
-    vgg_weights: a local copy of VGG_URL; otherwise torch hub's cache, otherwise the download, of
-    which torch checks the hash. Raises InputError naming URL, path and flag if there is none.
-    """
-    cached = Path(torch.hub.get_dir(), "checkpoints", VGG_URL.rsplit("/", 1)[1])
-    path = Path(vgg_weights or cached)
-    try:
-        if not path.exists() and vgg_weights is None:
-            torch.hub.load_state_dict_from_url(VGG_URL, map_location="cpu", check_hash=True)
-        weights = torch.load(path, map_location="cpu", weights_only=True)
-        weights["features.28.weight"]       # VGG-16's last convolution, unless it is another net
-    except Exception as error:              # torch explains itself over many lines
-        why = (str(error) or repr(error)).splitlines()[0]
-        raise InputError(f"LPIPS needs VGG-16: {path} cannot be read ({why}); download {VGG_URL} "
-                         f"to that path, or name a copy with --vgg-weights") from None
-    lpips = import_lpips()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")     # lpips 0.1.4 uses argument names torchvision retired
-        net = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
-    net.net.load_state_dict({name: weights["features." + name.split(".", 1)[1]]
-                             for name in net.net.state_dict()})            # "slice3.10.bias" etc.
-    return net.eval().requires_grad_(False)
-
-
-def import_lpips():
-    """The lpips package, even beside a torchvision that was built for another torch.
-
-    Of torchvision lpips needs VGG's layout alone. Such a build cannot load its compiled operators
-    and stops at import, while describing two of them to torch; nothing here calls those, so
-    declaring their signatures is enough to get past.
-    """
-    try:
-        import lpips
-    except RuntimeError:
-        library = torch.library.Library("torchvision", "DEF")
-        for name in ("nms", "qnms"):
-            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        import_lpips.library = library      # the declarations live as long as this object
-        import lpips
-    return lpips
+    x: (B, 3, H, W); p, q, mask: what VMAE.forward returns. Returns the sum, a scalar, and a dict of
+    its terms before weighting; a term whose weight is 0 is not computed and not in the dict."""
+    terms = {"L_R": loss_R(p, x, mask, P)}
+    loss = terms["L_R"]                     # its weight is 1
+    if lambda_M > 0:
+        terms["L_M"] = loss_M(p, x, mask, P)
+        loss = loss + lambda_M * terms["L_M"]
+    if lambda_P > 0:
+        terms["L_P"] = loss_P(lpips_net, x, p.mode())
+        loss = loss + lambda_P * terms["L_P"]
+    if lambda_reg > 0:
+        terms["L_reg"] = q.kl(kl_mean)
+        loss = loss + lambda_reg * terms["L_reg"]
+    return loss, terms
 
 
 # ---- The transformer --------------------------------------------------------------------------
@@ -504,24 +170,23 @@ def import_lpips():
 def sincos_positions(D, grid, trained_grid=None):
     """Fixed 2-D sin-cos positions (1, N, D): half of D for the column, half for the row.
 
-    Frequencies 10000^(-k / (D/4)), sines before cosines (Vaswani 2017; MAE, He 2022). A model
-    that was trained on another grid finds its own grid's range here, in finer or wider steps.
-    """
+    Frequencies 10000^(-k / (D/4)), sines before cosines (Vaswani 2017; MAE, He 2022). If the model
+    was trained on another grid, the new one is spread over the same range of coordinates."""
     omega = 10000.0 ** -(torch.arange(D // 4, dtype=torch.float64) / (D // 4))
-    old = trained_grid or grid              # centres of patches, in the patches trained with
-    place = ((torch.arange(grid).double() + 0.5) * old / grid - 0.5).clamp(0, old - 1)
-    row, column = torch.meshgrid(place, place, indexing="ij")
-    angles = [place.reshape(-1, 1) * omega for place in (column, row)]     # 2 x (N, D/4)
-    return torch.cat([f(a) for a in angles for f in (torch.sin, torch.cos)], 1).float()[None]
-
+    old = trained_grid or grid              # coordinates are counted in patches of the old grid
+    centre = ((torch.arange(grid).double() + 0.5) * old / grid - 0.5).clamp(0, old - 1)  # (grid,)
+    row, column = torch.meshgrid(centre, centre, indexing="ij")            # (grid, grid) each
+    column, row = column.reshape(-1, 1) * omega, row.reshape(-1, 1) * omega    # (N, D/4) each
+    waves = [column.sin(), column.cos(), row.sin(), row.cos()]
+    return torch.cat(waves, 1).float()[None]                               # (1, N, D)
 
 def fused_attention(q, k, v):
-    """softmax(q k^T / sqrt(.)) v, each (B, heads, N, .), never forming the (N, N) matrix."""
+    """softmax(q k^T / sqrt(D/heads)) v, each (B, heads, N, D/heads), without ever storing the N x N
+    matrix. On a CPU in float32, because the CPU's kernel is 6x slower backwards in bfloat16."""
     if q.device.type != "cpu":
         return F.scaled_dot_product_attention(q, k, v)
-    with torch.autocast("cpu", enabled=False):             # 6x slower backwards in bfloat16
+    with torch.autocast("cpu", enabled=False):
         return F.scaled_dot_product_attention(q.float(), k.float(), v.float())
-
 
 class Attention(nn.Module):
     """Multi-head self-attention (Vaswani 2017)."""
@@ -530,20 +195,18 @@ class Attention(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.qkv = nn.Linear(D, 3 * D)                     # queries, keys, values in one product
-        self.proj = nn.Linear(D, D)
+        self.proj = nn.Linear(D, D)         # joins the heads
 
     def forward(self, x):
         B, N, D = x.shape
-        qkv = self.qkv(x).reshape(B, N, 3, self.num_heads, -1)             # (B, N, 3, heads, .)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)                               # (B, heads, N, .) each
-        x = fused_attention(q, k, v)                                       # (B, heads, N, .)
+        qkv = self.qkv(x).reshape(B, N, 3, self.num_heads, -1)       # (B, N, 3, heads, D/heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)                         # (B, heads, N, D/heads) each
+        x = fused_attention(q, k, v)                                       # (B, heads, N, D/heads)
         return self.proj(x.transpose(1, 2).reshape(B, N, D))               # (B, N, D)
 
-
 def named(**modules):
-    """Modules run one after the other, under the names that published weights have."""
+    """Modules that run one after the other, under the names that published weights have."""
     return nn.Sequential(OrderedDict(modules))
-
 
 class Block(nn.Module):
     """Pre-norm transformer block (Dosovitskiy 2021)."""
@@ -559,31 +222,30 @@ class Block(nn.Module):
         x = x + self.attn(self.norm1(x))                   # (B, N, D)
         return x + self.mlp(self.norm2(x))
 
-
 class PatchEmbed(nn.Module):
-    """Linear map of each patch. Stored as the P x P convolution that published weights hold, used
-    as a matrix, because a convolution would have to visit the masked patches too."""
+    """The same linear map for each patch. It is stored as a P x P convolution, as in published
+    weights, but used as a matrix: a convolution would have to visit the masked patches too."""
 
     def __init__(self, P, D):
         super().__init__()
-        self.proj = nn.Conv2d(3, D, P, stride=P)           # only ever used through its weight
+        self.proj = nn.Conv2d(3, D, P, stride=P)           # only its weight and bias are used
 
     def forward(self, patches):
         weight = self.proj.weight.permute(0, 2, 3, 1).flatten(1)           # (D, P*P*C), as patchify
         return F.linear(patches, weight, self.proj.bias)                   # (B, V, D)
 
-
 class Head(nn.Module):
-    """Tokens -> pixels: each patch on its own, then a 3x3 convolution that mends the seams."""
+    """Tokens -> pixels: each patch on its own, then a 3x3 convolution that smooths the seams."""
 
     def __init__(self, P, D):
         super().__init__()
         self.P = P
-        self.linear_pred = nn.Linear(D, P * P * 3)
+        self.linear_pred = nn.Linear(D, P * P * 3)         # the pixels of a patch
         self.conv_smoother = nn.Conv2d(3, 3, 3, padding=1)
-        with torch.no_grad():               # start near the identity, not as a random blur
-            self.conv_smoother.weight.mul_(0.1)
-            self.conv_smoother.weight[range(3), range(3), 1, 1] += 1
+        # A random 3x3 filter would blur the image; this one starts close to changing nothing.
+        self.conv_smoother.weight.data *= 0.1
+        for colour in range(3):
+            self.conv_smoother.weight.data[colour, colour, 1, 1] += 1
 
     def forward(self, tokens, H, W):
         patches = self.linear_pred(tokens)                                 # (B, N, P*P*3)
@@ -593,36 +255,35 @@ class Head(nn.Module):
 # ---- VMAE: the variational masked autoencoder -------------------------------------------------
 
 class VMAE(nn.Module):
-    """Section 4. An asymmetric masked autoencoder whose tokens are Gaussian latents.
+    """Section 4. A masked autoencoder: the encoder sees the visible patches alone, and its output
+    tokens are Gaussian latents. There is no class token, as the latent is a grid, (B, d, h, w).
 
-    embed_dim D, depth blocks on each side, latent_dim d channels a token. No class token: the
-    latent is a grid, (B, d, h, w). ValueError if the patch does not divide the image, or the
-    number of heads the width.
-    """
+    embed_dim: D; depth: blocks in the encoder, and as many in the decoder; latent_dim: d.
+    ValueError if the patch does not divide the image, or the number of heads the width."""
 
     def __init__(self, img_size=256, patch_size=8, embed_dim=192, depth=12, num_heads=12,
                  latent_dim=16):
         super().__init__()
-        if img_size % patch_size:
-            raise ValueError(f"an image size of {img_size} is not a multiple of the patch, "
-                             f"{patch_size}")
-        if embed_dim % num_heads:
-            raise ValueError(f"{num_heads} heads do not divide a width of {embed_dim}")
+        if img_size % patch_size or embed_dim % num_heads:
+            raise ValueError(f"an image size of {img_size} must be a multiple of the patch, "
+                             f"{patch_size}, and a width of {embed_dim} of {num_heads} heads")
         self.img_size, self.patch_size, self.latent_dim = img_size, patch_size, latent_dim
         D, self.grid = embed_dim, img_size // patch_size
         self.register_buffer("pos_embed", sincos_positions(D, self.grid))
         self.patch_embed = PatchEmbed(patch_size, D)
         self.blocks = nn.ModuleList(Block(D, num_heads) for _ in range(depth))
         self.norm = nn.LayerNorm(D, eps=1e-6)
-        self.to_latent = nn.Linear(D, 2 * latent_dim)                      # mu | logvar
+        self.to_latent = nn.Linear(D, 2 * latent_dim)                      # mu and logvar
 
         self.register_buffer("decoder_pos_embed", self.pos_embed.clone())
-        self.from_latent = nn.Linear(latent_dim, D)        # two layers and nothing in between, as
-        self.decoder_embed = nn.Linear(D, D)               # in the authors' checkpoints
+        self.from_latent = nn.Linear(latent_dim, D)        # two linear layers in a row, because
+        self.decoder_embed = nn.Linear(D, D)               # the authors' checkpoints have both
         self.mask_token = nn.Parameter(0.02 * torch.randn(1, 1, D))
-        self.decoder_blocks = nn.ModuleList(Block(D, num_heads) for _ in range(depth))  # as deep
+        self.decoder_blocks = nn.ModuleList(Block(D, num_heads) for _ in range(depth))
         self.decoder_norm = nn.LayerNorm(D, eps=1e-6)
         self.decoder_pred = Head(patch_size, D)
+        # log sigma^2 of p(x|z), fixed at sigma = 1. To learn it, make it an nn.Parameter.
+        self.register_buffer("logvar_x", torch.zeros(()), persistent=False)
         self.apply(self._init)
 
     @staticmethod
@@ -632,17 +293,18 @@ class VMAE(nn.Module):
             nn.init.zeros_(module.bias)
 
     def forward(self, x, mask_ratio, generator=None):
-        """Training. (B, 3, H, W) -> x_hat likewise, q over (B, d, V), mask (B, N), 1 = masked."""
-        keep, mask = random_mask(len(x), self.grid**2, mask_ratio, generator, x.device)
+        """x (B, 3, H, W) -> p(x|z), q(z|x_v) over (B, d, V), mask (B, N), 1 = masked. Training."""
+        keep, mask = random_mask(len(x), self.grid, self.grid, mask_ratio, generator, x.device)
         q = self.encode_tokens(x, keep)                    # q(z|x_v), never shown x_m
         z = q.sample(generator)                            # (B, d, V)
-        return self.decode_tokens(z, keep), q, mask
+        p = Gaussian(self.decode_tokens(z, keep), self.logvar_x)           # p(x|z)
+        return p, q, mask
 
     def encode_tokens(self, x, keep):
-        """Patches `keep` (B, V) of x -> Gaussian over (B, d, V); all later work is on V tokens."""
-        B, V, D = *keep.shape, self.pos_embed.shape[-1]
-        x_v = patchify(x, self.patch_size)                                 # (B, N, P*P*C)
-        x_v = x_v.gather(1, keep[..., None].expand(-1, -1, x_v.shape[-1]))  # (B, V, P*P*C)
+        """The patches of x that `keep` (B, V) names -> q(z|x_v), a Gaussian over (B, d, V)."""
+        patches = patchify(x, self.patch_size)                             # (B, N, P*P*C)
+        index = keep[..., None].expand(-1, -1, patches.shape[-1])          # (B, V, P*P*C)
+        x_v = patches.gather(1, index)                     # (B, V, P*P*C): x_m is left behind here
         tokens = self.patch_embed(x_v) + self.pos_embed[0, keep]           # (B, V, D)
         for block in self.blocks:
             tokens = block(tokens)
@@ -650,19 +312,20 @@ class VMAE(nn.Module):
         return Gaussian(*moments.float().chunk(2, 1))
 
     def decode_tokens(self, z, keep):
-        """z (B, d, V) of patches `keep`, mask tokens for the others -> x_hat (B, 3, H, W)."""
+        """z (B, d, V) of the patches `keep`, and a mask token for each other -> (B, 3, H, W)."""
         B, _, V = z.shape
         N, D, S = self.grid**2, self.pos_embed.shape[-1], self.img_size
-        seen = self.decoder_embed(self.from_latent(z.transpose(1, 2)))     # (B, V, D)
-        tokens = self.mask_token.to(seen.dtype).expand(B, N, D)
-        tokens = tokens.scatter(1, keep[..., None].expand(B, V, D), seen)  # (B, N, D)
-        tokens = tokens + self.decoder_pos_embed
+        visible = self.decoder_embed(self.from_latent(z.transpose(1, 2)))  # (B, V, D)
+        tokens = self.mask_token.to(visible.dtype).expand(B, N, D)
+        tokens = tokens.scatter(1, keep[..., None].expand(B, V, D), visible)   # (B, N, D)
+        tokens = tokens + self.decoder_pos_embed           # now the masked ones know their place
         for block in self.decoder_blocks:
             tokens = block(tokens)
         return self.decoder_pred(self.decoder_norm(tokens), S, S).float()  # (B, 3, S, S)
 
     def encode(self, x):
-        """Use: nothing masked. x (B, 3, H, W) in [-1, 1] -> Gaussian over (B, d, h, w)."""
+        """Use, where nothing is masked. x (B, 3, H, W) in [-1, 1] -> Gaussian over (B, d, h, w).
+        ValueError for an image of another size than the model was built for."""
         if x.shape[-2:] != (self.img_size, self.img_size):
             raise ValueError(f"this model encodes {self.img_size}x{self.img_size} pixels, "
                              f"not {x.shape[-2]}x{x.shape[-1]}")
@@ -671,105 +334,95 @@ class VMAE(nn.Module):
         return Gaussian(q.mu.reshape(shape), q.logvar.reshape(shape))
 
     def decode(self, z):
-        """z (B, d, h, w) -> x_hat (B, 3, H, W), about [-1, 1] but not clamped."""
+        """z (B, d, h, w) -> x_hat (B, 3, H, W), the mode of p(x|z), about [-1, 1], not clamped."""
         return self.decode_tokens(z.flatten(2), self._all_patches(z))
 
     def _all_patches(self, x):
         return torch.arange(self.grid**2, device=x.device).expand(len(x), -1)
 
+    @property
+    def last_layer(self):
+        """The weight nearest to the pixels, on which the adversarial loss is scaled."""
+        return self.decoder_pred.conv_smoother.weight
+
+
+# ---- Sizes, positions, checkpoints ------------------------------------------------------------
+
+# Rows of VMAE's arguments; the image size comes from the data. tiny: the default run, 32 px on a
+# CPU. small: small photographs on a CPU. base: the paper's f8d16 (patches of 8 pixels, d = 16),
+# 11.19 M numbers at 256 px, of which 10.80 M are learned and the rest are fixed positions.
+sizes = {
+    "tiny": dict(patch_size=4, embed_dim=128, depth=2, num_heads=4, latent_dim=16),
+    "small": dict(patch_size=8, embed_dim=192, depth=3, num_heads=6, latent_dim=16),
+    "base": dict(patch_size=8, embed_dim=192, depth=12, num_heads=12, latent_dim=16)}
 
 def resize_positions(weights, model):
-    """Weights trained at another image size, with the positions of `model`'s grid.
-
-    The sines and cosines themselves at the new places: what the authors' bilinear resize of the
-    old table approximates. Faces at twice the training size, nothing tuned: 35.0 dB by either,
-    and 23.6 dB with places counted on past the last one that the encoder has seen.
-    """
+    """Weights of another image size, with the positions of `model`'s grid: the sines and cosines at
+    the new places, which the authors' bilinear resize approximates. On faces at twice the training
+    size both give 35.0 dB; counting on beyond the places that the encoder knows gives 23.6 dB."""
     old = weights.get("pos_embed")
     if old is None or old.shape[1] == model.grid**2:       # a convolution has no positions
         return weights
     new = sincos_positions(old.shape[2], model.grid, math.isqrt(old.shape[1]))
     return {**weights, "pos_embed": new, "decoder_pos_embed": new}
 
-
 def drop_variance(model):
-    """AE, DAE, MAE: shrink q(z|x) to its mean, by a logvar far below Gaussian's clamp, where no
-    gradient comes back; so that it stays there, and sampling is the identity to 7 digits."""
+    """For AE, DAE and MAE: shrink q(z|x) to its mean, with sigma = 3e-7. Gaussian clamps the logvar
+    of -40 to -30; below the clamp the gradient is zero, so training leaves these weights alone."""
     last = model.to_latent if isinstance(model, VMAE) else model.encoder.conv_out
     last.weight.data[model.latent_dim:] = 0
-    last.bias.data[model.latent_dim:] = -40                # the clamp is at -30
-
-
-# Rows of keyword arguments; the image size is the data's.
-sizes = {
-    # the default chain, on a CPU: f4d16
-    "tiny": dict(patch_size=4, embed_dim=128, depth=2, num_heads=4, latent_dim=16),
-    # the paper's f8d16, shallow: small real images on a CPU
-    "small": dict(patch_size=8, embed_dim=192, depth=3, num_heads=6, latent_dim=16),
-    # the paper's f8d16, 11.19 M numbers of which 10.80 M are learned and the rest positions
-    "base": dict(patch_size=8, embed_dim=192, depth=12, num_heads=12, latent_dim=16),
-}
-
-
-# ---- Save, load -------------------------------------------------------------------------------
+    last.bias.data[model.latent_dim:] = -40
 
 def save_checkpoint(path, **entries):
-    """Write one dict of tensors and plain values, whole or not at all: to a temporary name in the
-    same folder, flushed, then renamed, so that a crash leaves the previous checkpoint."""
+    """Write one dict of tensors and plain values, whole or not at all: first under a temporary
+    name, so that a crash leaves the previous checkpoint."""
     temporary = f"{path}.tmp"
     try:
         with open(temporary, "wb") as file:
             torch.save(entries, file)
             file.flush()
-            os.fsync(file.fileno())     # or a power cut could leave the new name empty
-        os.replace(temporary, path)     # one step: there is always a whole file
+            os.fsync(file.fileno())         # otherwise a power cut could leave the new file empty
+        os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
-
 
 def read_checkpoint(path, *needed):
     """A checkpoint's dict, on the CPU. InputError if it is missing, damaged or lacks a key."""
     if not os.path.isfile(path):
         raise InputError(f"{path}: no such checkpoint; training writes last.pt into its --out")
-    torch.serialization.add_safe_globals([argparse.Namespace])  # MAE's descendants save options so
+    torch.serialization.add_safe_globals([argparse.Namespace])     # the authors' files hold one
     try:
         ckpt = torch.load(path, map_location="cpu", weights_only=True)
-        missing = set(needed) - ckpt.keys()
+        missing = sorted(set(needed) - ckpt.keys())
     except Exception:
         raise InputError(f"{path}: not a checkpoint, or a damaged one") from None
     if missing:
-        raise InputError(f"{path}: lacks {', '.join(sorted(missing))}, so another script made it")
+        raise InputError(f"{path}: lacks {', '.join(missing)}; another script wrote this file")
     return ckpt
 
-
 def build(model_args):
-    """Constructor's arguments -> the model that they belong to, with random weights."""
+    """Arguments of a constructor -> VMAE or ConvAutoencoder, with random weights."""
     return ConvAutoencoder(**model_args) if "channels" in model_args else VMAE(**model_args)
 
-
 def build_vmae(ckpt):
-    """The stage-one entries of either stage's checkpoint -> the model in eval mode."""
+    """What read_stage_one returns -> the model with its weights, frozen, in eval mode."""
     model = build(ckpt["model_args"])
-    model.load_state_dict(ckpt["model"])                   # all of it or an error
+    model.load_state_dict(ckpt["model"])
     return model.eval().requires_grad_(False)
 
-
 def published(path, ckpt, num_heads):
-    """A checkpoint of the authors' code, or of diffusers', in the form of ours.
-
-    The constructor's arguments are read off the shapes, but for num_heads, which no shape tells.
-    Says what was left over, and whether the mask token was missing, which training alone needs.
-    InputError if it is neither model, or a part of one.
-    """
+    """A checkpoint of the authors' VMAE, or of an SD3-style VAE from diffusers -> model_args and
+    model, as in ours. The shapes tell all arguments but num_heads. Prints what was left over, and
+    whether the mask token, which only training needs, was missing. InputError for another model."""
     try:
         weights = ckpt.get("state_dict") or ckpt.get("model") or ckpt
-        weights = {k.removeprefix("module."): v for k, v in weights.items()}  # DDP's
+        weights = {k.removeprefix("module."): v for k, v in weights.items()}   # DDP's prefix
         if "encoder.conv_in.weight" in weights:
-            top = "encoder.down_blocks.{}.resnets.1.conv2.bias".format
-            levels = itertools.takewhile(lambda i: top(i) in weights, itertools.count())
-            args = dict(img_size=256, channels=tuple(len(weights[top(i)]) for i in levels),
-                        latent_dim=weights["decoder.conv_in.weight"].shape[1])
+            latent_dim, last = weights["decoder.conv_in.weight"].shape[1], "resnets.1.conv2.bias"
+            channels = [len(v) for k, v in weights.items() if k.startswith("encoder.down_blocks.")
+                        and k.endswith(last)]              # the width of each level
+            args = dict(img_size=256, channels=tuple(channels), latent_dim=latent_dim)
         else:
             D, _, P, _ = weights["patch_embed.proj.weight"].shape          # (D, 3, P, P)
             depth = len({k.split(".")[1] for k in weights if k.startswith("blocks.")})
@@ -778,46 +431,410 @@ def published(path, ckpt, num_heads):
                         latent_dim=weights["from_latent.weight"].shape[1])
         model = build(args)
         missing, left_over = model.load_state_dict(weights, strict=False)
-    except (KeyError, ValueError, RuntimeError, AttributeError) as error:
-        raise InputError(f"{path}: not a stage-one checkpoint, nor the weights of a VMAE or an "
-                         f"SD3-style VAE ({str(error).splitlines()[-1].strip()})") from None
+    except (KeyError, ValueError, RuntimeError, AttributeError, IndexError) as error:
+        raise InputError(f"{path}: holds neither stage one, nor a published VMAE or SD3-style VAE "
+                         f"({str(error).splitlines()[-1].strip()})") from None
     if lost := set(missing) - {"mask_token"}:
-        raise InputError(f"{path}: lacks {len(lost)} weights of its architecture, as {min(lost)}")
+        raise InputError(f"{path}: lacks {len(lost)} weights of this model, such as {min(lost)}")
     print(f"{path}: {len(weights) - len(left_over)} tensors read; missing: "
           f"{', '.join(missing) or 'none'}; left over: {', '.join(left_over) or 'none'}")
     return dict(model_args=args, model=model.state_dict())
 
-
 def read_stage_one(path, num_heads=12):
-    """Stage one's entries (model_args, model, train_args) of a checkpoint of ours, of either
-    stage, or of published weights. num_heads: of published VMAE weights, 12 in the authors'."""
+    """A checkpoint of either stage, or published weights -> stage one's model_args, model and
+    train_args. num_heads: of published VMAE weights, which do not tell it."""
     ckpt = read_checkpoint(path)
-    ckpt = ckpt.get("vmae", ckpt)           # stage two's file holds its stage one
+    ckpt = ckpt.get("vmae", ckpt)           # a checkpoint of stage two holds its stage one
     if not {"model_args", "model"} <= ckpt.keys():
         ckpt = published(path, ckpt, num_heads)
     faces = dict(data=None, val=None, size=ckpt["model_args"]["img_size"])
-    return {"train_args": faces, **ckpt}    # published ones do not say what they were trained on
-
+    return {"train_args": faces, **ckpt}    # published weights do not say what trained them
 
 def load_vmae(path, num_heads=12):
-    """A checkpoint as read_stage_one takes it -> the model in eval mode."""
+    """A checkpoint of either stage, or published weights -> the autoencoder, in eval mode."""
     return build_vmae(read_stage_one(path, num_heads))
 
 
-# ---- Last: the other autoencoders' body and their discriminator. The paper's model is above ---
+# ---- Images: a folder -------------------------------------------------------------------------
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+SKIPPED = (".", "grid.png", "trajectory.png")          # hidden files, and sample.py's overviews
+MIN_SIDE = 8           # pixels; anything smaller is a placeholder, not a photograph
+MAX_UNREADABLE = 0.01  # share of the files; a collected folder often has a few broken ones
+KEEP_BYTES = 2**30     # decoded images are kept in memory if they need less than this
+UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError,
+              Image.DecompressionBombWarning)  # what Pillow raises for broken files
+
+def open_image(path):
+    """File -> PIL image of which only the header is read. OSError if a side is below MIN_SIDE."""
+    with warnings.catch_warnings():         # Pillow only warns of images above 90 million pixels
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        image = Image.open(path)
+    if min(image.size) < MIN_SIDE:
+        raise OSError(f"{image.width}x{image.height} pixels, too small")
+    return image
+
+def read_image(path, size):
+    """File -> uint8 (3, size, size): turned upright as its EXIF says, any mode to RGB, transparent
+    parts white, short side resized, centre cropped. Raises one of UNREADABLE."""
+    with open_image(path) as file:
+        image = ImageOps.exif_transpose(file)
+    if image.mode.startswith("I"):          # 16 bits, which Pillow's own conversion clips at 255
+        image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    image = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BICUBIC)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+def list_images(root):
+    """Folder -> sorted paths of the images below it, relative to it, without those SKIPPED."""
+    found, seen = [], set()
+    for folder, subfolders, files in os.walk(root, followlinks=True):
+        real = os.path.realpath(folder)     # each folder once: a link to a parent would never end
+        subfolders[:] = [] if real in seen else [s for s in subfolders if not s.startswith(".")]
+        seen.add(real)
+        found += [Path(folder, f).relative_to(root).as_posix() for f in files
+                  if f.lower().endswith(EXTENSIONS) and not f.startswith(SKIPPED)]
+    return sorted(found)
+
+class ImageFolder(torch.utils.data.Dataset):
+    """Images below `root`, recursively, as (x, y): x (3, size, size) in [-1, 1], y class index.
+
+    The sub-folders of root are the classes (`classes`, sorted by name). There are none, and y = 0,
+    if root has fewer than two sub-folders or if images lie beside them. split: "train" or "val",
+    which holds about one image in twenty, chosen by its path and thus the same everywhere and when
+    files are added; or "all". keep: keep decoded images in memory; for one process only. InputError
+    for a missing or empty folder, or when over 1 % of the files are unreadable."""
+
+    def __init__(self, root, size, split="all", keep=False):
+        if not os.path.isdir(root):
+            raise InputError(f"{root}: no such folder; --data and --val take folders of images")
+        paths = list_images(root)
+        if not paths:
+            raise InputError(f"{root}: no images in it (looked for {' '.join(EXTENSIONS)})")
+        self.root, self.size, self.split, self.bad = str(root), size, split, set()
+        self.limit = MAX_UNREADABLE * len(paths)
+        readable = [p for p in paths if self._read(p, lambda file: not open_image(file).close())]
+
+        tops = {p.split("/")[0] if "/" in p else "" for p in readable}     # "": in root itself
+        self.classes = sorted(tops) if len(tops) > 1 and "" not in tops else []
+        rank = {p: zlib.crc32(p.encode()) for p in readable}   # a random-looking number per path
+        held_out = {p for p in readable if rank[p] % 20 == 0} or {min(readable, key=rank.get)}
+        self.paths = {"all": readable, "val": [p for p in readable if p in held_out],
+                      "train": [p for p in readable if p not in held_out]}[split]
+        if not self.paths:
+            raise InputError(f"{root}: one image is not enough, as one is always held out")
+        number = {name: y for y, name in enumerate(self.classes)}
+        self.labels = [number.get(p.split("/")[0], 0) for p in self.paths]
+        self.kept = {} if keep and len(self.paths) * 3 * size * size < KEEP_BYTES else None
+
+    def _read(self, path, function):
+        """function(file), or None, with a warning, if the file is unreadable."""
+        file = os.path.join(self.root, path)
+        try:
+            return function(file)
+        except UNREADABLE as error:
+            self.bad.add(path)
+            what = f"{file}: unreadable ({(str(error) or repr(error)).splitlines()[0]})"
+        if len(self.bad) > self.limit:
+            raise InputError(f"{what}; with it over 1 % of the folder is; remove the broken files")
+        warnings.warn(f"skipped {what}, {len(self.bad)} so far")
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, i):
+        pixels = self.kept.get(i) if self.kept is not None else None
+        while pixels is None:
+            pixels = self._read(self.paths[i], lambda file: read_image(file, self.size))
+            if pixels is None:              # a sound header, but damage further on
+                i = (i + 1) % len(self)     # the next image takes its place, with its own label
+        if self.kept is not None:
+            self.kept[i] = pixels
+        return pixels / 127.5 - 1, self.labels[i]          # 0..255 to [-1, 1]
+
+    def fingerprint(self):
+        """A string that changes whenever a file is added, removed or edited."""
+        stats = [(p, os.stat(os.path.join(self.root, p))) for p in self.paths]
+        listing = repr([(p, s.st_size, s.st_mtime_ns) for p, s in stats])
+        return hashlib.sha256(f"{self.size} {self.split} {listing}".encode()).hexdigest()
+
+
+# ---- Images: the built-in faces ---------------------------------------------------------------
+
+# The paper's three levels, which are known of each face:
+OBJECTS = ("bear", "cat", "human", "robot")                    # 1. its kind, the class label
+PARTS = ("background", "hair/ears", "skin", "eyes", "mouth")   # 2. the part at each pixel
+PATTERNS = ("plain", "stripes", "dots")                        # 3. the texture of the skin
+FACES_TRAIN, FACES_VAL = 16384, 1024
+
+def hsv(h, s, v):
+    """Hue, saturation, value in [0, 1], each (B, 1, 1) -> RGB in [0, 1], (B, 3, 1, 1)."""
+    n = torch.tensor([5.0, 3.0, 1.0]).view(1, 3, 1, 1)     # red, green, blue on the colour wheel
+    h, s, v = h.unsqueeze(1), s.unsqueeze(1), v.unsqueeze(1)               # (B, 1, 1, 1) each
+    k = (n + 6 * h) % 6                                                    # (B, 3, 1, 1)
+    return v - v * s * torch.minimum(k, 4 - k).clamp(0, 1)
+
+class Faces(torch.utils.data.Dataset):
+    """Procedural faces as (x, y): x (3, size, size) in [-1, 1], y the index of its object. Face
+    number i of a seed is the same everywhere. The first FACES_TRAIN are for training, the next
+    FACES_VAL are held out. `render` also returns pattern and parts."""
+
+    def __init__(self, size, split="train", seed=0):
+        self.size, self.seed, self.classes = size, seed, list(OBJECTS)
+        self.first = FACES_TRAIN if split == "val" else 0
+        self.count = {"train": FACES_TRAIN, "val": FACES_VAL, "all": FACES_TRAIN + FACES_VAL}[split]
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, i):
+        return self.__getitems__([i])[0]
+
+    def __getitems__(self, indices):        # DataLoader asks for a whole batch if this exists
+        x, y, _, _ = self.render(indices)
+        return list(zip(x, y.tolist()))
+
+    def fingerprint(self):
+        """A string that changes whenever the rendered faces change."""
+        pixels = self.render(range(8))[0].numpy().tobytes()
+        return hashlib.sha256(pixels + f"{self.first} {self.count}".encode()).hexdigest()
+
+    def render(self, indices):
+        """B indices -> x (B, 3, S, S) in [-1, 1], object (B,), pattern (B,), part (B, S, S).
+
+        We paint from back to front with one brush, the superellipse |x/a|^n + |y/b|^n <= 1. n = 1
+        is a diamond (a cat's ear), 2 an ellipse, 8 a rounded box (a robot). As a function of |x| it
+        paints both ears, or both eyes, at once. Edges fade over one pixel, against aliasing."""
+        S, B = self.size, len(indices)
+        u = np.stack([np.random.Generator(np.random.Philox(key=[self.seed, self.first + int(i)]))
+                      .random(40, dtype=np.float32) for i in indices])
+        u = torch.from_numpy(u).T.reshape(40, B, 1, 1)     # 40 random numbers per face
+
+        def uniform(k, low, high):          # random number k of each face, scaled to [low, high]
+            return low + (high - low) * u[k]
+
+        kind = uniform(0, 0, 4).long().clamp(max=3)        # (B, 1, 1), as all that follow
+        pattern = uniform(1, 0, 3).long().clamp(max=2)
+
+        def by_kind(bear, cat, human, robot):  # one number per kind, in the order of OBJECTS
+            return torch.tensor([bear, cat, human, robot], dtype=torch.float32)[kind]
+
+        # The image is [-1, 1] x [-1, 1], y points down; the head is moved and tilted a little.
+        axis = (torch.arange(S) + 0.5) * (2 / S) - 1       # centres of the pixels, (S,)
+        X, Y = axis.view(1, 1, S) - uniform(2, -.1, .1), axis.view(1, S, 1) - uniform(3, .05, .2)
+        tilt = uniform(4, -.15, .15)                                       # radians
+        X, Y = X * tilt.cos() + Y * tilt.sin(), Y * tilt.cos() - X * tilt.sin()    # (B, S, S)
+        a = uniform(5, .54, .66)                                           # head, half width
+        b = a * uniform(6, .95, 1.1) * by_kind(.95, .88, 1.12, 1.0)        # head, half height
+        ground, hue = uniform(7, 0, 1), uniform(8, .2, .8)
+        wall = hsv(ground, uniform(9, .15, .45), uniform(10, .75, 1.0))    # light
+        skin = hsv((ground + hue) % 1, uniform(11, .35, .7), uniform(12, .65, .95))  # another hue
+        hair = hsv(uniform(13, 0, 1), uniform(14, .3, .8), uniform(15, .1, .35))   # dark
+        dark, white = torch.tensor(.08), torch.tensor(.97)
+        human = (kind == 2).unsqueeze(1)                                   # (B, 1, 1, 1)
+        image = wall * (1 + .12 * Y.unsqueeze(1))                          # (B, 3, S, S)
+        part = torch.zeros(B, S, S, dtype=torch.long)      # background
+
+        def paint(x, y, rx, ry, n, colour, label):
+            """One stroke of the brush; a radius of 0 paints nothing."""
+            nonlocal image, part
+            x, y = x / rx.clamp(min=1e-3), y / ry.clamp(min=1e-3)
+            r = (x.abs() ** n + y.abs() ** n) ** (1 / n)                   # 1 on the edge
+            cover = (0.5 + (1 - r) * torch.minimum(rx, ry) * (S / 2)).clamp(0, 1) * (rx > 0)
+            image = image + cover.unsqueeze(1) * (colour - image)          # over what is there
+            part = torch.where(cover > 0.5, label, part)   # (B, S, S)
+
+        # Ears, or long hair behind the head; then the head with its pattern.
+        box, ears = by_kind(2, 2, 2, 8), torch.where(human, hair, skin * .7)   # robots are angular
+        ear = uniform(16, .9, 1.15)
+        rx, ry = a * ear * by_kind(.36, .44, .75, .16), b * ear * by_kind(.36, .72, .92, .28)
+        paint(X.abs() - a * by_kind(.72, .58, .38, 1.0), Y + b * by_kind(.78, .82, .22, 0),
+              rx, ry, by_kind(2, 1, 2, 8), ears, 1)
+        angle, pitch, phase = uniform(17, 0, math.pi), uniform(18, .36, .5), uniform(19, 0, 1)
+        along, across = X * angle.cos() + Y * angle.sin(), Y * angle.cos() - X * angle.sin()
+        wave = (2 * math.pi * (along / pitch + phase)).cos()               # stripes
+        dots = wave * (2 * math.pi * across / pitch).cos()                 # stripes x stripes
+        texture = torch.where(pattern == 1, wave, torch.where(pattern == 2, 2 * dots - .6, -1))
+        mark = uniform(20, .25, .4) * (.5 + .5 * texture.clamp(-1, 1))     # (B, S, S)
+        shade = 1 - mark - .12 * (X / a) ** 2                              # darker at the cheeks
+        paint(X, Y, a, b, box, skin * shade.unsqueeze(1), 2)
+
+        # The fringe of a human or the antenna of a robot; the light muzzle of a bear or cat.
+        shift = a * uniform(21, -.35, .35) * (kind == 2)
+        paint(X - shift, Y + b * by_kind(0, 0, .85, 1.22), a * by_kind(0, 0, .80, .10),
+              b * by_kind(0, 0, .36, .28), box, ears, 1)
+        paint(X, Y - b * .45, a * by_kind(.45, .42, 0, 0), b * by_kind(.38, .30, 0, 0), 2.0,
+              skin + .55 * (1 - skin), 2)
+
+        # Eyes and pupils, which look somewhere; a cat's pupils are slits.
+        eye, apart, level = uniform(22, .9, 1.15), uniform(23, .9, 1.1), b * uniform(24, .12, .22)
+        eye_x = a * apart * by_kind(.40, .44, .40, .44)                    # from the middle
+        rx, ry = a * eye * by_kind(.21, .27, .25, .27), a * eye * by_kind(.21, .23, .19, .22)
+        iris = hsv(uniform(25, 0, 1), uniform(26, .4, .9), uniform(27, .75, 1.0))
+        coloured = (kind % 2 == 1).unsqueeze(1)                            # cats and robots
+        paint(X.abs() - eye_x, Y + level, rx, ry, box, torch.where(coloured, iris, white), 3)
+        gaze = a * uniform(28, -.06, .06)                                  # the same for both eyes
+        paint((X - gaze).abs() - eye_x, Y + level - gaze.abs() / 2,
+              rx * by_kind(.62, .38, .58, .45), ry * by_kind(.62, .85, .72, .45), box, dark, 3)
+
+        # Nose, and a mouth that smiles or not: a stroke along y = bend * x^2.
+        paint(X, Y - b * by_kind(.30, .30, .18, 0), a * by_kind(.17, .11, .09, 0),
+              b * by_kind(.11, .09, .14, 0), by_kind(2, 1, 2, 2),
+              torch.where(human, skin * .7, dark), 2)
+        wide, bend = a * uniform(29, .28, .40), uniform(30, -.2, .9)
+        curve = Y - b * by_kind(.58, .54, .56, .58) + bend * X**2 / a - bend * wide**2 / (2 * a)
+        lips = hsv(uniform(31, .95, 1.02) % 1, uniform(32, .6, .8), uniform(33, .45, .65))
+        paint(X, curve, wide, a * by_kind(.09, .08, .11, .16), box * 2,
+              torch.where(human, lips, dark), 4)
+        return image.clamp(0, 1) * 2 - 1, kind.flatten(), pattern.flatten(), part
+
+def open_images(data, size, split, val=None, keep=False):
+    """The options --data and --val -> a dataset: a folder, or the built-in faces if data is None.
+    If --val names a folder of its own, nothing of --data is held out."""
+    if data is None:
+        return Faces(size, split)
+    if val is None:
+        return ImageFolder(data, size, split, keep)
+    return ImageFolder(val if split == "val" else data, size, "all", keep)
+
+def random_flip(x):
+    """Mirror half of the images, the only augmentation in stage one. (B, 3, H, W) -> the same."""
+    return torch.where(torch.rand(len(x), 1, 1, 1, device=x.device) < 0.5, x.flip(-1), x)
+
+def to_uint8(x):
+    """[-1, 1] -> 0..255, rounded, any shape. All images that are saved or measured pass here."""
+    return (x.float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
+
+def psnr(a, b):
+    """PSNR = 10 log10(255^2 / MSE) in dB, (N,); infinite if equal. a, b: (N, C, H, W) in 0..255."""
+    mse = ((a.double() - b.double()) ** 2).mean((1, 2, 3))
+    return 10 * torch.log10(255**2 / mse)   # (N,)
+
+def save_grid(rows, path, gap=2):
+    """Save rows of images in [-1, 1], each (K, 3, H, W), as one PNG with white lines between. A row
+    with fewer images than the first is filled with white."""
+    cells = [torch.cat([F.pad(to_uint8(x.cpu()), (0, gap, 0, gap), value=255) for x in row], 2)
+             for row in rows]                              # each (3, H + gap, K(W + gap))
+    cells = [F.pad(row, (0, cells[0].shape[2] - row.shape[2]), value=255) for row in cells]
+    picture = Image.fromarray(torch.cat(cells, 1).permute(1, 2, 0).numpy()[:-gap, :-gap])
+    scale = max(1, 64 // rows[0].shape[-1])                # images below 64 px are enlarged
+    picture.resize((picture.width * scale, picture.height * scale), Image.NEAREST).save(path)
+
+
+# ---- LPIPS, and where its weights come from ---------------------------------------------------
+
+VGG_URL = "https://download.pytorch.org/models/vgg16-397923af.pth"
+VGG_LAST = "features.28.weight"             # its last convolution, by which we know the network
+
+def cached(url):
+    """Where torch hub keeps the file of a URL."""
+    return Path(torch.hub.get_dir(), "checkpoints", Path(url).name)
+
+def load_weights(what, url, path, option, key):
+    """Published weights -> (path, state dict): from the local copy `path`; without it from torch
+    hub's cache; otherwise downloaded, with a check of the hash. InputError names URL, path and
+    option if they cannot be had, or if they lack the entry `key`."""
+    file = Path(path or cached(url))
+    try:
+        if not path and not file.exists():
+            torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True)
+        weights = dict(torch.load(file, map_location="cpu", weights_only=True))
+        if key not in weights:
+            raise ValueError(f"it has no {key}")
+    except Exception as error:              # of torch's long explanations we keep the first line
+        why = (str(error) or repr(error)).splitlines()[0]
+        raise InputError(f"{what}: {file} cannot be read ({why}); download {url} to that path, or "
+                         f"name a copy with {option}") from None
+    return file, weights
+
+def load_lpips(vgg_weights=None):
+    """The LPIPS distance of Zhang et al. 2018, frozen, in eval mode so that its dropout is off.
+    vgg_weights: a local copy of VGG_URL (default: see load_weights)."""
+    _, weights = load_weights("LPIPS needs VGG-16", VGG_URL, vgg_weights, "--vgg-weights", VGG_LAST)
+    lpips = import_lpips()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")     # lpips 0.1.4 uses arguments that torchvision renamed
+        net = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
+    net.net.load_state_dict({name: weights["features." + name.split(".", 1)[1]]
+                             for name in net.net.state_dict()})            # "slice3.10.bias" etc.
+    return net.eval().requires_grad_(False)
+
+declared = []                               # a library's operators live as long as it does
+
+def import_lpips():
+    """The lpips package, even beside a torchvision that was built for another torch. Such a
+    torchvision has no compiled operators, and its import stops where it describes two of them to
+    torch. lpips uses none, so it is enough to declare that these two exist."""
+    try:
+        import lpips
+    except RuntimeError:
+        declared.append(torch.library.Library("torchvision", "DEF"))
+        for name in ("nms", "qnms"):
+            declared[0].define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        import lpips
+    return lpips
+
+
+# ---- What the scripts share -------------------------------------------------------------------
+
+class InputError(ValueError):
+    """The user gave something that cannot be used. The message is one sentence that says what."""
+
+def cli(main):
+    """Run a script's main. What the user got wrong ends as one line and exit status 1."""
+    warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+    try:
+        main()
+    except (InputError, OSError) as error:
+        # From a DataLoader worker the message arrives below the worker's traceback.
+        sys.exit(f"error: {str(error).strip().splitlines()[-1].removeprefix('vmae.InputError: ')}")
+    except KeyboardInterrupt:
+        sys.exit("stopped; a training run goes on from its last checkpoint with --resume")
+
+ABOVE_0 = ("size", "batch", "steps", "lr", "save_every", "n", "clip", "shift")
+AT_MOST = dict(mask=1, whole=1, drop=1, eta=1, interval=1, seed=2**32 - 1)
+
+def check(args):
+    """Refuse numbers out of range, NaN and infinity -> args. In all scripts the options in ABOVE_0
+    must be above 0, all others at least 0, and those in AT_MOST at most that."""
+    for name, values in vars(args).items():
+        for value in values if isinstance(values, list) else [values]:
+            low, high = "above" if name in ABOVE_0 else "at least", AT_MOST.get(name, 1e300)
+            fine = not isinstance(value, (int, float)) or 0 < value <= high
+            if not fine and (value != 0 or name in ABOVE_0):
+                option = name.replace("_", "-")
+                raise InputError(f"--{option} must be {low} 0 and at most {high:g}, not {value}")
+    return args
+
+def seeded(seed, number):
+    """The random generator with this number of a seed, on the CPU. A seed's first 1,000,003 numbers
+    are apart from those of the next seed; seeds are below 2^32, as torch takes 64 bits."""
+    return torch.Generator().manual_seed(seed * 1_000_003 + number)
+
+def pick_device(name):
+    """--device -> torch.device. Nothing here touches CUDA if the user asks for the CPU."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.zeros(0, device=name).device
+    except (RuntimeError, AssertionError):
+        raise InputError(f"--device {name}: torch finds no such device here") from None
+
+
+# ---- The convolutional autoencoder of the paper's AE, DAE, VAE and SD-VAE, with a discriminator -
 
 def conv3(c_in, c_out):
     """A 3x3 convolution that keeps the size."""
     return nn.Conv2d(c_in, c_out, 3, padding=1)
 
-
 def group_norm(C):
-    """GroupNorm (Wu & He 2018) in 32 groups, or one a channel where there are fewer."""
+    """GroupNorm (Wu & He 2018) in 32 groups, or in C if there are fewer channels."""
     return nn.GroupNorm(min(32, C), C, eps=1e-6)
 
-
 class ResnetBlock(nn.Module):
-    """x + conv(silu(norm(conv(silu(norm(x)))))), x itself through a 1x1 where the widths differ."""
+    """x + conv(silu(norm(conv(silu(norm(x)))))); a 1x1 convolution adapts x to another width."""
 
     def __init__(self, c_in, c_out):
         super().__init__()
@@ -829,9 +846,8 @@ class ResnetBlock(nn.Module):
         h = self.conv1(F.silu(self.norm1(x)))                              # (B, c_out, h, w)
         return self.conv_shortcut(x) + self.conv2(F.silu(self.norm2(h)))   # (B, c_out, h, w)
 
-
 class MidBlock(nn.Module):
-    """At the smallest size: a residual block, attention among all its pixels, another block."""
+    """At the smallest size: a residual block, attention among all pixels, a residual block."""
 
     def __init__(self, C):
         super().__init__()
@@ -843,42 +859,36 @@ class MidBlock(nn.Module):
     def forward(self, x):
         x, attn = self.resnets[0](x), self.attentions[0]                   # (B, C, h, w)
         tokens = attn["group_norm"](x).flatten(2).transpose(1, 2)          # (B, h*w, C)
-        q, k, v = (attn[name](tokens).unsqueeze(1) for name in ("to_q", "to_k", "to_v"))  # 1 head
-        mixed = attn["to_out"](fused_attention(q, k, v).squeeze(1))        # (B, h*w, C), one head
+        q, k, v = (attn[name](tokens).unsqueeze(1) for name in ("to_q", "to_k", "to_v"))
+        mixed = attn["to_out"](fused_attention(q, k, v).squeeze(1))        # one head; (B, h*w, C)
         return self.resnets[1](x + mixed.transpose(1, 2).reshape(x.shape))  # (B, C, h, w)
 
-
 def level(c_in, c_out, blocks, **resize):
-    """Residual blocks at one size, then the step to the next: downsamplers, upsamplers or none."""
+    """Residual blocks at one size, then the step to the next size (downsamplers or upsamplers)."""
     resnets = [ResnetBlock(c_out if i else c_in, c_out) for i in range(blocks)]
     return named(resnets=nn.Sequential(*resnets), **resize)
 
-
 def down(C):
-    """Half the size. Padded below and on the right only, as published weights expect."""
+    """Half the size. The padding is below and on the right only, as published weights expect."""
     return nn.Sequential(named(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=nn.Conv2d(C, C, 3, stride=2)))
 
-
 def up(C):
-    """Twice the size: each pixel four times, then a convolution, which leaves no checkerboard."""
+    """Twice the size: each pixel is repeated four times, then a convolution smooths."""
     return nn.Sequential(named(nearest=nn.Upsample(scale_factor=2), conv=conv3(C, C)))
 
-
 class ConvAutoencoder(nn.Module):
-    """SD-VAE's convolutional body, in the shape of SD3's: the paper's AE, DAE, VAE and SD-VAE.
-
-    channels: width of each level; a level halves the size of the one before, so that four give
-    f8. Attributes and methods as VMAE's. ValueError if f does not divide the image.
-    """
+    """The convolutional autoencoder of Stable Diffusion 3, with VMAE's attributes and methods.
+    channels: the width of each level. Each level has half the size of the one before, so that four
+    levels make f8. ValueError if f does not divide the image."""
 
     def __init__(self, img_size=256, channels=(128, 256, 512, 512), latent_dim=16):
         super().__init__()
         self.img_size, self.latent_dim = img_size, latent_dim
-        self.patch_size = f = 2 ** (len(channels) - 1)     # pixels to a side of a latent cell
+        self.patch_size = f = 2 ** (len(channels) - 1)     # pixels per side of a latent cell
         if img_size % f:
             raise ValueError(f"an image size of {img_size} is not a multiple of {f}")
         self.grid, wide, narrow = img_size // f, channels[-1], channels[0]
-        pairs = list(zip((narrow, *channels), channels))                   # (c_in, c_out) a level
+        pairs = list(zip((narrow, *channels), channels))   # (c_in, c_out) of each level
         self.encoder = named(
             conv_in=conv3(3, narrow),   # (B, 128, H, W) in SD3
             down_blocks=nn.Sequential(
@@ -891,55 +901,52 @@ class ConvAutoencoder(nn.Module):
             up_blocks=nn.Sequential(
                 *(level(*p, 3, upsamplers=up(p[1])) for p in pairs[:-1]), level(*pairs[-1], 3)),
             conv_norm_out=group_norm(narrow), silu=nn.SiLU(), conv_out=conv3(narrow, 3))
+        self.register_buffer("logvar_x", torch.zeros(()), persistent=False)    # as in VMAE
 
     def forward(self, x, mask_ratio=0.0, generator=None):
-        """Training, as VMAE's; but a convolution visits every pixel, so nothing can be hidden."""
+        """As VMAE.forward, but nothing is masked, because a convolution visits every pixel."""
         q = self.encode(x)
-        return self.decode(q.sample(generator)), q, x.new_zeros(len(x), self.grid**2)
+        p = Gaussian(self.decode(q.sample(generator)), self.logvar_x)
+        return p, q, x.new_zeros(len(x), self.grid**2)
 
     def encode(self, x):
         """x (B, 3, H, W) in [-1, 1] -> Gaussian over (B, d, h, w)."""
         return Gaussian(*self.encoder(x).float().chunk(2, 1))  # (B, 2d, h, w) -> mu, logvar
 
     def decode(self, z):
-        """z (B, d, h, w) -> x_hat (B, 3, H, W), about [-1, 1] but not clamped."""
-        return self.decoder(z).float()  # (B, 3, H, W)
+        """z (B, d, h, w) -> x_hat (B, 3, H, W), about [-1, 1], not clamped."""
+        return self.decoder(z).float()
 
+    @property
+    def last_layer(self):
+        return self.decoder.conv_out.weight
 
-conv_sizes = {                              # rows as in `sizes`, with the same latents
+conv_sizes = {                              # the rows of `sizes`, with the same latents
     "tiny": dict(channels=(16, 32, 64), latent_dim=16),
     "small": dict(channels=(32, 64, 128, 128), latent_dim=16),
-    "base": dict(channels=(128, 256, 512, 512), latent_dim=16),            # SD3's, 83.82 M
-}
-
+    "base": dict(channels=(128, 256, 512, 512), latent_dim=16)}            # SD3's, 83.82 M
 
 def discriminator(img_size, width=64):
-    """PatchGAN (Isola 2017): image -> (B, 1, h', w') scores, each of a patch, high for real ones.
-
-    Its patches of 70 pixels, three halvings, shrink to 34 and 16 for images below 64 and 32. With
-    GroupNorm for BatchNorm: a score then does not depend on the other images of the batch.
-    """
-    layers = max(1, min(3, img_size.bit_length() - 4))     # 32 -> 2, 64 and more -> 3
+    """PatchGAN (Isola 2017): image -> scores (B, 1, h', w'), one per patch of 70 pixels (34 below
+    64 px, 16 below 32 px), high if it looks real. With GroupNorm in place of BatchNorm a score does
+    not depend on the other images of the batch."""
+    layers = 3 if img_size >= 64 else 2 if img_size >= 32 else 1
     widths = [width * 2**i for i in range(layers + 1)]
-    net = [nn.Conv2d(3, width, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]  # no norm on pixels
+    net = [nn.Conv2d(3, width, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
     for i, (a, b) in enumerate(zip(widths, widths[1:]), 1):
-        net += [nn.Conv2d(a, b, 4, stride=2 if i < layers else 1, padding=1), group_norm(b),
-                nn.LeakyReLU(0.2)]
+        conv = nn.Conv2d(a, b, 4, stride=2 if i < layers else 1, padding=1)
+        net += [conv, group_norm(b), nn.LeakyReLU(0.2)]
     return nn.Sequential(*net, nn.Conv2d(widths[-1], 1, 4, padding=1))     # (B, 1, h', w')
 
-
 def loss_D(real, fake):
-    """Hinge loss of the discriminator's scores, 1/2 E[max(0, 1 - real) + max(0, 1 + fake)]."""
-    return 0.5 * (F.relu(1 - real.float()).mean() + F.relu(1 + fake.float()).mean())
-
+    """Hinge loss of the scores of x and x_hat: 1/2 E[max(0, 1 - D(x)) + max(0, 1 + D(x_hat))]."""
+    return 0.5 * (F.relu(1 - real.float()).mean() + F.relu(1 + fake.float()).mean())  # a scalar
 
 def loss_G(fake, reconstruction, last_layer):
-    """Adversarial loss -E[D(x_hat)], scaled so that on the decoder's last layer its gradient is
-    as long as that of the reconstruction's losses (Esser 2021, Eq. 7; Rombach 2022).
-
-    fake: D's scores of x_hat; reconstruction: the scalar it competes with; last_layer: a weight.
-    """
-    adversarial = -fake.float().mean()  # a scalar
-    a, b = (torch.autograd.grad(loss, last_layer, retain_graph=True)[0].norm()
-            for loss in (reconstruction, adversarial))
+    """L_G = -E[D(x_hat)], scaled so that its gradient on the model's last layer is as long as that
+    of the other losses (Esser 2021, Eq. 7; Rombach 2022). fake: the discriminator's scores of
+    x_hat; reconstruction: the sum of the other losses; last_layer: the model's weight."""
+    adversarial = -fake.float().mean()                     # a scalar
+    a = torch.autograd.grad(reconstruction, last_layer, retain_graph=True)[0].norm()
+    b = torch.autograd.grad(adversarial, last_layer, retain_graph=True)[0].norm()
     return (a / (b + 1e-4)).clamp(max=1e4).detach() * adversarial
