@@ -29,7 +29,8 @@ def options():
     add("--vmae", help="stage-one checkpoint (default: the one inside --ckpt)")
     add("--stats", help="latent statistics beside the authors' weights (default: those in --ckpt)")
     add("--steps", type=int, default=50, help="network calls per image (default: %(default)s)")
-    add("--sampler", choices=ldm.SAMPLERS, help="default: euler for rectified flow, else ddim")
+    usual = ", ".join(f"{o} {ldm.fitting_samplers(o)[0]}" for o in ("eps", "v", "flow"))
+    add("--sampler", choices=ldm.SAMPLERS, help=f"default by the objective: {usual}")
     add("--cfg", type=float, help="guidance weight w, 1: none (default: 1.5 with classes, else 1)")
     for name, text in SAMPLER_OPTIONS.items():
         users = ", ".join(s for s, (_, _, own) in ldm.SAMPLERS.items() if name in own)

@@ -10,6 +10,7 @@ A comment behind an expected value says where it comes from.
 import argparse
 import contextlib
 import functools
+import inspect
 import io
 import itertools
 import json
@@ -134,6 +135,35 @@ def measured(name, options="", *words):
     text = runs(evaluate.main, f"{name} {options} --out out")
     assert all(word in text for word in ("|---|", *words)), text
     return json.loads(Path("out", f"{name}.json").read_text())["rows"]
+
+
+# ---- What a reader relies on ------------------------------------------------------------------
+
+def test_the_method_comes_first():
+    def ends(thing):
+        lines, first = inspect.getsourcelines(thing)
+        return first + len(lines) - 1
+
+    assert inspect.getsourcelines(vmae.random_mask)[1] <= 100 and ends(vmae.loss_VMAE) <= 200
+    assert ends(VMAE) <= 400                               # then what surrounds the method
+    order = (vmae.patchify, vmae.random_mask, Gaussian, vmae.loss_R, vmae.loss_M, vmae.loss_P,
+             vmae.loss_VMAE, VMAE, vmae.load_vmae, ImageFolder, Faces, vmae.load_lpips,
+             InputError, vmae.ConvAutoencoder, vmae.discriminator)
+    assert sorted(order, key=ends) == list(order)
+
+def test_readme_names_what_exists():
+    text, modules = (HERE / "README.md").read_text(), dict(
+        vmae=vmae, ldm=ldm, train_vmae=train_vmae, train_ldm=train_ldm, evaluate=evaluate)
+    names = set(re.findall(r"`((?:vmae|ldm|train_vmae|train_ldm|evaluate)(?:\.\w+)+)", text))
+    names = {name for name in names if not name.endswith(".py")}
+    assert len(names) > 30 and {"vmae.loss_VMAE", "ldm.LabelEmbed"} <= names
+    for name in names:
+        first, *path = name.split(".")
+        functools.reduce(getattr, path, modules[first])    # AttributeError if it is not there
+    options = "".join((HERE / f"{name}.py").read_text() for name in (*modules, "sample"))
+    for option in set(re.findall(r"(?<![\w-])--([a-z][a-z-]+)", text)) - {"help", "nproc-per-node"}:
+        assert f'"--{option}"' in options or f'"{option}":' in options or \
+            option in sample.SAMPLER_OPTIONS or option in evaluate.HELP, option
 
 
 # ---- Patches and masks ------------------------------------------------------------------------
@@ -666,6 +696,29 @@ def test_resume_continues_the_same_run():
     refuses("no such checkpoint", train_vmae.main, f"{go} none --resume")
 
 @in_a_folder()
+def test_measuring_held_out_images_leaves_the_run_alone():
+    save_images("data/left", 24), save_images("data/right", 24, seed=1)
+    often, once = trained("--save-every 1"), trained(out="once")
+    assert all(map(torch.equal, often.parameters(), once.parameters()))
+    first, last = log_of("runs/vmae")                      # a line at each save
+    assert first["step"] == 1 and last["step"] == 2 and first["PSNR_val"] != last["PSNR_val"]
+    x = torch.stack([x for x, _ in ImageFolder("data", 16, "val")])
+    x_hat = often.decode(often.encode(x).mode())           # whole images, as in use
+    close(last["PSNR_val"], vmae.psnr(vmae.to_uint8(x), vmae.to_uint8(x_hat)).mean(), 0.01)
+    assert 3 < last["PSNR_m_val"] < 20 and "PSNR_m_val" in log_of("once")[-1]
+    trained("--preset ae", "ae")
+    assert "PSNR_m_val" not in log_of("ae")[-1]            # which masks nothing
+    for objective in ("eps", "v", "flow"):
+        go = f"--steps 2 --batch 8 --objective {objective} --out"
+        with mock.patch.object(train_ldm, "preview") if objective != "v" else contextlib.nullcontext():
+            runs(train_ldm.main, f"{go} often --save-every 1"), runs(train_ldm.main, f"{go} rarely")
+        a, b = (torch.load(f"{run}/last.pt", weights_only=True) for run in ("often", "rarely"))
+        assert all(torch.equal(a["ema"][k], b["ema"][k]) for k in a["ema"])
+        line = log_of("often")[-1]
+        assert {f"L_{objective}", f"L_{objective}_val"} <= set(line), line
+        assert line == log_of("rarely")[-1] | {k: line[k] for k in ("images_per_s", f"L_{objective}")}
+
+@in_a_folder()
 def test_compiled_training_takes_masked_and_whole_steps():
     save_images("data", 8)
     traced = functools.partial(torch.compile, backend="eager")             # spares the compiler
@@ -1170,6 +1223,7 @@ def test_sampling_depends_on_the_seed_alone_and_refuses_what_does_not_fit():
                         ("--ckpt flat/last.pt --steps 1001", "1000"),
                         ("--class up", "left, right"), ("--class 3", "left, right"),
                         ("--eta 2", "--eta"), (f"--seed {10**20}", "--seed"),
+                        ("--cfg nan", "--cfg"), ("--sampler ddpm --eta 1", "ddpm has no such"),
                         ("--ckpt runs/vmae/last.pt", "stage-two"),
                         ("--ckpt nothing.pt", "no such checkpoint")):
         refuses(words, sample.main, line)
@@ -1186,6 +1240,7 @@ def test_bad_input_is_one_line():
             ("--data text", "a.jpg: unreadable"), ("--data pixel", "1x1 pixels"),
             ("--mask 1.0", "--mask"), ("--mask -1", "--mask"), ("--mask 0.99", "leaves 0 of 16"),
             ("--size 18", "multiple of the patch"), ("--steps 0", "--steps"), ("--lr nan", "--lr"),
+            ("--whole 7", "--whole"), ("--lambda-m -1", "--lambda-m"), ("--lr inf", "--lr"),
             ("--device abacus", "--device"),
             ("--lambda-p 1 --vgg-weights no.pth", "no.pth cannot be read"),
             ("--vgg-weights text/a.jpg", "a.jpg cannot be read"),
