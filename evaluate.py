@@ -49,7 +49,7 @@ def ssim(a, b):
     11 x 11 Gaussian window of sigma 1.5, biased (co)variances, c1 = (.01 * 255)^2, c2 = (.03 *
     255)^2; the mean over channels and over the windows inside the image. InputError below 11 px."""
     if min(a.shape[2:]) < 11:
-        raise InputError(f"SSIM needs images of 11 pixels or more, not {min(a.shape[2:])}")
+        raise InputError(f"images of {min(a.shape[2:])} pixels are too small for SSIM; it needs 11")
     g = torch.exp(-torch.arange(-5, 6, dtype=torch.float64, device=a.device) ** 2 / (2 * 1.5**2))
     g = (g / g.sum()).expand(a.shape[1], 1, 11)            # (C, 1, 11), the same for each channel
 
@@ -117,8 +117,8 @@ class Mixed(nn.Module):
 class InceptionV3(nn.Module):
     """uint8 images (N, 3, H, W) -> the 2048-d features (N, 2048) that FID compares.
 
-    resize, to 299 x 299: "pytorch-fid", bilinear without antialiasing, pixels to [-1, 1]; "clean",
-    bicubic with it (Parmar 2022), pixels to (x - 128) / 128. fast: bfloat16, for 2 or 3 digits."""
+    resize, to 299 x 299: "pytorch-fid", bilinear, pixels to [-1, 1]; "clean", antialiased bicubic
+    (Parmar 2022), pixels to (x - 128) / 128. fast: in bfloat16, which keeps 2 or 3 digits."""
 
     def __init__(self, resize="pytorch-fid", fast=False):
         super().__init__()
@@ -181,7 +181,7 @@ INCEPTION_URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_
 
 def load_inception(path=None, resize="pytorch-fid", fast=False):
     """FID's weights, from where vmae.load_weights looks -> InceptionV3, whose `hash` is the
-    beginning of the file's SHA-256. InputError if there are none, or of another network."""
+    beginning of the file's SHA-256. InputError if they cannot be had, or are of another network."""
     file, weights = vmae.load_weights("FID needs InceptionV3", INCEPTION_URL, path,
                                       "--inception-weights", "fc.bias")
     if len(weights["fc.bias"]) != 1008:
@@ -217,7 +217,7 @@ class Statistics:
     def moments(self):
         """-> mean (D,), covariance (D, D) divided by n - 1, as numpy.cov. InputError if n < 2."""
         if self.n < 2:
-            raise InputError("FID: one image has no covariance; both sides take two or more")
+            raise InputError("FID: one image has no covariance; give two or more on both sides")
         mean = self.total / self.n                         # (D,), without the shift
         sigma = (self.outer - self.n * torch.outer(mean, mean)) / (self.n - 1)
         return (self.shift + mean).cpu().numpy(), sigma.cpu().numpy()
@@ -226,14 +226,14 @@ def cholesky(sigma):
     """Covariance (D, D) -> L (D, r) with sigma = L L^T, where r is the rank, at most N - 1 for N
     images. The Cholesky factorisation with pivoting: it stops where only rounding is left.
     ValueError if sigma is not a covariance: NaN, or a negative eigenvalue beyond rounding."""
-    digits = 1e-4 if sigma.dtype == np.float32 else 1e-8
+    tolerance = 1e-4 if sigma.dtype == np.float32 else 1e-8
     sigma = sigma.astype(np.float64)        # statistics may come as float32
     factor, order, r, _ = scipy.linalg.lapack.dpstrf(sigma, lower=1)
     L = np.zeros((len(sigma), r))           # (D, r)
     L[order - 1] = np.tril(factor)[:, :r]                  # undo the pivoting of the rows
     if r < len(sigma):
         rest = np.abs(sigma - L @ L.T).max()
-        if not rest <= digits * max(np.abs(sigma).max(), 1e-300):          # true for NaN
+        if np.isnan(rest) or rest > tolerance * max(np.abs(sigma).max(), 1e-300):
             raise ValueError("not a covariance: NaN, or negative eigenvalues beyond rounding")
     return L
 
@@ -244,7 +244,7 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     S2 = B B^T these are the squared singular values of A^T B; we sum the singular values. In
     float64. mu (D,), sigma (D, D), numpy or torch. ValueError for other shapes or no covariance."""
     mu1, sigma1, mu2, sigma2 = (np.asarray(v) for v in (mu1, sigma1, mu2, sigma2))
-    if mu1.shape != mu2.shape or not sigma1.shape == sigma2.shape == 2 * mu1.shape:
+    if mu1.shape != mu2.shape or any(s.shape != (mu1.size, mu1.size) for s in (sigma1, sigma2)):
         raise ValueError(f"statistics of {sigma1.shape} and {sigma2.shape} do not compare")
     A, B = cholesky(sigma1), cholesky(sigma2)              # (D, rank) each
     trace_of_root = np.linalg.svd(A.T @ B, compute_uv=False).sum()
@@ -337,15 +337,15 @@ def optional_nets(args):
     def usable(what, url, option):
         """Whether to load it."""
         path = getattr(args, option.replace("-", "_"), None)
-        if path == "" and not args.download and not vmae.cached(url).exists():
+        missing = path == "" and not args.download and not vmae.cached(url).exists()
+        if missing:
             print(f"skipped {what}: no weights; --download fetches {url}, --{option} names a copy")
-            return False
-        return path is not None
+        return path is not None and not missing
 
     lpips_net = inception = None
-    if usable("LPIPS", vmae.VGG_URL, "vgg-weights"):
+    if usable("VGG-16", vmae.VGG_URL, "vgg-weights"):
         lpips_net = vmae.load_lpips(args.vgg_weights).to(args.device)
-    if usable("FID", INCEPTION_URL, "inception-weights"):
+    if usable("InceptionV3", INCEPTION_URL, "inception-weights"):
         inception = load_inception(args.inception_weights, args.resize, args.fast).to(args.device)
     return lpips_net, inception
 
@@ -387,10 +387,10 @@ def draw_samples(path, args):
     0, the classes in turn, 50 steps and guidance --cfg."""
     model, schedule, ckpt = ldm.load_ldm(path)             # the EMA weights
     K, sampler = len(ckpt["classes"]), ldm.sampler_for(schedule)
-    model, first = model.to(args.device), vmae.build_vmae(ckpt["vmae"]).to(args.device)
+    model, ae = model.to(args.device), vmae.build_vmae(ckpt["vmae"]).to(args.device)
     for index in torch.arange(args.n).split(args.batch):
         y = index % K if K else None                       # (B,)
-        yield sample.draw(index, y, model, first, schedule, ckpt, sampler, steps=50, w=args.cfg)
+        yield sample.draw(index, y, model, ae, schedule, ckpt, sampler, steps=50, w=args.cfg)
 
 def open_source(source, args, size=None):
     """--real or --fake -> (side, number, batches of uint8 (B, 3, side, side)): a folder, "faces"
@@ -409,7 +409,7 @@ def open_source(source, args, size=None):
         data = vmae.Faces(size or 32)
     else:
         data = vmae.ImageFolder(source, size)
-        data.size = size or min(vmae.open_image(os.path.join(source, data.paths[0])).size)
+        data.size = size or min(vmae.image_size(os.path.join(source, data.paths[0])))
     n, batches = shuffled(data, args)
     return data.size, n, (x for x, _ in batches)
 
@@ -448,7 +448,7 @@ def report(args, title, rows, n=None, **more):
     print(f"\n{title}\n\n| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
     for row in rows:
         print(f"| {' | '.join(cell(row.get(key, '')) for key in columns)} |")
-    os.makedirs(args.out, exist_ok=True)    # only now, when nothing can fail any more
+    os.makedirs(args.out, exist_ok=True)    # only now: a run that failed leaves no folder
     with open(f"{args.out}/{args.function.__name__}.json", "w") as file:
         json.dump(dict(title=title, rows=rows, **more), file, indent=1)
 
@@ -463,9 +463,9 @@ def canvas(path, width, height, names):
     image = Image.new("RGB", (2 * width, 2 * height + 36 * len(names)), "white")
     pen = ImageDraw.Draw(image)
     pen.font = ImageFont.load_default(24)
-    for y, name, colour in zip(itertools.count(2 * height, 36), names, itertools.cycle(COLOURS)):
-        pen.circle((40, y), 10, colour)
-        pen.text((64, y), name, "#333333", anchor="lm")
+    for i, name in enumerate(names):
+        pen.circle((40, 2 * height + 36 * i), 10, COLOURS[i % len(COLOURS)])
+        pen.text((64, 2 * height + 36 * i), name, "#333333", anchor="lm")
     yield pen
     image.resize((image.width // 2, image.height // 2), Image.LANCZOS).save(path)
 
@@ -483,7 +483,8 @@ def plot(path, series, x_label, y_label, lines=True):
             pen.text((x, 585), f"{value[0]:.3g}", "#333333", anchor="mm")
             pen.text((115, y), f"{value[1]:.3g}", "#333333", anchor="rm")
         for curve, colour in zip(series.values(), itertools.cycle(COLOURS)):
-            dots = [tuple((130, 560) + (p - low) / span * (940, -500)) for p in curve]     # y up
+            share = (np.array(curve).reshape(-1, 2) - low) / span          # of the axes
+            dots = [(130 + 940 * u, 560 - 500 * v) for u, v in share]
             if lines:
                 pen.line(dots, colour, 4)
             for x, y in dots:
@@ -534,7 +535,7 @@ def scores(pairs, args, real=None):
     row = dict(zip(("L1", "PSNR", "SSIM", "LPIPS"), torch.cat(values, 1).mean(1).tolist()))
     if inception:
         row["rFID"] = frechet_distance(*reals.pool.moments(), *fakes.pool.moments())
-    return row, reals if inception else None
+    return row, (reals if inception else None)
 
 def reconstruct(args):
     """Table 1: reconstruction of held-out images, with z the posterior's mode, see `scores`."""
@@ -644,7 +645,7 @@ def separability(args):
     report(args, "Order in latent space, by our definition (Figs. 4, 7)", rows)
     for i, (cloud, path) in enumerate(zip(clouds, args.ckpt)):
         plot(f"{args.out}/separability{i if i > 0 else ''}.png", cloud,
-             "first principal component of the tokens", f"second; {path}", lines=False)
+             "first principal component of the tokens", f"second one; {path}", lines=False)
 
 def multiply_adds(function, *args):
     """Run function(*args), with tensors on "meta" -> (what it returns, its multiply-adds in linear
@@ -678,12 +679,12 @@ def efficiency(args):
                     module.register_forward_hook(lambda m, x, y: norms.append(y.numel()))
             x = torch.empty(1, 3, args.size, args.size)
             q, encoder, attention = multiply_adds(model.encode, x)
-            per_encoder = sum(norms)
+            in_norms = sum(norms)           # of the encoder; the decoder has not run yet
             _, decoder, more = multiply_adds(model.decode, q.mode())
         numbers = sum(v.numel() for v in model.state_dict().values())
         rows.append({"model": name, "numbers": numbers, "MB": numbers * 4 / 2**20,
                      "GFLOPs": encoder * 128 / 1e9,
-                     "+ norms": (encoder + 4 * per_encoder) * 128 / 1e9,
+                     "+ norms": (encoder + 4 * in_norms) * 128 / 1e9,
                      "encoder GMACs": encoder / 1e9, "decoder GMACs": decoder / 1e9,
                      "all GFLOPs": 2 * (encoder + decoder + attention + more) / 1e9})
         if args.time:
@@ -723,7 +724,7 @@ def generation(fake, real, args, pairs=0):
     """--fake and --real, as open_source takes them -> (a row of `fid`'s metrics, the statistics of
     the real side). real may also be a .npz of mu and sigma, as pytorch-fid's. The real images are
     cropped and resized to the size of the fakes by the same code."""
-    ours = not fake.endswith(".npz") and not os.path.isdir(fake)           # sampled here
+    ours = not (fake == "faces" or fake.endswith(".npz") or os.path.isdir(fake))   # sampled here
     if not real and not ours:
         raise InputError('--real: name a folder, a .npz or "faces" to compare with')
     real = real or ldm.load_ldm(fake)[2]["train_args"]["data"] or "faces"
@@ -732,7 +733,7 @@ def generation(fake, real, args, pairs=0):
     reals = [] if "mu" in known else open_source(real, args, size)[1:]     # before the work begins
     mine = Features(args.nets[1], pairs).see(*fakes)
     theirs = Features(args.nets[1], pairs).see(*reals) if reals else None
-    known, stats = theirs.statistics() if reals else known, mine.statistics()
+    stats, known = mine.statistics(), (theirs.statistics() if theirs else known)
     row = {"fake": fake, "real": real, "N fake": stats["n"],
            "N real": int(known.get("n", 0)) or "unknown"}
     name = "gFID" if ours else "FID"
@@ -833,13 +834,13 @@ HELP = {
     "fake": "a stage-two checkpoint, which is sampled; a folder; a .npz with arr_0",
     "real": "a folder; a .npz with mu and sigma, or with arr_0; faces, the built-in ones (default: "
             "what the checkpoint was trained on)",
-    "data": "folder of images, of which all are used (default: those held out in training)",
+    "data": "folder of images, none of them trained on (default: those held out in training)",
     "n": "images at most", "size": "side of the images in pixels", "batch": "images at a time",
     "pairs": "images per side whose features are kept, 8 KB each, for KID, precision, recall",
     "eps": "noise, in standard deviations of a latent channel",
     "cfg": "guidance weight of samples, 1: none", "time": "also measure seconds and memory",
     "resize": "to Inception's 299 pixels: pytorch-fid, or clean, antialiased as in clean-fid",
-    "fast": "Inception in bfloat16: faster, two or three digits count",
+    "fast": "Inception in bfloat16: faster, but only two or three digits are right",
     "inception-weights": "a copy of FID's InceptionV3 (default: torch hub's cache)",
     "vgg-weights": "a copy of VGG-16, for LPIPS (default: torch hub's cache)",
     "save-stats": "write the real side's statistics to this .npz", "device": "cuda, cpu, mps...",
@@ -877,24 +878,23 @@ def main():
         command.set_defaults(function=function)
         for name, default in {"batch": 64, "device": "auto", "out": "", **own}.items():
             add_option(command, name, default)
-    everything, optional = not sys.argv[1:], ("neighbours", "compare")     # that needs no download
+    everything = not sys.argv[1:]           # all that needs no download, with default options
     lines = [[f.__name__] for f in COMMANDS if f is not fid] if everything else [sys.argv[1:]]
     for line in lines:
         args = vmae.check(parser.parse_args(line))
         args.device = vmae.pick_device(args.device)
         measured = getattr(args, "fake", None) or getattr(args, "ckpt", ["runs/"])[0]
         folder = measured if os.path.isdir(measured) else os.path.dirname(measured) or "."
-        args.out = args.out or folder
-        # Without arguments no networks, even if they are here: on a CPU Inception takes minutes.
+        args.out = args.out or folder       # on a CPU Inception takes minutes, hence (None, None):
         args.nets = (None, None) if everything else optional_nets(args)
         try:
             args.function(args)
         except (InputError, OSError) as error:
-            if not everything or line[0] not in optional:
+            if not everything or line[0] not in ("neighbours", "compare"):
                 raise
             print(f"skipped {line[0]}: {error}")
     if everything:
-        print("skipped LPIPS and rFID: `evaluate.py reconstruct --download` fetches 528 and 91 MB\n"
+        print("skipped LPIPS and rFID: `evaluate.py reconstruct --download` (weights: 528, 91 MB)\n"
               "skipped fid: `evaluate.py fid` draws samples and fetches Inception's 91 MB")
 
 if __name__ == "__main__":

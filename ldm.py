@@ -1,6 +1,7 @@
 """Stage two of LDMAE (Latent Diffusion Models with Masked AutoEncoders, ICCV 2025): diffusion.
 
-    z_0 --q_sample--> z_t --DiT--> eps_theta(z_t, t, tau_theta(y)) --ddim_sample--> z_0
+    training:  z_0 --q_sample--> z_t --DiT--> eps_theta(z_t, t, tau_theta(y)), compared with eps
+    sampling:  z_T --ddim_sample, which calls the DiT at each step--> z_0
 
 Section 3.2, in this order: latent normalisation, noise schedule, the loss L_LDM, rectified flow,
 guidance and samplers, the diffusion transformer with tau_theta, EMA, checkpoints. By default the
@@ -10,8 +11,9 @@ image x_0 in place of the latent z_0, without vmae.py and normalise.
     python train_ldm.py --vmae runs/vmae/last.pt         trains what this file defines
     python sample.py --ckpt runs/ldm/last.pt             draws from it
 
-The letters are those of vmae.py. In addition: T diffusion steps, t the time, alpha_bar the share of
-the signal in z_t's variance, y a class, w the guidance weight (in shapes w is the grid's width).
+The letters are those of vmae.py, but a patch is P x P latent cells, so N = hw / P^2. In addition: T
+diffusion steps, t the time, alpha_bar the share of the signal in z_t's variance, y a class, w the
+guidance weight (in shapes the grid's width).
 """
 import copy
 import math
@@ -26,9 +28,8 @@ import torch.nn.functional as F
 
 def normalise(z, mean, std):
     """(z - mean) / std per channel. z (B, d, h, w); mean, std (d,), kept in the checkpoint.
-
-    Diffusion ends on noise of variance 1 and expects data of the same scale. This function provides
-    it: the KL of stage one is too weak to give the latents unit variance."""
+    Diffusion ends on noise of variance 1 and expects data of the same scale. L_reg does not give
+    it: it acts on sigma alone (kl_mean="free"), or with a small weight ("zero")."""
     return (z - mean.view(1, -1, 1, 1)) / std.view(1, -1, 1, 1)
 
 def denormalise(z, mean, std):
@@ -39,16 +40,17 @@ def denormalise(z, mean, std):
 # ---- Noise schedule and the loss --------------------------------------------------------------
 
 class Schedule:
-    """The variance-preserving (VP) path from latents to noise, for t = 0..T-1. Ho 2020, Eq. 4:
+    """The variance-preserving (VP) path from latents to noise, for t = 0..T-1, which are Ho's 1..T:
 
-        q(z_t | z_0) = N(sqrt(alpha_bar_t) z_0, (1 - alpha_bar_t) I)
+        q(z_t | z_0) = N(sqrt(alpha_bar_t) z_0, (1 - alpha_bar_t) I)            (Ho 2020, Eq. 4)
 
-    The two variances sum to 1, so latents of unit variance keep it at every t.
+    If z_0 has unit variance, so has every z_t, because alpha_bar_t + (1 - alpha_bar_t) = 1.
 
-    kind: "linear", beta rises from 1e-4 to .02, Ho 2020; "cosine", Nichol & Dhariwal 2021, Eq. 17,
-    which spends fewer steps where almost all is noise. objective: what the network predicts; "eps",
-    the noise, for the paper's L_LDM; "v" = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) z_0 (Salimans
-    & Ho 2022); "flow", the velocity of another path, see loss_flow. ValueError for other names."""
+    kind: "linear", where beta rises from 1e-4 to .02 (Ho 2020), or "cosine" (Nichol & Dhariwal
+    2021, Eq. 17), which spends fewer steps where almost all is noise.
+    objective: what the network predicts. "eps": the noise, as in the paper's L_LDM. "v":
+    sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) z_0 (Salimans & Ho 2022). "flow": the velocity of
+    another path, see loss_flow. ValueError for other names."""
 
     def __init__(self, kind="cosine", T=1000, objective="v"):
         if kind not in ("linear", "cosine") or objective not in ("eps", "v", "flow"):
@@ -57,9 +59,9 @@ class Schedule:
         if kind == "linear":                # Ho's range is for T = 1000
             beta = torch.linspace(1e-4, 0.02, T, dtype=torch.float64) * (1000 / T)  # (T,)
         else:
-            u = torch.linspace(0, 1, T + 1, dtype=torch.float64)           # t / T
+            u = torch.linspace(0, 1, T + 1, dtype=torch.float64)           # Nichol's t / T
             f = ((u + 0.008) / 1.008 * math.pi / 2).cos() ** 2
-            beta = 1 - f[1:] / f[:-1]       # so that alpha_bar = f, except where beta is clamped
+            beta = 1 - f[1:] / f[:-1]       # so that alpha_bar = f / f[0], but for the clamp
         self.alpha_bar = (1 - beta.clamp(max=0.999)).cumprod(0)            # (T,), float64
 
     def at(self, t, like):
@@ -83,20 +85,20 @@ class Schedule:
 
         clip: bound z_0 to [-clip, clip], in standard deviations of the latent. eps is computed from
         the bounded z_0, so that the two still add up to z_t."""
-        signal, noise = math.sqrt(alpha_bar), math.sqrt(1 - alpha_bar)
+        a, b = math.sqrt(alpha_bar), math.sqrt(1 - alpha_bar)              # z_t = a z_0 + b eps
         if self.objective == "eps":
-            z_0 = (z_t - noise * output) / signal
+            z_0 = (z_t - b * output) / a
         else:
-            z_0 = signal * z_t - noise * output
+            z_0 = a * z_t - b * output
         if clip is not None:
             z_0 = z_0.clamp(-clip, clip)    # and eps follows below
-        return z_0, (z_t - signal * z_0) / noise
+        return z_0, (z_t - a * z_0) / b
 
     def steps(self, S):
         """S of the T steps, evenly spaced and falling: a list of (t, alpha_bar_t, alpha_bar_next).
 
         For S = 4 and T = 1000, t is 999, 749, 499, 249. The last alpha_bar_next is 1, so sampling
-        ends on clean latents for every S. ValueError unless 1 <= S <= T."""
+        ends on clean latents for every S. ValueError unless 1 <= S <= T, and for "flow"."""
         if not 1 <= S <= self.T or self.objective == "flow":
             raise ValueError(f"no {S} steps of {self.T} on the path of {self.objective!r}")
         ts = [round(self.T - i * self.T / S) - 1 for i in range(S)]        # T-1 down
@@ -130,13 +132,13 @@ def loss_flow(model, z_0, y=None, generator=None):
     return F.mse_loss(velocity, z_0 - eps)
 
 
-# ---- Guidance and samplers. `model` is any function (z_t, t, y) -> output --------------------
+# ---- Guidance and samplers. model: (z_t, t, y) -> output; for w != 1 it needs a y_embedder ----
 
 def guided(model, z_t, t, y, w):
     """Classifier-free guidance: out = out_null + w (out_y - out_null), on every channel.
 
     w = 1 is the plain conditional model, in one pass. w > 1 favours what is typical of y, at the
-    cost of variety. out_null is the answer to the null class. Ho & Salimans 2022, Eq. 6."""
+    cost of variety. out_null is for the null class. Ho & Salimans 2022, Eq. 6; their w is w - 1."""
     t = torch.full((len(z_t),), t, device=z_t.device)                      # (B,)
     if y is None or w == 1:
         return model(z_t, t, y).float()
@@ -148,7 +150,7 @@ def guided(model, z_t, t, y, w):
 @torch.no_grad()
 def ddpm_sample(model, schedule, z_T, y=None, steps=None, w=1.0, noise=torch.randn_like,
                 record=None, clip=None):
-    """Ancestral sampling, Ho 2020, Algorithm 2 with Eq. 11. t' is the step that follows t:
+    """Ancestral sampling, Ho 2020, Algorithm 2 with Eq. 11. t' < t is the sampler's next step:
 
         z_t' = (z_t - beta / sqrt(1 - alpha_bar_t) eps) / sqrt(alpha) + sigma * noise
         alpha = alpha_bar_t / alpha_bar_t',  beta = 1 - alpha,
@@ -158,7 +160,7 @@ def ddpm_sample(model, schedule, z_T, y=None, steps=None, w=1.0, noise=torch.ran
     draws N(0, 1) in z's shape; record: a list that receives the estimate of z_0 at each step; clip:
     see Schedule.z0_eps. Returns z_0. ValueError for a wrong number of steps."""
     z = z_T
-    for t, bar, bar_next in schedule.steps(steps or schedule.T):
+    for t, bar, bar_next in schedule.steps(schedule.T if steps is None else steps):
         z_0, eps = schedule.z0_eps(z, guided(model, z, t, y, w), bar, clip)
         alpha = bar / bar_next              # of this jump, 1 - beta
         sigma = math.sqrt((1 - bar_next) / (1 - bar) * (1 - alpha))        # 0 at the last step
@@ -171,7 +173,7 @@ def ddpm_sample(model, schedule, z_T, y=None, steps=None, w=1.0, noise=torch.ran
 @torch.no_grad()
 def ddim_sample(model, schedule, z_T, y=None, steps=50, w=1.0, noise=torch.randn_like, record=None,
                 clip=None, eta=0.0):
-    """Song 2021, Eq. 12, with the sigma of Eq. 16. t' is the step that follows t:
+    """Song 2021, Eq. 12, with the sigma of Eq. 16. t' < t is the sampler's next step:
 
         z_t' = sqrt(alpha_bar_t') z_0 + sqrt(1 - alpha_bar_t' - sigma^2) eps + sigma * noise
         sigma^2 = eta^2 (1 - alpha_bar_t') / (1 - alpha_bar_t) (1 - alpha_bar_t / alpha_bar_t')
@@ -239,13 +241,13 @@ def sincos_positions(D, size):
     return torch.cat([column.sin(), column.cos(), row.sin(), row.cos()], 1).float()[None]
 
 def modulate(x, shift, scale):
-    """adaLN: shift and scale come from the condition. x (B, N, D); shift, scale (B, D)."""
+    """adaLN: x (1 + scale) + shift, both from the condition. x (B, N, D); shift, scale (B, D)."""
     return torch.addcmul(shift.unsqueeze(1), x, 1 + scale.unsqueeze(1))
 
 class Rope(nn.Module):
     """2-D rotary positions (Su 2021). Each pair of channels is turned by an angle that grows with
-    the row (first half of a head) or with the column (second half); the product of a query and a
-    key then depends on the distance between their tokens only."""
+    the row (first half of a head) or with the column (second half). Positions then enter the
+    product of a query and a key only as the offset between their tokens."""
 
     def __init__(self, head_dim, size):
         super().__init__()
@@ -276,8 +278,7 @@ class Attention(nn.Module):
         B, N, D = x.shape
         qkv = self.qkv(x).reshape(B, N, 3, self.num_heads, -1)       # (B, N, 3, heads, D/heads)
         qkv = qkv.permute(2, 0, 3, 1, 4)                             # (3, B, heads, N, D/heads)
-        q, k = rope(qkv[:2])                                         # (B, heads, N, D/heads) each
-        v = qkv[2]
+        (q, k), v = rope(qkv[:2]), qkv[2]                            # (B, heads, N, D/heads) each
         if x.device.type == "cpu":                         # in float32, as in vmae.py
             with torch.autocast("cpu", enabled=False):
                 x = F.scaled_dot_product_attention(q.float(), k.float(), v.float())
@@ -299,7 +300,7 @@ class SwiGLU(nn.Module):
         return self.w3(F.silu(a) * b)                                      # (B, N, D)
 
 class Block(nn.Module):
-    """adaLN-zero block: the condition c gives six vectors; gates start at 0, as the identity."""
+    """adaLN-zero: the condition c gives six vectors. Gates start at 0, the block as identity."""
 
     def __init__(self, D, num_heads):
         super().__init__()
@@ -332,8 +333,8 @@ class LabelEmbed(nn.Module):
     """tau_theta(y) of Section 3.2: the condition y -> a vector (B, D), added to that of the time.
 
     Here y (B,) holds classes, and the table has one row per class. Its last row, num_classes, is
-    the null class, which means "no class". Only this module knows what y is and what stands for no
-    y, so a change from classes to text begins here."""
+    the null class, which means "no class". What y is, and what stands for no y, is decided here; a
+    change from classes to text begins here."""
 
     def __init__(self, num_classes, D):
         super().__init__()
@@ -367,8 +368,8 @@ class FinalLayer(nn.Module):
         return self.linear(modulate(self.norm_final(x), shift, scale))     # (B, N, P*P*d)
 
 class DiT(nn.Module):
-    """eps_theta(z_t, t, tau_theta(y)), or v_theta. num_classes = 0 makes an unconditional model.
-
+    """eps_theta(z_t, t, tau_theta(y)), or v, or the velocity of the flow, by Schedule's objective.
+    num_classes = 0 makes an unconditional model.
     input_size: side of the latent grid; patch_size: side of a token in latent cells; in_channels:
     d. ValueError if the patch does not divide the grid."""
 
@@ -380,8 +381,7 @@ class DiT(nn.Module):
         D, size = hidden_size, input_size // patch_size
         self.patch_size = patch_size
         self.register_buffer("pos_embed", sincos_positions(D, size))
-        self.x_embedder = nn.ModuleDict(dict(                              # as published
-            proj=nn.Conv2d(in_channels, D, patch_size, stride=patch_size)))
+        self.x_embedder = nn.ModuleDict({"proj": nn.Conv2d(in_channels, D, patch_size, patch_size)})
         self.t_embedder = TimestepEmbed(D)
         self.y_embedder = LabelEmbed(num_classes, D)
         self.feat_rope = Rope(D // num_heads, size)
@@ -402,7 +402,7 @@ class DiT(nn.Module):
 
     def forward(self, z_t, t, y=None):
         """z_t (B, d, h, w), t (B,), y (B,) or None -> output, shaped like z_t. t is in 0..T-1, or
-        in [0, 1] for rectified flow; None is the null class."""
+        in [0, 1] for rectified flow; y = None means the null class."""
         B, d, h, w, P = *z_t.shape, self.patch_size
         if y is None:
             y = self.y_embedder.null(B, z_t.device)
@@ -460,8 +460,8 @@ def read(path):
         raise OSError(f"{path}: not a checkpoint, or a damaged one") from None
 
 def published(path, ckpt):
-    """A checkpoint of the authors' LightningDiT -> the entries of ours, without statistics and
-    stage one. Its weights, "ema" or "model", have prefixes of DDP and torch.compile, and tell all
+    """A checkpoint of the authors' LightningDiT -> a dict as in ours, but without latent_mean,
+    latent_std and vmae. The weights are its "ema" or "model", and their shapes give DiT's
     arguments. Prints what was left over. OSError for another model, or a part of it."""
     weights = ckpt.get("ema") or ckpt.get("model") or ckpt
     weights = {re.sub(r"^(module\.|_orig_mod\.)+", "", k): v for k, v in weights.items()}

@@ -27,7 +27,7 @@ def options():
     add("--ckpt", default="runs/ldm/last.pt", help="stage-two checkpoint (default: %(default)s)")
     add("--n", type=int, default=64, help="number of images (default: %(default)s)")
     add("--vmae", help="stage-one checkpoint (default: the one inside --ckpt)")
-    add("--stats", help="latent statistics beside the authors' weights (default: those in --ckpt)")
+    add("--stats", help="file of latent statistics that comes with the authors' weights")
     add("--steps", type=int, default=50, help="network calls per image (default: %(default)s)")
     usual = ", ".join(f"{o} {ldm.fitting_samplers(o)[0]}" for o in ("eps", "v", "flow"))
     add("--sampler", choices=ldm.SAMPLERS, help=f"default by the objective: {usual}")
@@ -37,11 +37,11 @@ def options():
         add(f"--{name}", type=float, help=f"{users}: {text}")
     add("--class", dest="label", help="name or number; the number after the last one is the null "
         "class (default: all classes in turn)")
-    add("--seed", type=int, default=0, help="image i of a seed is always the same (default: 0)")
+    add("--seed", type=int, default=0, help="random seed, which fixes each image (default: 0)")
     add("--batch", type=int, default=64, help="images at a time (default: %(default)s)")
     add("--device", default="auto", help="cuda, cpu, mps... (default: cuda if there is one)")
     add("--out", default="samples", help="folder (default: %(default)s)")
-    add("--npz", action="store_true", help="also samples.npz: arr_0, uint8 (N, H, W, 3), as ADM's")
+    add("--npz", action="store_true", help="also samples.npz: arr_0, uint8 (N, H, W, 3), for ADM")
     add("--trajectory", action="store_true", help="also trajectory.png: estimates of x on the way")
     return vmae.check(parser.parse_args())
 
@@ -56,49 +56,49 @@ def pick_labels(label, classes):
     if label.isdecimal() and int(label) <= len(classes):
         return [int(label)]
     raise InputError(f"--class {label}: unknown; choose from {', '.join(classes)}, a number below "
-                     f"{len(classes)}, or {len(classes)}, which is none of them")
+                     f"{len(classes)}, or {len(classes)}, the null class")
 
 def pick_sampler(args, schedule):
-    """--sampler -> (function, those of its own options that were given). InputError if it does not
-    fit the checkpoint's objective, or an option not the sampler."""
+    """--sampler -> (function, those of its own options that were given). InputError if the sampler
+    does not fit the checkpoint's objective, or an option does not fit the sampler."""
     fitting = ldm.fitting_samplers(schedule.objective)
     name = args.sampler or fitting[0]       # the default comes first
     if name not in fitting:
         raise InputError(f"--sampler {name}: this checkpoint was trained for the objective "
                          f"{schedule.objective}; choose from {', '.join(fitting)}")
     if args.steps > schedule.T and schedule.objective != "flow":
-        raise InputError(f"--steps {args.steps}: this model was trained with {schedule.T} steps")
+        raise InputError(f"--steps {args.steps}: give at most the {schedule.T} of training")
     function, _, own = ldm.SAMPLERS[name]
     given = {o: getattr(args, o) for o in SAMPLER_OPTIONS if getattr(args, o) is not None}
     for option in given:
         if option not in own:
-            raise InputError(f"--{option}: the sampler {name} has no such option")
+            raise InputError(f"--{option}: the sampler {name} has no such option; leave it out")
     return function, given
 
 def stage_one(args, ckpt):
     """The model of --vmae, or the one inside the checkpoint, if its latents fit those of --ckpt."""
     if args.vmae is None and "vmae" not in ckpt:
         raise InputError(f"{args.ckpt}: published weights hold no stage one; name it with --vmae")
-    first = vmae.load_vmae(args.vmae) if args.vmae else vmae.build_vmae(ckpt["vmae"])
+    ae = vmae.load_vmae(args.vmae) if args.vmae else vmae.build_vmae(ckpt["vmae"])
     d, side = ckpt["model_args"]["in_channels"], ckpt["model_args"]["input_size"]
-    if (first.latent_dim, first.grid) != (d, side):
-        raise InputError(f"--vmae {args.vmae}: its latents have {first.latent_dim} channels on a "
-                         f"side of {first.grid}, those of {args.ckpt} have {d} on {side}")
-    return first
+    if (ae.latent_dim, ae.grid) != (d, side):
+        raise InputError(f"--vmae {args.vmae}: its latents have {ae.latent_dim} channels on a "
+                         f"side of {ae.grid}, those of {args.ckpt} have {d} on {side}")
+    return ae
 
-def decode(z_0, first, ckpt):
+def decode(z_0, ae, ckpt):
     """Normalised latents z_0 (B, d, h, w) -> images (B, 3, H, W), about [-1, 1]."""
     mean, std = ckpt["latent_mean"].to(z_0), ckpt["latent_std"].to(z_0)    # (d,) each
-    return first.decode(ldm.denormalise(z_0, mean, std))
+    return ae.decode(ldm.denormalise(z_0, mean, std))
 
 @torch.no_grad()
-def draw(index, y, model, first, schedule, ckpt, sampler, seed=0, w=1.0, **options):
+def draw(index, y, model, ae, schedule, ckpt, sampler, seed=0, w=1.0, **options):
     """The images with the numbers index (B,) of a seed and the labels y (B,) or None -> uint8
-    (B, 3, H, W) on the CPU. first: stage one; options: w, steps and others of the sampler."""
+    (B, 3, H, W) on the CPU. ae: the autoencoder; w: guidance; options: steps and the sampler's."""
     if y is None and w != 1:
         raise InputError(f"--cfg {w}: this checkpoint is unconditional, leave --cfg out")
-    shape, device = (first.latent_dim, first.grid, first.grid), model.pos_embed.device
-    # One generator per image, on the CPU: it depends neither on its batch nor on the device.
+    shape, device = (ae.latent_dim, ae.grid, ae.grid), model.pos_embed.device
+    # One generator per image, on the CPU: an image depends neither on its batch nor on the device.
     generators = [vmae.seeded(seed, i) for i in index.tolist()]
 
     def noise(_=None):
@@ -108,7 +108,7 @@ def draw(index, y, model, first, schedule, ckpt, sampler, seed=0, w=1.0, **optio
     with torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
         y = y if y is None else y.to(device)               # (B,) or None
         z_0 = sampler(model, schedule, noise(), y, w=w, noise=noise, **options)    # (B, d, h, w)
-        return vmae.to_uint8(decode(z_0, first, ckpt)).cpu()               # (B, 3, H, W)
+        return vmae.to_uint8(decode(z_0, ae, ckpt)).cpu()                  # (B, 3, H, W)
 
 def main():
     args = options()
@@ -116,19 +116,19 @@ def main():
     sampler, own_options = pick_sampler(args, schedule)    # by default DDIM, or Euler
     classes, labels = ckpt["classes"], torch.tensor(pick_labels(args.label, ckpt["classes"]))
     # With 1.5 nearly all samples show the class that was asked for, and colours still vary.
-    w = args.cfg if args.cfg is not None else 1.5 if classes else 1.0
+    w = args.cfg if args.cfg is not None else (1.5 if classes else 1.0)
     device = vmae.pick_device(args.device)
-    model, first = model.to(device), stage_one(args, ckpt).to(device)      # generator, decoder
+    model, ae = model.to(device), stage_one(args, ckpt).to(device)         # generator, autoencoder
 
-    images, record = [], [] if args.trajectory else None
+    images, record = [], ([] if args.trajectory else None)
     for index in tqdm(torch.arange(args.n).split(args.batch), desc="sampling", dynamic_ncols=True):
         y = labels[index % len(labels)] if classes else None               # (B,)
-        images.append(draw(index, y, model, first, schedule, ckpt, sampler, args.seed, w=w,
+        images.append(draw(index, y, model, ae, schedule, ckpt, sampler, args.seed, w=w,
                            steps=args.steps, record=None if images else record, **own_options))
     out, images = Path(args.out), torch.cat(images)                        # (N, 3, H, W)
     pixels = images.permute(0, 2, 3, 1).numpy()                            # (N, H, W, 3)
     out.mkdir(parents=True, exist_ok=True)  # only now, with all images drawn
-    for old in out.glob(f"sample_{'[0-9]' * 6}.png"):      # of an earlier run
+    for old in out.glob("sample_[0-9]*.png"):              # of an earlier run
         old.unlink()
     for i, image in enumerate(pixels):      # as PNG, because FID would notice JPEG's losses
         Image.fromarray(image).save(out / f"sample_{i:06d}.png")
@@ -137,7 +137,7 @@ def main():
         np.savez(out / "samples.npz", arr_0=pixels)        # for evaluate.py fid, or ADM's
     if args.trajectory:                     # the first 8 images, one per row, at ten of the steps
         at = np.linspace(0, args.steps - 1, min(10, args.steps)).round().astype(int)
-        estimates = [decode(record[k][:8], first, ckpt) for k in at]       # (8, 3, H, W) each
+        estimates = [decode(record[k][:8], ae, ckpt) for k in at]          # (8, 3, H, W) each
         vmae.save_grid(torch.stack(estimates, 1), out / "trajectory.png")  # (8, 10, 3, H, W)
     print(f"{len(images)} images in {out}, an overview in {out}/grid.png")
 

@@ -1,7 +1,7 @@
 """Train stage two: diffusion on the latents of a trained stage one (Section 3.2).
 
-    python train_ldm.py                                 after train_vmae.py: data, size and classes
-    python train_ldm.py --vmae runs/vmae/last.pt        come from its checkpoint
+    python train_ldm.py                                 after train_vmae.py, on the same data
+    python train_ldm.py --vmae runs/mae/last.pt         on the latents of another autoencoder
     python train_ldm.py --no-classes                    unconditional, even if there are classes
 
 Each image and its mirror image are encoded once, into moments_*.npy in --out; training reads only
@@ -77,9 +77,8 @@ class Moments(torch.utils.data.Dataset):
         return len(self.moments)
 
     def __getitems__(self, indices):
-        """A whole batch: z (B, d, h, w), not yet normalised, and y (B,)."""
-        # Sorted, because reading a file from front to back is faster; in a batch, order is free.
-        order = np.sort(indices)
+        """A whole batch, which needs no collating: z (B, d, h, w), not normalised, and y (B,)."""
+        order = np.sort(indices)            # reading a file from front to back is faster
         mirror = torch.randint(2, (len(order),)).numpy()   # 0: the image itself
         moments = torch.from_numpy(self.moments[order, mirror].astype(np.float32))  # (B, 2d, h, w)
         z = vmae.Gaussian(*moments.chunk(2, 1)).sample()                   # (B, d, h, w)
@@ -104,7 +103,8 @@ class Moments(torch.utils.data.Dataset):
 def options():
     """The command line -> checked options; fill_in chooses those that are still None."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], usage="%(prog)s [options]")
-    common_options(parser, "runs/ldm", RECIPES, "small on CUDA for a folder, otherwise tiny")
+    common_options(parser, "runs/ldm", RECIPES, "small on CUDA for a folder, otherwise tiny",
+                   "default: that of stage one, as ")
     add = parser.add_argument
     add("--vmae", default="runs/vmae/last.pt", help="stage-one checkpoint (default: %(default)s)")
     add("--no-classes", action="store_true", help="ignore sub-folders, train unconditionally")
@@ -126,7 +126,7 @@ def fill_in(args, stage_one, cuda):
             setattr(args, name, stage_one["train_args"][name])
     if args.size != stage_one["model_args"]["img_size"]:
         size = stage_one["model_args"]["img_size"]
-        raise InputError(f"--size {args.size}: {args.vmae} was trained at {size} pixels")
+        raise InputError(f"--size {args.size}: {args.vmae} needs {size}; leave --size out")
     args.model = args.model or ("small" if cuda and args.data else "tiny")
     use_recipe(args, RECIPES, cuda)
 
@@ -137,31 +137,31 @@ def read_init(args, model_args):
     old = ckpt["model_args"]
     for name in ("input_size", "in_channels"):
         if old[name] != model_args[name]:
-            raise InputError(f"{args.init}: made for latents with {name} {old[name]}, those of "
-                             f"{args.vmae} have {model_args[name]}")
+            raise InputError(f"{args.init}: {name} is {old[name]}, in the latents of --vmae it is "
+                             f"{model_args[name]}; name the stage one of --init with --vmae")
     kind = ckpt["schedule"].get("kind", args.schedule)     # the authors' rectified flow has none
     if args.schedule not in (None, kind):
-        raise InputError(f"--schedule {args.schedule}: {args.init} was trained with {kind}")
+        raise InputError(f"--schedule {args.schedule}: --init has {kind}; leave --schedule out")
     if old["num_classes"] != model_args["num_classes"]:
         print(f"{args.init}: {old['num_classes']} classes, here {model_args['num_classes']}; the "
               f"table of labels starts anew")
         del ckpt["ema"]["y_embedder.embedding_table.weight"]
     return {**ckpt, "model_args": dict(old, num_classes=model_args["num_classes"])}
 
-def held_out_latents(val, classes, first, mean, std):
-    """64 held-out images, always the same -> z_0 (B, d, h, w), y (B,) or None. first: stage one."""
+def held_out_latents(val, classes, ae, mean, std):
+    """64 held-out images, always the same -> z_0 (B, d, h, w), y (B,) or None. ae: stage one."""
     shown = torch.randperm(len(val), generator=torch.Generator().manual_seed(0))[:64].tolist()
     x, y = zip(*[val[i] for i in shown])
     x, generator = torch.stack(x).to(mean.device), torch.Generator(mean.device).manual_seed(0)
-    z = torch.cat([first.encode(part).sample(generator) for part in x.split(8)])
+    z = torch.cat([ae.encode(part).sample(generator) for part in x.split(8)])
     if classes and val.classes == classes:  # the folder --val may have other classes
         return ldm.normalise(z, mean, std), torch.tensor(y, device=mean.device)
     return ldm.normalise(z, mean, std), None
 
-def preview(model, first, schedule, mean, std, classes, path):
+def preview(model, ae, schedule, mean, std, classes, path):
     """Save the first 32 images that sample.py would draw, 8 per row."""
     index, K = torch.arange(32), len(classes)
-    x = sample.draw(index, index % K if K else None, model, first, schedule,
+    x = sample.draw(index, index % K if K else None, model, ae, schedule,
                     dict(latent_mean=mean, latent_std=std), ldm.sampler_for(schedule), steps=50,
                     w=1.5 if K else 1.0)                   # uint8 (32, 3, H, W)
     vmae.save_grid((x / 127.5 - 1).split(8), path)
@@ -169,17 +169,17 @@ def preview(model, first, schedule, mean, std, classes, path):
 def main():
     args = options()
     last = os.path.join(args.out, "last.pt")
-    stage_one = vmae.read_stage_one(last if args.resume else args.vmae)    # last.pt holds its own
+    stage_one = vmae.read_stage_one(last if args.resume else args.vmae)    # last.pt contains it
     device = vmae.pick_device(args.device)
     fill_in(args, stage_one, device.type == "cuda")        # args are complete from here on
-    rank, world, device = start_processes(device, args.batch)              # 0, 1 without torchrun
+    rank, world, device = start_processes(device, args.batch)      # without torchrun rank 0 of 1
     data = vmae.open_images(args.data, args.size, "train", args.val)       # as stage one had them
     val = vmae.open_images(args.data, args.size, "val", args.val)          # for the held-out loss
     classes = [] if args.no_classes else data.classes
-    first = vmae.build_vmae(stage_one).to(device)          # frozen: stage two never changes it
+    ae = vmae.build_vmae(stage_one).to(device)             # the autoencoder, frozen
 
     torch.manual_seed(args.seed)            # the same weights on every process
-    model_args = ldm.dit_args(args.model, first.grid, first.latent_dim, len(classes))
+    model_args = ldm.dit_args(args.model, ae.grid, ae.latent_dim, len(classes))
     init = read_init(args, model_args) if args.init else {}
     model_args = init.get("model_args", model_args)
     model = ldm.DiT(**model_args).to(device)
@@ -194,14 +194,14 @@ def main():
     if args.resume:
         init = resume(last, model_args, parts, device, args.steps)
         if init["schedule"] != schedule_args:
-            raise InputError(f"{last}: trained with {init['schedule']}; --resume keeps to that")
+            raise InputError(f"{last}: --resume keeps to {init['schedule']}; leave the options out")
         start = ema.n = init["step"]        # the decay's warm-up goes on as well
     begin(args, model, f"{len(data)} images, {len(classes) or 'no'} classes", start, rank)
-    cache = Moments(first, data, args.out, device, workers=args.workers, build=rank == 0)
+    cache = Moments(ae, data, args.out, device, workers=args.workers, build=rank == 0)
     if world > 1:
         dist.barrier()                      # process 0 encodes; the others wait and then read
     cache.open()
-    if init:                                # weights belong to the statistics of their training
+    if init:                                # those that the weights of --init or last.pt know
         mean, std = init["latent_mean"].to(device), init["latent_std"].to(device)  # (d,) each
     else:
         mean, std = (v.to(device) for v in cache.statistics())
@@ -209,7 +209,7 @@ def main():
     net = torch.compile(model) if args.compile else model  # shares the weights of model
     net = DistributedDataParallel(net) if world > 1 else net               # averages gradients
     loader = endless_loader(cache, args, start, rank, world, collate_fn=lambda batch: batch)
-    z_val, y_val = held_out_latents(val, classes, first, mean, std)
+    z_val, y_val = held_out_latents(val, classes, ae, mean, std)
     low_precision, log = autocast(device), Log(args.out, start, args, rank)
     name = f"L_{schedule.objective}"        # the loss's name in the log: L_eps, L_v or L_flow
 
@@ -237,7 +237,7 @@ def main():
                 loss_val = ldm.loss_LDM(ema.model, schedule, z_val, y_val, generator)
             held_out = {f"{name}_val": round(loss_val.item(), 5)}
             picture = os.path.join(args.out, f"preview_{done:06d}.png")
-            preview(ema.model, first, schedule, mean, std, classes, picture)
+            preview(ema.model, ae, schedule, mean, std, classes, picture)
         log.step(done, terms, lr, held_out)
     if world > 1:
         dist.destroy_process_group()

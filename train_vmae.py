@@ -31,12 +31,12 @@ def default(table, key, *others):
     known = [f"{name} {row[key]}" for name, row in table.items() if key in row]
     return f"(default: {', '.join([*known, *others])})"
 
-def common_options(parser, out, recipes, default_model):
+def common_options(parser, out, recipes, default_model, inherited="default: "):
     """The options of both trainers, with the same names, order and meaning."""
     add = parser.add_argument
-    add("--data", help="folder of images, sub-folders are classes (default: the built-in faces)")
-    add("--val", help="folder of held-out images (default: one in twenty of --data, by its path)")
-    add("--size", type=int, help="pixels (default: faces 32; a folder 256 on CUDA, else 64)")
+    add("--data", help=f"folder of images, sub-folders are classes ({inherited}the built-in faces)")
+    add("--val", help=f"folder of held-out images ({inherited}one in twenty of --data, by path)")
+    add("--size", type=int, help=f"pixels ({inherited}faces 32; a folder 256 on CUDA, else 64)")
     add("--model", choices=recipes, help=f"row of the sizes table (default: {default_model})")
     add("--batch", type=int, help=f"images per optimiser step {default(recipes, 'batch')}")
     add("--steps", type=int, help=f"optimiser steps in all {default(recipes, 'steps')}")
@@ -45,7 +45,7 @@ def common_options(parser, out, recipes, default_model):
     add("--out", default=out, help="run folder (default: %(default)s)")
     add("--seed", type=int, default=0, help="of weights, order, masks and noise (default: 0)")
     add("--device", default="auto", help="cuda, cpu, mps... (default: cuda if there is one)")
-    add("--workers", type=int, help="processes that decode images (default: 8 on CUDA, else 0)")
+    add("--workers", type=int, help="processes that decode (default: a folder on CUDA 8, else 0)")
     add("--resume", action="store_true", help="go on from last.pt in --out, with its options")
     add("--compile", action="store_true", help="torch.compile: faster after a slow first step")
 
@@ -72,7 +72,7 @@ def start_processes(device, batch):
     if world == 1:
         return 0, 1, device
     if batch % world:
-        raise InputError(f"--batch {batch} cannot be shared by {world} processes")
+        raise InputError(f"--batch {batch}: give a multiple of {world}, the number of processes")
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))       # one GPU each
         torch.cuda.set_device(device)
@@ -112,8 +112,8 @@ def learning_rate(step, steps, peak):
     return peak * warm * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 def optimiser(model):
-    """AdamW as in the authors' recipes, with betas (.9, .95). Weight decay acts on matrices only;
-    norms, biases and the mask token have no reason to shrink."""
+    """AdamW as in the authors' recipes, with betas (.9, .95). Weight decay acts on matrices, not on
+    norms, biases and what else has one side of 1, which have no reason to shrink."""
     trained = [p for p in model.parameters() if p.requires_grad]           # not a frozen encoder
     matrix = {p: p.ndim > 1 and min(p.shape) > 1 for p in trained}
     groups = [{"params": [p for p in matrix if matrix[p]], "weight_decay": 0.05},
@@ -125,13 +125,13 @@ def update(opt, model, loss, terms, step, lr):
     finite, before it can reach the weights or a checkpoint."""
     for group in opt.param_groups:
         group["lr"] = lr                    # see learning_rate
-    opt.zero_grad(set_to_none=True)         # nothing to fill, nothing to add to
+    opt.zero_grad()                         # those of the step before
     loss.backward()                         # DDP averages the gradients over the processes here
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     if not math.isfinite(loss.item() + norm.item()):
         broken = [k for k, v in {**terms, "the gradient": norm}.items() if not v.isfinite()]
-        raise InputError(f"step {step}: {', '.join(broken)} not finite; go on from the last "
-                         f"checkpoint with --resume and a lower --lr")
+        raise InputError(f"step {step}: {' and '.join(broken)} became infinite or NaN; go on from "
+                         f"the last checkpoint with --resume and a lower --lr")
     opt.step()
 
 def rng_state(device):
@@ -143,10 +143,10 @@ def resume(path, model_args, parts, device, steps):
     """Load the state of `parts`, by name, and of the random generators from last.pt -> its dict."""
     ckpt = vmae.read_checkpoint(path, "model_args", "step", "rng", *parts)
     if ckpt["model_args"] != model_args:
-        raise InputError(f"{path}: holds a model of {ckpt['model_args']}, not of {model_args}; "
-                         f"leave out the options that --resume knows, or give another --out")
+        raise InputError(f"{path}: holds another model, {ckpt['model_args']}; leave out what "
+                         f"changes the model, or give another --out")
     if ckpt["step"] >= steps:
-        raise InputError(f"{path}: is at step {ckpt['step']} already; give more --steps")
+        raise InputError(f"{path}: is at step {ckpt['step']} already; give a larger --steps")
     for name, part in parts.items():
         part.load_state_dict(ckpt[name])    # with AdamW's moments, without which the loss jumps
     torch.set_rng_state(ckpt["rng"]["cpu"])
@@ -155,8 +155,8 @@ def resume(path, model_args, parts, device, steps):
     return ckpt
 
 def begin(args, model, what, start, rank):
-    """Make the run folder and print what will run, when all options have proved usable."""
-    if rank > 0:                            # the same weights as process 0, but other noise
+    """Process 0 makes the run folder and prints what will run; the others seed their own noise."""
+    if rank > 0:
         torch.manual_seed(args.seed + 1000 * rank + start)
     else:
         os.makedirs(args.out, exist_ok=True)
@@ -195,17 +195,17 @@ class Log:
 
 # ---- Stage one --------------------------------------------------------------------------------
 
-# Defaults of --batch, --steps and --lr for each size. For tiny, 16 was the best of 16, 32 and 64
-# on 2 CPU cores. For base: the authors' learning rate of 8e-4, times sqrt(128 / 2048).
+# Defaults of --batch, --steps and --lr for each size. For tiny, batch 16 was the best of 16, 32 and
+# 64 on 2 CPU cores. For base: the authors' learning rate of 8e-4, times sqrt(128 / 2048).
 RECIPES = {"tiny": dict(batch=16, steps=5000, lr=1.5e-3),
            "small": dict(batch=16, steps=8000, lr=1e-3),
            "base": dict(batch=128, steps=100_000, lr=2e-4)}
 
 # The autoencoders that the paper compares: defaults of the options below, AE's with the changes of
-# a row in PRESETS. lambda_reg = 0: the latent is a point, without variance. lambda_p = None: as in
-# the authors' code, 0.5, if VGG's weights can be had. Two values are ours. The authors' lambda_reg
-# of 1e-6 leaves vmae's sigma at .016 of mu's spread; 1e-4 raises it to .12 and costs .2 dB. With
-# Esser's lambda_adv of 0.5 sdvae's discriminator learnt nothing on the faces; with 0.1 it does.
+# a row in PRESETS. lambda_reg = 0 makes the latent a point. lambda_p = None: `perceptual` decides.
+# Two values are ours. The authors' lambda_reg of 1e-6 leaves vmae's sigma at .016 of mu's spread;
+# 1e-4 raises it to .12 and costs .2 dB. With Esser's lambda_adv of 0.5 sdvae's discriminator learnt
+# nothing on the faces; with 0.1 it does.
 AE = dict(arch="conv", mask=0.0, noise=0.0, lambda_reg=0.0, kl_mean="zero", lambda_p=0.0,
           lambda_adv=0.0)
 PRESETS = {
@@ -215,13 +215,13 @@ PRESETS = {
     "vmae": dict(arch="vit", mask=0.6, lambda_reg=1e-4, kl_mean="free", lambda_p=None)}
 
 def options():
-    """The command line -> checked options; fill_in chooses those that are still None."""
+    """The command line -> checked options; fill_in and perceptual choose those that are None."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], usage="%(prog)s [options]")
     common_options(parser, "runs/vmae", RECIPES, "tiny to 32 px; above, base on CUDA, else small")
     add = parser.add_argument
     add("--preset", choices=PRESETS, default="vmae", help="an autoencoder of the paper; sets the "
         "defaults of --out, to runs/NAME, and of the options below (default: %(default)s)")
-    add("--arch", choices=("vit", "conv"), help="VMAE's transformer, or SD-VAE's convolutions")
+    add("--arch", choices=("vit", "conv"), help="VMAE's transformer or SD-VAE's convolutions")
     add("--init", help="checkpoint to start from: ours, or a published VMAE or SD3-style VAE")
     add("--tune", choices=("decoder",), help="train the decoder of --init and leave its encoder as "
         "it is, without a mask and with LPIPS at 10: the authors' last stage; into runs/tuned")
@@ -229,7 +229,7 @@ def options():
     # Half of the steps see whole images because the encoder is used on them. Held-out PSNR after
     # 2,200 steps on the faces: 31.0 dB; with --whole 0, 28.3 dB.
     add("--whole", type=float, default=0.5, help="share of steps without a mask (default: 0.5)")
-    add("--noise", type=float, help=f"noise added to x {default(PRESETS, 'noise', 'others 0')}")
+    add("--noise", type=float, help=f"noise's deviation {default(PRESETS, 'noise', 'others 0')}")
     # In the same test --lambda-m 1, the authors' balance, gives 28.6 dB: the masked patches have
     # much larger errors than the visible ones and dominate the sum.
     add("--lambda-m", type=float, default=0.1, help="weight of L_M (default: %(default)s)")
@@ -250,7 +250,7 @@ def options():
     if args.tune and not args.init:
         raise InputError("--tune decoder: needs a trained model; name its checkpoint with --init")
     if args.compile and args.lambda_adv > 0:
-        raise InputError("--compile: does not go with --lambda-adv, which goes back twice")
+        raise InputError("--compile: cannot be given with an adversarial loss (--lambda-adv)")
     return args
 
 def fill_in(args, cuda, init):
@@ -273,7 +273,7 @@ def new_model(args, init):
     model_args = dict(init["model_args"] if init else rows[args.model], img_size=args.size)
     try:
         model = vmae.build(model_args)
-        vmae.random_mask(1, model.grid, model.grid, args.mask)
+        vmae.random_mask(1, model.grid, model.grid, args.mask)     # raises if nothing stays visible
     except ValueError as error:
         raise InputError(f"--size {args.size} --mask {args.mask}: {error}") from None
     if init is not None:
@@ -286,10 +286,10 @@ def new_model(args, init):
     return model, model_args
 
 def perceptual(args, device):
-    """The LPIPS network; None if its weight is 0, or if it was not asked for and cannot be had."""
+    """Set args.lambda_p, if it is None -> the LPIPS network, or None if that weight is 0."""
     asked_for = args.lambda_p is not None or args.vgg_weights
-    if args.lambda_p is None:               # at 32 px VGG would cost more than all the rest
-        args.lambda_p = 10.0 if args.tune else 0.5 if args.data else 0.0
+    if args.lambda_p is None:               # on the small faces VGG would cost more than the rest
+        args.lambda_p = 10.0 if args.tune else (0.5 if args.data else 0.0)
     if args.lambda_p == 0:
         return None
     try:
@@ -330,23 +330,23 @@ def main():
     device = vmae.pick_device(args.device)  # cuda, cpu or mps
     init = vmae.read_stage_one(args.init) if args.init else None           # ours or published
     fill_in(args, device.type == "cuda", init)
-    rank, world, device = start_processes(device, args.batch)              # 0, 1 without torchrun
+    rank, world, device = start_processes(device, args.batch)      # without torchrun rank 0 of 1
     train = vmae.open_images(args.data, args.size, "train", args.val, keep=args.workers == 0)
     val = vmae.open_images(args.data, args.size, "val", args.val)          # never trained on
     torch.manual_seed(args.seed)            # the same weights on every process
     model, model_args = new_model(args, init)
-    model, lpips_net = model.to(device), perceptual(args, device)          # None: no L_P
-    parts = {"model": model, "opt": optimiser(model)}      # what a checkpoint holds the state of
+    model, lpips_net = model.to(device), perceptual(args, device)          # also sets args.lambda_p
+    parts = {"model": model, "opt": optimiser(model)}      # a checkpoint holds the state of each
     disc = vmae.discriminator(args.size).to(device) if args.lambda_adv > 0 else None
     if disc is not None:
         parts.update(disc=disc, disc_opt=optimiser(disc))  # and SD-VAE's discriminator
-    adv_start = args.steps // 2             # late (Esser 2021): noise is too easy to recognise
+    adv_start = args.steps // 2             # late (Esser 2021): an early x_hat is too easy to tell
     start, last = 0, os.path.join(args.out, "last.pt")
     if args.resume:
         start = resume(last, model_args, parts, device, args.steps)["step"]
     begin(args, model, f"{len(train)} images to train on, {len(val)} held out", start, rank)
 
-    # They share the weights of model. dynamic=False: one graph if masked, another for whole images.
+    # net shares model's weights, judge disc's. dynamic=False: one graph for masked, one for whole.
     net = torch.compile(model, dynamic=False) if args.compile else model
     net = DistributedDataParallel(net) if world > 1 else net
     judge = DistributedDataParallel(disc) if disc and world > 1 else disc
@@ -360,9 +360,9 @@ def main():
     # (dae), the weights of the losses, or add an adversary (sdvae).
     for step in range(start, args.steps):
         lr = learning_rate(step, args.steps, args.lr)      # up, then down a cosine
-        mask_ratio = 0.0 if is_whole(step, args.whole) else args.mask      # half of them whole
+        mask_ratio = 0.0 if is_whole(step, args.whole) else args.mask      # whole: nothing masked
         x = vmae.random_flip(next(loader)[0].to(device, non_blocking=True))    # (B, 3, H, W)
-        x_in = x + args.noise * torch.randn_like(x) if args.noise > 0 else x  # dae's
+        x_in = x + args.noise * torch.randn_like(x) if args.noise > 0 else x  # only for dae
         with low_precision():
             p, q, mask = net(x_in, mask_ratio)             # mask (B, N), 1 = masked
         loss, terms = vmae.loss_VMAE(       # a scalar, and {name: scalar}

@@ -2,8 +2,8 @@
 
     x --patchify, mask--> x_v --encoder--> q(z|x_v) --sample--> z --decoder--> p(x|z)
 
-The method comes first, in the order of Section 4: patches and masks, the Gaussians q and p, the
-four losses and their sum L_VMAE, the transformer, the class VMAE. Then follows what surrounds it:
+The method of Section 4 comes first: patches and masks, the Gaussians q and p with L_reg, the losses
+L_R, L_M, L_P and the sum L_VMAE, the transformer, the class VMAE. Then follows what surrounds it:
 sizes and checkpoints, images, pictures, what the scripts share. The convolutional autoencoders
 that the paper compares VMAE with come last; a reader of the method can leave them out.
 
@@ -31,7 +31,7 @@ from PIL import Image, ImageOps
 #
 #   B  images in a batch           P  side of a patch in pixels    D  width of the transformer
 #   C  colour channels, always 3   N  patches (tokens) per image   d  latent channels per token
-#   H W  pixels                    V  visible tokens, N(1 - mask)  h w  latent grid, H/P x W/P
+#   H W  pixels (S: H = W = S)     V  visible tokens per image     h w  latent grid, H/P x W/P
 #
 #   x image in [-1, 1]   x_v, x_m its visible and its masked patches   x_hat reconstruction
 #   z latent             q(z|x_v) posterior, made by the encoder       p(x|z) likelihood of x
@@ -40,7 +40,7 @@ from PIL import Image, ImageOps
 # ---- Patches and masks ------------------------------------------------------------------------
 
 def patchify(x, P):
-    """(B, C, H, W) -> (B, N, P*P*C), row by row, colours innermost. ValueError unless P divides."""
+    """(B, C, H, W) -> (B, N, P*P*C), colours innermost. ValueError unless P divides H and W."""
     B, C, H, W = x.shape
     if H % P or W % P:
         raise ValueError(f"an image of {H}x{W} pixels does not divide into patches of {P}")
@@ -60,7 +60,7 @@ def random_mask(B, h, w, mask_ratio, generator=None, device="cpu"):
     is 1 where a patch is masked. V = N(1 - mask_ratio), rounded down; ValueError if V is 0.
     generator: on `device`, for repeatable masks."""
     N = h * w
-    V = math.floor(N * (1 - mask_ratio) + 1e-9)            # 10 * (1 - 0.9) is 0.99999... in floats
+    V = math.floor(N * (1 - mask_ratio) + 1e-9)            # in floats 10 * (1 - 0.9) is below 1
     if not 0 < V <= N:
         raise ValueError(f"a mask ratio of {mask_ratio} leaves {max(V, 0)} of {N} patches visible; "
                          f"it must be at least 0 and leave one")
@@ -110,21 +110,21 @@ class Gaussian:
             The means may lie anywhere, because stage two learns where they lie.
 
         Sum over the channels of a token, mean over tokens and batch: a scalar, in nats per token.
-        At our weights this KL does not reach unit variance (sigma ends at .12 of mu's spread); the
-        latents get unit variance from ldm.normalise, before diffusion."""
+        This pulls sigma, the noise of one latent, not the spread of the means over the images: with
+        our weights sigma ends at .12 of that spread. ldm.normalise then gives z unit variance."""
         mu, logvar = self.mu.float(), self.logvar.float()
         kl = logvar.exp() - 1 - logvar + (mu**2 if mean == "zero" else 0)
         return 0.5 * kl.sum(1).mean()
 
 
-# ---- The four losses of Section 4, and their sum ----------------------------------------------
+# ---- The losses L_R, L_M and L_P, and the sum L_VMAE; L_reg is Gaussian.kl, above -------------
 
 def mean_nll(p, x, weight, P):
     """Mean of -log p(x|z) over the patches whose weight (B, N) is 1 -> a scalar, in nats per pixel
     value, or 0 if there is no such patch.
 
-    With sigma fixed at 1 this is half the squared error plus a constant, 1/2 log(2 pi) = .919. The
-    constant has no gradient, but it hides progress; the PSNR in the log is easier to read."""
+    With sigma = 1 this is half the squared error plus 1/2 log(2 pi) = .919, a constant without a
+    gradient, which hides progress; the PSNR in the log is easier to read."""
     nll = patchify(p.nll(x), P).mean(-1)                                   # (B, N)
     return (nll * weight).sum() / weight.sum().clamp(min=1)                # a scalar; 0, not 0 / 0
 
@@ -133,8 +133,8 @@ def loss_R(p, x, mask, P):
     return mean_nll(p, x, 1 - mask, P)
 
 def loss_M(p, x, mask, P):
-    """L_M = E[-log p(x_m|z)]: what it did not see must be inferred. For this, z has to hold the
-    object and its parts, not only pixels: hierarchical compression. Section 4.2."""
+    """L_M = E[-log p(x_m|z)]: what the encoder did not see must be inferred. For this, z has to
+    hold the object and its parts, not only pixels: hierarchical compression. Section 4.2."""
     return mean_nll(p, x, mask, P)
 
 def loss_P(lpips_net, x, x_hat):
@@ -177,8 +177,7 @@ def sincos_positions(D, grid, trained_grid=None):
     centre = ((torch.arange(grid).double() + 0.5) * old / grid - 0.5).clamp(0, old - 1)  # (grid,)
     row, column = torch.meshgrid(centre, centre, indexing="ij")            # (grid, grid) each
     column, row = column.reshape(-1, 1) * omega, row.reshape(-1, 1) * omega    # (N, D/4) each
-    waves = [column.sin(), column.cos(), row.sin(), row.cos()]
-    return torch.cat(waves, 1).float()[None]                               # (1, N, D)
+    return torch.cat([column.sin(), column.cos(), row.sin(), row.cos()], 1).float()[None]
 
 def fused_attention(q, k, v):
     """softmax(q k^T / sqrt(D/heads)) v, each (B, heads, N, D/heads), without ever storing the N x N
@@ -259,14 +258,14 @@ class VMAE(nn.Module):
     tokens are Gaussian latents. There is no class token, as the latent is a grid, (B, d, h, w).
 
     embed_dim: D; depth: blocks in the encoder, and as many in the decoder; latent_dim: d.
-    ValueError if the patch does not divide the image, or the number of heads the width."""
+    ValueError unless patch_size divides img_size and num_heads divides embed_dim."""
 
     def __init__(self, img_size=256, patch_size=8, embed_dim=192, depth=12, num_heads=12,
                  latent_dim=16):
         super().__init__()
         if img_size % patch_size or embed_dim % num_heads:
-            raise ValueError(f"an image size of {img_size} must be a multiple of the patch, "
-                             f"{patch_size}, and a width of {embed_dim} of {num_heads} heads")
+            raise ValueError(f"the image size, {img_size}, must be a multiple of the patch size, "
+                             f"{patch_size}, and the width, {embed_dim}, of the heads, {num_heads}")
         self.img_size, self.patch_size, self.latent_dim = img_size, patch_size, latent_dim
         D, self.grid = embed_dim, img_size // patch_size
         self.register_buffer("pos_embed", sincos_positions(D, self.grid))
@@ -293,7 +292,7 @@ class VMAE(nn.Module):
             nn.init.zeros_(module.bias)
 
     def forward(self, x, mask_ratio, generator=None):
-        """x (B, 3, H, W) -> p(x|z), q(z|x_v) over (B, d, V), mask (B, N), 1 = masked. Training."""
+        """Training: x (B, 3, H, W) -> p(x|z), q(z|x_v) over (B, d, V), mask (B, N), 1 = masked."""
         keep, mask = random_mask(len(x), self.grid, self.grid, mask_ratio, generator, x.device)
         q = self.encode_tokens(x, keep)                    # q(z|x_v), never shown x_m
         z = q.sample(generator)                            # (B, d, V)
@@ -312,7 +311,7 @@ class VMAE(nn.Module):
         return Gaussian(*moments.float().chunk(2, 1))
 
     def decode_tokens(self, z, keep):
-        """z (B, d, V) of the patches `keep`, and a mask token for each other -> (B, 3, H, W)."""
+        """z (B, d, V) -> x_hat (B, 3, S, S). Patches that are not in `keep` get the mask token."""
         B, _, V = z.shape
         N, D, S = self.grid**2, self.pos_embed.shape[-1], self.img_size
         visible = self.decoder_embed(self.from_latent(z.transpose(1, 2)))  # (B, V, D)
@@ -324,7 +323,7 @@ class VMAE(nn.Module):
         return self.decoder_pred(self.decoder_norm(tokens), S, S).float()  # (B, 3, S, S)
 
     def encode(self, x):
-        """Use, where nothing is masked. x (B, 3, H, W) in [-1, 1] -> Gaussian over (B, d, h, w).
+        """After training: x (B, 3, H, W) in [-1, 1], nothing masked -> Gaussian over (B, d, h, w).
         ValueError for an image of another size than the model was built for."""
         if x.shape[-2:] != (self.img_size, self.img_size):
             raise ValueError(f"this model encodes {self.img_size}x{self.img_size} pixels, "
@@ -367,8 +366,8 @@ def resize_positions(weights, model):
     return {**weights, "pos_embed": new, "decoder_pos_embed": new}
 
 def drop_variance(model):
-    """For AE, DAE and MAE: shrink q(z|x) to its mean, with sigma = 3e-7. Gaussian clamps the logvar
-    of -40 to -30; below the clamp the gradient is zero, so training leaves these weights alone."""
+    """For lambda_reg = 0: shrink q(z|x) to its mean, sigma = 3e-7. Gaussian clamps a logvar of -40
+    to -30; below the clamp the gradient is zero, so training leaves these weights alone."""
     last = model.to_latent if isinstance(model, VMAE) else model.encoder.conv_out
     last.weight.data[model.latent_dim:] = 0
     last.bias.data[model.latent_dim:] = -40
@@ -398,7 +397,7 @@ def read_checkpoint(path, *needed):
     except Exception:
         raise InputError(f"{path}: not a checkpoint, or a damaged one") from None
     if missing:
-        raise InputError(f"{path}: lacks {', '.join(missing)}; another script wrote this file")
+        raise InputError(f"{path}: lacks {', '.join(missing)}; give one that this script wrote")
     return ckpt
 
 def build(model_args):
@@ -441,8 +440,7 @@ def published(path, ckpt, num_heads):
     return dict(model_args=args, model=model.state_dict())
 
 def read_stage_one(path, num_heads=12):
-    """A checkpoint of either stage, or published weights -> stage one's model_args, model and
-    train_args. num_heads: of published VMAE weights, which do not tell it."""
+    """Any checkpoint -> stage one's model_args, model, train_args. num_heads: of a published VMAE."""
     ckpt = read_checkpoint(path)
     ckpt = ckpt.get("vmae", ckpt)           # a checkpoint of stage two holds its stage one
     if not {"model_args", "model"} <= ckpt.keys():
@@ -465,19 +463,20 @@ KEEP_BYTES = 2**30     # decoded images are kept in memory if they need less tha
 UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError,
               Image.DecompressionBombWarning)  # what Pillow raises for broken files
 
-def open_image(path):
-    """File -> PIL image of which only the header is read. OSError if a side is below MIN_SIDE."""
+def image_size(path):
+    """File -> (width, height), from its header. OSError if a side is below MIN_SIDE."""
     with warnings.catch_warnings():         # Pillow only warns of images above 90 million pixels
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        image = Image.open(path)
-    if min(image.size) < MIN_SIDE:
-        raise OSError(f"{image.width}x{image.height} pixels, too small")
-    return image
+        with Image.open(path) as image:
+            if min(image.size) < MIN_SIDE:
+                raise OSError(f"{image.width}x{image.height} pixels, too small")
+            return image.size
 
 def read_image(path, size):
     """File -> uint8 (3, size, size): turned upright as its EXIF says, any mode to RGB, transparent
     parts white, short side resized, centre cropped. Raises one of UNREADABLE."""
-    with open_image(path) as file:
+    image_size(path)                        # refuses what is too small or too large
+    with Image.open(path) as file:
         image = ImageOps.exif_transpose(file)
     if image.mode.startswith("I"):          # 16 bits, which Pillow's own conversion clips at 255
         image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
@@ -491,11 +490,11 @@ def list_images(root):
     """Folder -> sorted paths of the images below it, relative to it, without those SKIPPED."""
     found, seen = [], set()
     for folder, subfolders, files in os.walk(root, followlinks=True):
-        real = os.path.realpath(folder)     # each folder once: a link to a parent would never end
-        subfolders[:] = [] if real in seen else [s for s in subfolders if not s.startswith(".")]
-        seen.add(real)
+        new = os.path.realpath(folder) not in seen         # a link to a parent would never end
+        seen.add(os.path.realpath(folder))
+        subfolders[:] = [name for name in subfolders if new and not name.startswith(".")]
         found += [Path(folder, f).relative_to(root).as_posix() for f in files
-                  if f.lower().endswith(EXTENSIONS) and not f.startswith(SKIPPED)]
+                  if new and f.lower().endswith(EXTENSIONS) and not f.startswith(SKIPPED)]
     return sorted(found)
 
 class ImageFolder(torch.utils.data.Dataset):
@@ -503,19 +502,19 @@ class ImageFolder(torch.utils.data.Dataset):
 
     The sub-folders of root are the classes (`classes`, sorted by name). There are none, and y = 0,
     if root has fewer than two sub-folders or if images lie beside them. split: "train" or "val",
-    which holds about one image in twenty, chosen by its path and thus the same everywhere and when
-    files are added; or "all". keep: keep decoded images in memory; for one process only. InputError
-    for a missing or empty folder, or when over 1 % of the files are unreadable."""
+    about one image in twenty, chosen by its path, so that it changes neither with the machine nor
+    with added files; or "all". keep: keep decoded images in memory, for one process. InputError for
+    a missing or empty folder, or when over 1 % of the files are unreadable."""
 
     def __init__(self, root, size, split="all", keep=False):
         if not os.path.isdir(root):
-            raise InputError(f"{root}: no such folder; --data and --val take folders of images")
+            raise InputError(f"{root}: no such folder; give a folder of images")
         paths = list_images(root)
         if not paths:
             raise InputError(f"{root}: no images in it (looked for {' '.join(EXTENSIONS)})")
         self.root, self.size, self.split, self.bad = str(root), size, split, set()
         self.limit = MAX_UNREADABLE * len(paths)
-        readable = [p for p in paths if self._read(p, lambda file: not open_image(file).close())]
+        readable = [p for p in paths if self._read(p, image_size)]
 
         tops = {p.split("/")[0] if "/" in p else "" for p in readable}     # "": in root itself
         self.classes = sorted(tops) if len(tops) > 1 and "" not in tops else []
@@ -538,7 +537,7 @@ class ImageFolder(torch.utils.data.Dataset):
             self.bad.add(path)
             what = f"{file}: unreadable ({(str(error) or repr(error)).splitlines()[0]})"
         if len(self.bad) > self.limit:
-            raise InputError(f"{what}; with it over 1 % of the folder is; remove the broken files")
+            raise InputError(f"{what}; over 1 % of the folder's files are unreadable, remove them")
         warnings.warn(f"skipped {what}, {len(self.bad)} so far")
 
     def __len__(self):
@@ -668,7 +667,7 @@ class Faces(torch.utils.data.Dataset):
         paint(X, Y - b * .45, a * by_kind(.45, .42, 0, 0), b * by_kind(.38, .30, 0, 0), 2.0,
               skin + .55 * (1 - skin), 2)
 
-        # Eyes and pupils, which look somewhere; a cat's pupils are slits.
+        # Eyes and pupils, which look left or right; a cat's pupils are slits.
         eye, apart, level = uniform(22, .9, 1.15), uniform(23, .9, 1.1), b * uniform(24, .12, .22)
         eye_x = a * apart * by_kind(.40, .44, .40, .44)                    # from the middle
         rx, ry = a * eye * by_kind(.21, .27, .25, .27), a * eye * by_kind(.21, .23, .19, .22)
@@ -689,6 +688,8 @@ class Faces(torch.utils.data.Dataset):
         paint(X, curve, wide, a * by_kind(.09, .08, .11, .16), box * 2,
               torch.where(human, lips, dark), 4)
         return image.clamp(0, 1) * 2 - 1, kind.flatten(), pattern.flatten(), part
+
+# ---- Images of both kinds, and pictures -------------------------------------------------------
 
 def open_images(data, size, split, val=None, keep=False):
     """The options --data and --val -> a dataset: a folder, or the built-in faces if data is None.
@@ -713,8 +714,7 @@ def psnr(a, b):
     return 10 * torch.log10(255**2 / mse)   # (N,)
 
 def save_grid(rows, path, gap=2):
-    """Save rows of images in [-1, 1], each (K, 3, H, W), as one PNG with white lines between. A row
-    with fewer images than the first is filled with white."""
+    """Save rows of images in [-1, 1], each (K, 3, H, W), as one PNG; short rows end in white."""
     cells = [torch.cat([F.pad(to_uint8(x.cpu()), (0, gap, 0, gap), value=255) for x in row], 2)
              for row in rows]                              # each (3, H + gap, K(W + gap))
     cells = [F.pad(row, (0, cells[0].shape[2] - row.shape[2]), value=255) for row in cells]
@@ -761,7 +761,7 @@ def load_lpips(vgg_weights=None):
                              for name in net.net.state_dict()})            # "slice3.10.bias" etc.
     return net.eval().requires_grad_(False)
 
-declared = []                               # a library's operators live as long as it does
+declared = []                               # torch drops a library's operators with the library
 
 def import_lpips():
     """The lpips package, even beside a torchvision that was built for another torch. Such a
@@ -798,19 +798,19 @@ AT_MOST = dict(mask=1, whole=1, drop=1, eta=1, interval=1, seed=2**32 - 1)
 
 def check(args):
     """Refuse numbers out of range, NaN and infinity -> args. In all scripts the options in ABOVE_0
-    must be above 0, all others at least 0, and those in AT_MOST at most that."""
+    must be above 0, all others at least 0, and those in AT_MOST at most their value there."""
     for name, values in vars(args).items():
+        least = "above" if name in ABOVE_0 else "at least"
+        high, option = AT_MOST.get(name, 1e300), name.replace("_", "-")
         for value in values if isinstance(values, list) else [values]:
-            low, high = "above" if name in ABOVE_0 else "at least", AT_MOST.get(name, 1e300)
             fine = not isinstance(value, (int, float)) or 0 < value <= high
             if not fine and (value != 0 or name in ABOVE_0):
-                option = name.replace("_", "-")
-                raise InputError(f"--{option} must be {low} 0 and at most {high:g}, not {value}")
+                raise InputError(f"--{option} must be {least} 0 and at most {high}, not {value}")
     return args
 
 def seeded(seed, number):
-    """The random generator with this number of a seed, on the CPU. A seed's first 1,000,003 numbers
-    are apart from those of the next seed; seeds are below 2^32, as torch takes 64 bits."""
+    """Random generator `number` of a seed, on the CPU. Two seeds lie 1,000,003 numbers apart; seeds
+    are below 2^32, so that the sum fits the 64 bits that torch takes."""
     return torch.Generator().manual_seed(seed * 1_000_003 + number)
 
 def pick_device(name):
@@ -820,7 +820,7 @@ def pick_device(name):
     try:
         return torch.zeros(0, device=name).device
     except (RuntimeError, AssertionError):
-        raise InputError(f"--device {name}: torch finds no such device here") from None
+        raise InputError(f"--device {name}: torch finds no such device, try cpu") from None
 
 
 # ---- The convolutional autoencoder of the paper's AE, DAE, VAE and SD-VAE, with a discriminator -
@@ -910,12 +910,10 @@ class ConvAutoencoder(nn.Module):
         return p, q, x.new_zeros(len(x), self.grid**2)
 
     def encode(self, x):
-        """x (B, 3, H, W) in [-1, 1] -> Gaussian over (B, d, h, w)."""
         return Gaussian(*self.encoder(x).float().chunk(2, 1))  # (B, 2d, h, w) -> mu, logvar
 
     def decode(self, z):
-        """z (B, d, h, w) -> x_hat (B, 3, H, W), about [-1, 1], not clamped."""
-        return self.decoder(z).float()
+        return self.decoder(z).float()                     # (B, 3, H, W)
 
     @property
     def last_layer(self):
@@ -930,7 +928,7 @@ def discriminator(img_size, width=64):
     """PatchGAN (Isola 2017): image -> scores (B, 1, h', w'), one per patch of 70 pixels (34 below
     64 px, 16 below 32 px), high if it looks real. With GroupNorm in place of BatchNorm a score does
     not depend on the other images of the batch."""
-    layers = 3 if img_size >= 64 else 2 if img_size >= 32 else 1
+    layers = 3 if img_size >= 64 else (2 if img_size >= 32 else 1)
     widths = [width * 2**i for i in range(layers + 1)]
     net = [nn.Conv2d(3, width, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
     for i, (a, b) in enumerate(zip(widths, widths[1:]), 1):
