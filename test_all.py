@@ -346,6 +346,8 @@ def test_both_bodies_encode_and_decode_the_whole_grid():
         last = list(model.named_parameters())[-2][1]       # before its bias, in both
         assert model.last_layer is last and model.last_layer.shape[0] == 3     # makes the colours
         close(q_v.mu.view(2, 4, 4, 4), q.mu, 1e-6)
+        draws = [model(x, 0.0, torch.Generator().manual_seed(i))[0].mode() for i in (0, 1, 1)]
+        assert torch.equal(draws[1], draws[2]) and not torch.equal(draws[0], draws[1])  # z ~ q
     raises(ValueError, VMAE(**TINY_VMAE).encode, random_images(1, 32))     # made for 16
     raises(ValueError, VMAE, 30, 4)                        # 30 pixels hold no whole patches
     raises(ValueError, vmae.ConvAutoencoder, 30)
@@ -383,12 +385,14 @@ def test_faces_repeat_whatever_the_batch_and_have_all_levels():
     image, label = faces[17]
     close(image, x[2], 1e-6), close(label, kind[2], 0)
     assert not torch.equal(Faces(32, seed=1).render([5])[0][0], x[0])
-    _, kind, pattern, part = faces.render(range(64))
+    x, kind, pattern, part = faces.render(range(64))
+    close(x.mean(), 0.26472, 1e-4), close(x.std(), 0.42470, 1e-4)  # the faces of README's numbers
     assert kind.unique().tolist() == [0, 1, 2, 3] and pattern.unique().tolist() == [0, 1, 2]
     for face in part:
         assert face.unique().tolist() == [0, 1, 2, 3, 4]   # each part is seen on each face
     train, val = Faces(8, "train"), Faces(8, "val")        # which share no face
     assert train.first + len(train) <= val.first and len(val) >= 256
+    assert not torch.equal(val.render([0])[0], train.render([0])[0])
 
 @in_a_folder()
 def test_folder_reads_every_mode_crops_the_centre_and_turns_by_exif():
@@ -421,6 +425,9 @@ def test_folder_classes_hidden_files_and_hold_out():
     Path("dog", "notes.txt").write_text("no image")
     whole, train, val = (ImageFolder(".", 20, split) for split in ("all", "train", "val"))
     assert whole.classes == ["Cat", "dog"] and len(whole) == 80
+    os.symlink("..", "dog/loop")                           # each file once, whatever links to it
+    assert len(ImageFolder(".", 20)) == 80
+    os.remove("dog/loop")
     assert [whole[i][1] for i in (0, 79)] == [0, 1]
     close(vmae.to_uint8(whole[7][0]), pixels[7].transpose(2, 0, 1), 0)     # there and back is exact
     assert vmae.to_uint8(torch.tensor([-9, -1, 0.1, 0.999, 9])).tolist() == [0, 0, 140, 255, 255]
@@ -533,6 +540,8 @@ def test_ddim_with_eta_one_is_ddpm():
         ddim = ldm.ddim_sample(model, schedule, z_T, steps=S, eta=1.0, record=(record := []))
         close(ddpm, ddim, 1e-3)
         assert len(record) == S
+    ldm.ddpm_sample(lambda z, t, y: 0 * z, schedule, z_T, record=(record := []))
+    assert len(record) == schedule.T                       # by default, as in Ho 2020
 
 def test_euler_is_first_order_on_a_gaussian():
     m, s, schedule = 0.7, 0.5, ldm.Schedule(objective="flow")
@@ -653,6 +662,8 @@ def test_order_is_endless_resumable_and_shared_out():
     assert all(sorted(whole[i:i + 10]) == list(range(10)) for i in (0, 10, 20, 30))
     assert whole[:10] != whole[10:20]                      # shuffled anew
     assert first(20, start=17) == whole[17:37]
+    a, b = (torch.rand(4, generator=vmae.seeded(*pair)) for pair in ((0, 1), (1, 0)))
+    assert not torch.equal(a, b)                           # seeds do not overlap
     assert first(20, rank=0, world=2) == whole[::2] and first(20, rank=1, world=2) == whole[1::2]
 
 def test_learning_rate_warms_up_and_decays():
@@ -703,9 +714,15 @@ def test_measuring_held_out_images_leaves_the_run_alone():
     first, last = log_of("runs/vmae")                      # a line at each save
     assert first["step"] == 1 and last["step"] == 2 and first["PSNR_val"] != last["PSNR_val"]
     x = torch.stack([x for x, _ in ImageFolder("data", 16, "val")])
+    x = x[torch.randperm(len(x), generator=torch.Generator().manual_seed(0))]
     x_hat = often.decode(often.encode(x).mode())           # whole images, as in use
     close(last["PSNR_val"], vmae.psnr(vmae.to_uint8(x), vmae.to_uint8(x_hat)).mean(), 0.01)
-    assert 3 < last["PSNR_m_val"] < 20 and "PSNR_m_val" in log_of("once")[-1]
+    generator = torch.Generator().manual_seed(0)
+    torch.randn(x.shape, generator=generator)              # noise, of weight 0 here
+    p, _, mask = often(x, 0.6, generator)                  # masked patches, as in training
+    error = vmae.patchify((vmae.to_uint8(x).float() - vmae.to_uint8(p.mode()).float()) ** 2, 4)
+    mse = torch.stack([e[m == 1].mean() for e, m in zip(error, mask)])
+    close(last["PSNR_m_val"], (10 * torch.log10(255**2 / mse)).mean(), 0.01)
     trained("--preset ae", "ae")
     assert "PSNR_m_val" not in log_of("ae")[-1]            # which masks nothing
     for objective in ("eps", "v", "flow"):
@@ -761,7 +778,9 @@ def test_every_preset_and_option_changes_what_is_learnt():
 def test_adversarial_loss_waits_and_is_weighed_on_the_last_layer():
     save_images("data", 8)
     go = f"{TINY_RUN} --preset sdvae --steps 100 --batch 2 --save-every 50"
-    runs(train_vmae.main, go)
+    with mock.patch.object(vmae, "loss_G", wraps=vmae.loss_G) as spy:
+        runs(train_vmae.main, go)
+    assert spy.call_count == 50 and spy.call_args.args[2].shape == (3, 16, 3, 3)  # the last layer
     before, after = log_of("runs/sdvae")                   # steps 1 to 50, 51 to 100
     assert "L_G" not in before and "L_D" not in before
     assert all(math.isfinite(after[k]) for k in ("L_R", "L_G", "L_D"))
@@ -775,7 +794,7 @@ def test_adversarial_loss_waits_and_is_weighed_on_the_last_layer():
     a, b = (torch.autograd.grad(loss, last.weight, retain_graph=True)[0].norm()
             for loss in (reconstruction, vmae.loss_G(fake, reconstruction, last.weight)))
     close(a / b, 1, 0.01)                                  # gradients of equal length
-    for size, side in ((64, 6), (8, 2)):  # scores of patches of 70 pixels; of fewer
+    for size, side in ((64, 6), (32, 6), (8, 2)):          # patches of 70, 34 and 16 pixels
         assert vmae.discriminator(size)(random_images(2, size)).shape == (2, 1, side, side)
 
 @in_a_folder()
@@ -1104,11 +1123,15 @@ def test_what_inception_adds_to_the_figures():
     runs(sample.main, "--n 4 --cfg 1 --npz")
     same = np.load("samples/samples.npz")["arr_0"].transpose(0, 3, 1, 2)
     close(first, same.astype(float), 1)                    # the images of sample.py
-    labels = []
-    with mock.patch.object(ldm, "sampler_for", lambda schedule: (
-            lambda model, schedule, z, y, **options: labels.extend(y.tolist()) or z)):
+    labels, weights, args.cfg = [], set(), 3.0
+
+    def sampler(model, schedule, z, y, w, **options):
+        labels.extend(y.tolist()), weights.add(w)
+        return z
+
+    with mock.patch.object(ldm, "sampler_for", lambda schedule: sampler):
         list(evaluate.draw_samples(ckpt, args))
-    assert labels == [0, 1, 0, 1, 0, 1, 0, 1, 0]           # the classes in turn
+    assert labels == [0, 1, 0, 1, 0, 1, 0, 1, 0] and weights == {3.0}      # the classes in turn
 
 @in_a_folder()
 @tiny_inception
@@ -1226,10 +1249,12 @@ def test_sampling_depends_on_the_seed_alone_and_refuses_what_does_not_fit():
                         ("--class up", "left, right"), ("--class 3", "left, right"),
                         ("--eta 2", "--eta"), (f"--seed {10**20}", "--seed"),
                         ("--cfg nan", "--cfg"), ("--sampler ddpm --eta 1", "ddpm has no such"),
+                        ("--sampler euler", "choose from ddim, ddpm"),
                         ("--ckpt runs/vmae/last.pt", "stage-two"),
                         ("--ckpt nothing.pt", "no such checkpoint")):
         refuses(words, sample.main, line)
     refuses("--size", train_ldm.main, "--size 24 --out none")
+    refuses("--schedule", train_ldm.main, "--init flat/last.pt --schedule cosine --no-classes")
 
 @in_a_folder()
 def test_bad_input_is_one_line():
@@ -1249,6 +1274,7 @@ def test_bad_input_is_one_line():
             ("--vgg-weights other.pth", "other.pth cannot be read")):
         refuses(words, train_vmae.main, f"--data data --size 16 {line}")
     for line, words in (("", "runs/vmae/last.pt: no such"), ("efficiency --size 60", "--size"),
+                        ("compare", "needs two runs"),
                         ("smoothness --eps nan", "--eps")):
         refuses(words, evaluate.main, line)
     for main, option in ((train_ldm.main, "--vmae"), (evaluate.main, "reconstruct --ckpt")):

@@ -154,7 +154,7 @@ def held_out_latents(val, classes, ae, mean, std):
     x, y = zip(*[val[i] for i in shown])
     x, generator = torch.stack(x).to(mean.device), torch.Generator(mean.device).manual_seed(0)
     z = torch.cat([ae.encode(part).sample(generator) for part in x.split(8)])
-    if classes and val.classes == classes:  # the folder --val may have other classes
+    if val.classes == classes:              # the folder --val may have other classes
         return ldm.normalise(z, mean, std), torch.tensor(y, device=mean.device)
     return ldm.normalise(z, mean, std), None
 

@@ -440,7 +440,7 @@ def published(path, ckpt, num_heads):
     return dict(model_args=args, model=model.state_dict())
 
 def read_stage_one(path, num_heads=12):
-    """Any checkpoint -> stage one's model_args, model, train_args. num_heads: of a published VMAE."""
+    """Any checkpoint -> stage one's model_args, model, train_args. num_heads: of published ones."""
     ckpt = read_checkpoint(path)
     ckpt = ckpt.get("vmae", ckpt)           # a checkpoint of stage two holds its stage one
     if not {"model_args", "model"} <= ckpt.keys():
