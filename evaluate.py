@@ -337,7 +337,8 @@ def optional_nets(args):
     def usable(what, url, option):
         """Whether to load it."""
         path = getattr(args, option.replace("-", "_"), None)
-        missing = path == "" and not args.download and not vmae.cached(url).exists()
+        cached = Path(torch.hub.get_dir(), "checkpoints", Path(url).name)
+        missing = path == "" and not args.download and not cached.exists()
         if missing:
             print(f"skipped {what}: no weights; --download fetches {url}, --{option} names a copy")
         return path is not None and not missing
@@ -540,7 +541,7 @@ def scores(pairs, args, real=None):
 def reconstruct(args):
     """Table 1: reconstruction of held-out images, with z the posterior's mode, see `scores`."""
     rows, shown = [], []
-    for run in [Run(path, args) for path in args.ckpt]:
+    for run in (Run(path, args) for path in args.ckpt):    # one in memory at a time
         n, batches = run.held_out()
         pairs = ((x, run.decode(run.encode(x))) for x, _ in batches)
         first = next(pairs)
@@ -563,7 +564,7 @@ def smoothness(args):
     the image? The decoded z' is scored against the original, as in Table 1; `lost` is the PSNR that
     it loses against the first --eps. The plot shows rFID, as the paper's, or PSNR."""
     rows, shown, curves = [], [], {}
-    for run in [Run(path, args) for path in args.ckpt]:
+    for run in (Run(path, args) for path in args.ckpt):    # one in memory at a time
         x = torch.cat([x for x, _ in run.held_out()[1]])                   # (N, 3, S, S)
         z, real, start, strip = run.encode(x), None, len(rows), [x[:1]]
         for eps in args.eps:
@@ -627,7 +628,7 @@ def separability(args):
     numbers and `face_levels` the groups. A folder with classes, --data or that of training, adds
     its classes as objects. The picture shows two principal components of the tokens."""
     rows, clouds = [], []
-    for run in [Run(path, args) for path in args.ckpt]:
+    for run in (Run(path, args) for path in args.ckpt):    # one in memory at a time
         levels = {f"faces, {level}": tokens for level, tokens in face_levels(run).items()}
         if args.data or run.trained["data"]:
             x, y = map(torch.cat, zip(*run.held_out()[1]))                 # (N, 3, S, S), (N,)
@@ -772,7 +773,7 @@ def compare(args):
     args.runs = args.runs or [str(path.parent) for path in sorted(Path("runs").glob("*/last.pt"))
                               if "vmae" not in vmae.read_checkpoint(path)]
     if len(args.runs) < 2:
-        raise InputError("compare: needs two runs; train a second preset, or name them")
+        raise FileNotFoundError("Fig. 2 needs two runs; train a second preset, or name them")
     rows, (lpips_net, inception) = [], args.nets
     no_fid = argparse.Namespace(nets=(lpips_net, None), device=args.device)
     runs = {run: f"{run}/last.pt" if os.path.isdir(run) else run for run in args.runs}
@@ -889,8 +890,8 @@ def main():
         args.nets = (None, None) if everything else optional_nets(args)
         try:
             args.function(args)
-        except (InputError, OSError) as error:
-            if not everything or line[0] not in ("neighbours", "compare"):
+        except FileNotFoundError as error:  # no generator yet, or only one run
+            if not everything:
                 raise
             print(f"skipped {line[0]}: {error}")
     if everything:

@@ -1255,6 +1255,9 @@ def test_sampling_depends_on_the_seed_alone_and_refuses_what_does_not_fit():
         refuses(words, sample.main, line)
     refuses("--size", train_ldm.main, "--size 24 --out none")
     refuses("--schedule", train_ldm.main, "--init flat/last.pt --schedule cosine --no-classes")
+    go = "--init flat/last.pt --no-classes --batch 4 --out on --steps"
+    runs(train_ldm.main, f"{go} 1"), runs(train_ldm.main, f"{go} 2 --resume --schedule cosine")
+    assert torch.load("on/last.pt", weights_only=True)["schedule"]["kind"] == "linear"  # --init's
 
 @in_a_folder()
 def test_bad_input_is_one_line():

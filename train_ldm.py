@@ -140,7 +140,7 @@ def read_init(args, model_args):
             raise InputError(f"{args.init}: {name} is {old[name]}, in the latents of --vmae it is "
                              f"{model_args[name]}; name the stage one of --init with --vmae")
     kind = ckpt["schedule"].get("kind", args.schedule)     # the authors' rectified flow has none
-    if args.schedule not in (None, kind):
+    if args.schedule not in (None, kind) and not args.resume:
         raise InputError(f"--schedule {args.schedule}: --init has {kind}; leave --schedule out")
     if old["num_classes"] != model_args["num_classes"]:
         print(f"{args.init}: {old['num_classes']} classes, here {model_args['num_classes']}; the "
@@ -152,10 +152,11 @@ def held_out_latents(val, classes, ae, mean, std):
     """64 held-out images, always the same -> z_0 (B, d, h, w), y (B,) or None. ae: stage one."""
     shown = torch.randperm(len(val), generator=torch.Generator().manual_seed(0))[:64].tolist()
     x, y = zip(*[val[i] for i in shown])
-    x, generator = torch.stack(x).to(mean.device), torch.Generator(mean.device).manual_seed(0)
-    z = torch.cat([ae.encode(part).sample(generator) for part in x.split(8)])
+    device, generator = mean.device, torch.Generator(mean.device).manual_seed(0)
+    x = torch.stack(x).split(8)                            # (8, 3, H, W) each
+    z = torch.cat([ae.encode(part.to(device)).sample(generator) for part in x])
     if val.classes == classes:              # the folder --val may have other classes
-        return ldm.normalise(z, mean, std), torch.tensor(y, device=mean.device)
+        return ldm.normalise(z, mean, std), torch.tensor(y, device=device)
     return ldm.normalise(z, mean, std), None
 
 def preview(model, ae, schedule, mean, std, classes, path):
@@ -185,9 +186,8 @@ def main():
     model = ldm.DiT(**model_args).to(device)
     if init:                                # strict=False: the table of labels may be missing
         model.load_state_dict(init["ema"], strict=False)
-    old = init.get("schedule", {})
-    schedule_args = {"kind": args.schedule or old.get("kind", "cosine"),
-                     "objective": args.objective or old.get("objective", "v")}
+    old = {"kind": args.schedule or "cosine", "objective": "v", **init.get("schedule", {})}
+    schedule_args = {**old, "objective": args.objective or old["objective"]}
     schedule, ema = ldm.Schedule(**schedule_args), ldm.EMA(model)
     parts = {"model": model, "ema": ema.model, "opt": optimiser(model)}
     start = 0
@@ -226,6 +226,7 @@ def main():
 
         held_out, done = {}, step + 1
         if rank == 0 and (done % args.save_every == 0 or done == args.steps):
+            log.pause()
             vmae.save_checkpoint(
                 last, model_args=model_args, step=done, rng=rng_state(device),
                 train_args=vars(args), schedule=schedule_args, latent_mean=mean.cpu(),

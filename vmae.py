@@ -419,8 +419,8 @@ def published(path, ckpt, num_heads):
         weights = {k.removeprefix("module."): v for k, v in weights.items()}   # DDP's prefix
         if "encoder.conv_in.weight" in weights:
             latent_dim, last = weights["decoder.conv_in.weight"].shape[1], "resnets.1.conv2.bias"
-            channels = [len(v) for k, v in weights.items() if k.startswith("encoder.down_blocks.")
-                        and k.endswith(last)]              # the width of each level
+            channels = [len(weights[k]) for k in sorted(weights)           # width of each level
+                        if k.startswith("encoder.down_blocks.") and k.endswith(last)]
             args = dict(img_size=256, channels=tuple(channels), latent_dim=latent_dim)
         else:
             D, _, P, _ = weights["patch_embed.proj.weight"].shape          # (D, 3, P, P)
@@ -728,15 +728,11 @@ def save_grid(rows, path, gap=2):
 VGG_URL = "https://download.pytorch.org/models/vgg16-397923af.pth"
 VGG_LAST = "features.28.weight"             # its last convolution, by which we know the network
 
-def cached(url):
-    """Where torch hub keeps the file of a URL."""
-    return Path(torch.hub.get_dir(), "checkpoints", Path(url).name)
-
 def load_weights(what, url, path, option, key):
     """Published weights -> (path, state dict): from the local copy `path`; without it from torch
     hub's cache; otherwise downloaded, with a check of the hash. InputError names URL, path and
     option if they cannot be had, or if they lack the entry `key`."""
-    file = Path(path or cached(url))
+    file = Path(path or Path(torch.hub.get_dir(), "checkpoints", Path(url).name))
     try:
         if not path and not file.exists():
             torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True)
@@ -794,23 +790,22 @@ def cli(main):
         sys.exit("stopped; a training run goes on from its last checkpoint with --resume")
 
 ABOVE_0 = ("size", "batch", "steps", "lr", "save_every", "n", "clip", "shift")
-AT_MOST = dict(mask=1, whole=1, drop=1, eta=1, interval=1, seed=2**32 - 1)
+AT_MOST = dict(mask=1, whole=1, drop=1, eta=1, interval=1, seed=2**32 - 1)     # torch takes 64 bits
 
 def check(args):
     """Refuse numbers out of range, NaN and infinity -> args. In all scripts the options in ABOVE_0
     must be above 0, all others at least 0, and those in AT_MOST at most their value there."""
     for name, values in vars(args).items():
-        least = "above" if name in ABOVE_0 else "at least"
-        high, option = AT_MOST.get(name, 1e300), name.replace("_", "-")
+        allowed = "above 0" if name in ABOVE_0 else "at least 0"
+        allowed += f" and at most {AT_MOST[name]}" if name in AT_MOST else ""
         for value in values if isinstance(values, list) else [values]:
-            fine = not isinstance(value, (int, float)) or 0 < value <= high
+            fine = not isinstance(value, (int, float)) or 0 < value <= AT_MOST.get(name, 1e300)
             if not fine and (value != 0 or name in ABOVE_0):
-                raise InputError(f"--{option} must be {least} 0 and at most {high}, not {value}")
+                raise InputError(f"--{name.replace('_', '-')} must be {allowed}, not {value}")
     return args
 
 def seeded(seed, number):
-    """Random generator `number` of a seed, on the CPU. Two seeds lie 1,000,003 numbers apart; seeds
-    are below 2^32, so that the sum fits the 64 bits that torch takes."""
+    """Random generator `number` of a seed, on the CPU. Two seeds lie 1,000,003 numbers apart."""
     return torch.Generator().manual_seed(seed * 1_000_003 + number)
 
 def pick_device(name):
