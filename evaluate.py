@@ -860,15 +860,15 @@ COMMANDS = {  # sub-command: its options, each with its default, which also give
 
 def add_option(parser, name, default):
     """Add one option to a parser: a flag, a list, a number or a text, as its default is."""
-    text = HELP[name] + (" (default: %(default)s)" if default and default is not True else "")
+    note = " (default: %(default)s)" if default and default is not True else ""
     if name == "runs":
-        return parser.add_argument(name, nargs="*", help=text)
+        return parser.add_argument(name, nargs="*", help=HELP[name])
     kind = dict(type=type(default), choices=("pytorch-fid", "clean") if name == "resize" else None)
     if isinstance(default, bool):
         kind = dict(action="store_true")
     elif isinstance(default, list):
         kind = dict(type=type(default[-1]), nargs="+")
-    parser.add_argument(f"--{name}", default=default, help=text, **kind)
+    parser.add_argument(f"--{name}", default=default, help=HELP.get(name, "") + note, **kind)
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], usage="%(prog)s [command]")

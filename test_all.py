@@ -45,7 +45,7 @@ from vmae import VMAE, Faces, Gaussian, ImageFolder, InputError
 HERE = Path(__file__).absolute().parent
 VECTORS = HERE.parent / "shared" / "vectors"
 TINY_VMAE = dict(img_size=16, patch_size=4, embed_dim=32, depth=2, num_heads=4, latent_dim=4)
-TINY_RUN = "--data data --size 16 --steps 2 --batch 4 --lambda-p 0"  # what is typed later wins
+TINY_RUN = "--data data --size 16 --steps 2 --batch 4 --lambda-p 0"  # the last one given wins
 
 @contextlib.contextmanager
 def in_a_folder():
@@ -88,7 +88,7 @@ def save_images(folder, count, size=20, seed=0):
     return pixels
 
 def runs(main, line="", status=0):
-    """Run a script's main in this process, its options as typed, to this status -> what it said."""
+    """Run a script's main in this process, with these options, to this status -> what it said."""
     said, got = io.StringIO(), 0
     with (mock.patch.object(sys, "argv", ["script.py", *line.split()]), warnings.catch_warnings(),
           contextlib.redirect_stdout(said), contextlib.redirect_stderr(said)):
