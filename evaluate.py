@@ -646,7 +646,7 @@ def separability(args):
     report(args, "Order in latent space, by our definition (Figs. 4, 7)", rows)
     for i, (cloud, path) in enumerate(zip(clouds, args.ckpt)):
         plot(f"{args.out}/separability{i if i > 0 else ''}.png", cloud,
-             "first principal component of the tokens", f"second one; {path}", lines=False)
+             "first principal component of the tokens", f"second component; {path}", lines=False)
 
 def multiply_adds(function, *args):
     """Run function(*args), with tensors on "meta" -> (what it returns, its multiply-adds in linear

@@ -91,7 +91,7 @@ class Schedule:
         else:
             z_0 = a * z_t - b * output
         if clip is not None:
-            z_0 = z_0.clamp(-clip, clip)    # and eps follows below
+            z_0 = z_0.clamp(-clip, clip)
         return z_0, (z_t - a * z_0) / b
 
     def steps(self, S):

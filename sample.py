@@ -128,7 +128,7 @@ def main():
     out, images = Path(args.out), torch.cat(images)                        # (N, 3, H, W)
     pixels = images.permute(0, 2, 3, 1).numpy()                            # (N, H, W, 3)
     out.mkdir(parents=True, exist_ok=True)  # only now, with all images drawn
-    for old in out.glob("sample_[0-9]*.png"):              # of an earlier run
+    for old in out.glob("sample_[0-9][0-9][0-9][0-9][0-9][0-9].png"):      # of an earlier run
         old.unlink()
     for i, image in enumerate(pixels):      # as PNG, because FID would notice JPEG's losses
         Image.fromarray(image).save(out / f"sample_{i:06d}.png")

@@ -679,6 +679,18 @@ def test_non_finite_loss_names_step_and_term():
     assert torch.equal(model.weight, before)
 
 @in_a_folder()
+def test_speed_in_the_log_leaves_saves_out():
+    args = SimpleNamespace(steps=20, batch=4)
+    clock = mock.Mock(side_effect=[0, 5, 100])
+    with mock.patch.object(train_vmae.time, "perf_counter", clock):
+        log = train_vmae.Log(".", 0, args, 0)              # at 0 s
+        log.pause()                                        # 10 steps later, at 5 s
+        log.step(10, {}, 0.1, {"PSNR_val": 30.0})          # the save ends at 100 s
+    with mock.patch.object(train_vmae.time, "perf_counter", lambda: 110):
+        log.step(20, {}, 0.1, {})
+    assert [line["images_per_s"] for line in log_of(".")] == [10 * 4 / 5, 10 * 4 / 10]
+
+@in_a_folder()
 def test_checkpoint_survives_an_interrupted_save():
     model, x = VMAE(**TINY_VMAE), random_images()
     vmae.save_checkpoint("last.pt", model_args=TINY_VMAE, model=model.state_dict())
@@ -1233,7 +1245,10 @@ def test_sampling_depends_on_the_seed_alone_and_refuses_what_does_not_fit():
     for extra in ("", "--sampler ddpm", "--eta 0.5", "--clip 3"):  # also where noise is added
         one, two = drawn(f"{extra} --batch 5"), drawn(f"{extra} --batch 2")
         assert abs(one - two).max() <= 1 and len(np.unique(one, axis=0)) == 5
+    Path("samples/sample_2026.png").write_text("the user's")
     runs(sample.main, "--n 2 --steps 1")
+    assert Path("samples/sample_2026.png").exists()
+    os.remove("samples/sample_2026.png")
     assert len(list(Path("samples").glob("sample_*.png"))) == 2            # three older ones gone
 
     runs(train_ldm.main, "--data data --no-classes --objective eps --schedule linear --steps 1 "

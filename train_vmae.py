@@ -94,7 +94,7 @@ def endless(n, seed, first, rank, world):
     position, epoch = first + rank, None
     while True:
         if position // n != epoch:
-            epoch = position // n           # a new one begins
+            epoch = position // n
             order = torch.randperm(n, generator=vmae.seeded(seed, epoch)).tolist()
         yield order[position % n]
         position += world                   # the other processes take those between
@@ -124,7 +124,7 @@ def update(opt, model, loss, terms, step, lr):
     """One optimiser step, with gradients clipped at norm 1. InputError names the term that is not
     finite, before it can reach the weights or a checkpoint."""
     for group in opt.param_groups:
-        group["lr"] = lr                    # see learning_rate
+        group["lr"] = lr
     opt.zero_grad()                         # those of the step before
     loss.backward()                         # DDP averages the gradients over the processes here
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -181,7 +181,7 @@ class Log:
         losses, of which it writes the mean over the steps that had them. held_out: of a save."""
         if self.rank > 0:
             return
-        self.bar.update()                   # one step
+        self.bar.update()
         for name, value in terms.items():
             total, count = self.seen.get(name, (0, 0))
             self.seen[name] = total + value.detach(), count + 1            # stays on the device

@@ -88,7 +88,7 @@ class Gaussian:
         """The reparameterisation trick (Kingma 2014): mu + sigma * eps with eps ~ N(0, 1), so that
         gradients reach mu and sigma. generator: on mu's device."""
         eps = torch.randn(self.mu.shape, generator=generator, device=self.mu.device)
-        sigma = (0.5 * self.logvar).exp()   # a standard deviation
+        sigma = (0.5 * self.logvar).exp()
         return self.mu + sigma * eps.to(self.mu.dtype)
 
     def mode(self):
@@ -152,7 +152,7 @@ def loss_VMAE(x, p, q, mask, P, lambda_M=0.1, lambda_P=0.0, lambda_reg=1e-4, kl_
     x: (B, 3, H, W); p, q, mask: what VMAE.forward returns. Returns the sum, a scalar, and a dict of
     its terms before weighting; a term whose weight is 0 is not computed and not in the dict."""
     terms = {"L_R": loss_R(p, x, mask, P)}
-    loss = terms["L_R"]                     # its weight is 1
+    loss = terms["L_R"]
     if lambda_M > 0:
         terms["L_M"] = loss_M(p, x, mask, P)
         loss = loss + lambda_M * terms["L_M"]
@@ -492,7 +492,7 @@ def list_images(root):
     for folder, subfolders, files in os.walk(root, followlinks=True):
         new = os.path.realpath(folder) not in seen         # a link to a parent would never end
         seen.add(os.path.realpath(folder))
-        subfolders[:] = [name for name in subfolders if new and not name.startswith(".")]
+        subfolders[:] = sorted(s for s in subfolders if new and not s.startswith("."))
         found += [Path(folder, f).relative_to(root).as_posix() for f in files
                   if new and f.lower().endswith(EXTENSIONS) and not f.startswith(SKIPPED)]
     return sorted(found)
