@@ -160,7 +160,10 @@ class InceptionV3(nn.Module):
         2021); logits (N, 1008), for the Inception Score, without bias as in Salimans 2016."""
         x = images.to(self.fc.weight.device).float()       # (N, 3, H, W) in 0..255
         clean = self.resize == "clean"
+        if clean and x.device.type == "mps":               # which older torch cannot do there
+            x = x.cpu()
         x = F.interpolate(x, (299, 299), mode="bicubic" if clean else "bilinear", antialias=clean)
+        x = x.to(self.fc.weight.device)
         x = (x.clamp(0, 255) - 128) / 128 if clean else x / 127.5 - 1
         x = x.contiguous(memory_format=torch.channels_last)                # 1.4x as fast
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.fast):
@@ -350,11 +353,14 @@ def optional_nets(args):
         inception = load_inception(args.inception_weights, args.resize, args.fast).to(args.device)
     return lpips_net, inception
 
+def workers(args):
+    """Processes that decode, so that a GPU need not wait for them."""
+    return 8 if args.device.type == "cuda" else 0
+
 def shuffled(data, args):
     """--n images of a dataset, always the same -> number, batches (uint8 (B, 3, S, S), y (B,))."""
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[:args.n].tolist()
-    workers = 8 if args.device.type == "cuda" else 0
-    loader = DataLoader(Subset(data, order), args.batch, num_workers=workers)
+    loader = DataLoader(Subset(data, order), args.batch, num_workers=workers(args))
     return len(order), ((vmae.to_uint8(x), y) for x, y in loader)
 
 class Run:
@@ -371,7 +377,7 @@ class Run:
         size, (data, val) = self.model.img_size, (self.trained["data"], self.trained["val"])
         if self.args.data:
             return shuffled(vmae.ImageFolder(self.args.data, size), self.args)
-        return shuffled(vmae.open_images(data, size, "val", val), self.args)
+        return shuffled(vmae.open_images(data, size, val, os.path.dirname(self.path))[1], self.args)
 
     def encode(self, images):
         """uint8 (N, 3, S, S) -> the mode of the posterior (N, d, h, w), on the CPU."""
@@ -389,9 +395,10 @@ def draw_samples(path, args):
     model, schedule, ckpt = ldm.load_ldm(path)             # the EMA weights
     K, sampler = len(ckpt["classes"]), ldm.sampler_for(schedule)
     model, ae = model.to(args.device), vmae.build_vmae(ckpt["vmae"]).to(args.device)
+    w = sample.guidance(args.cfg, ckpt["classes"])
     for index in torch.arange(args.n).split(args.batch):
         y = index % K if K else None                       # (B,)
-        yield sample.draw(index, y, model, ae, schedule, ckpt, sampler, steps=50, w=args.cfg)
+        yield sample.draw(index, y, model, ae, schedule, ckpt, sampler, steps=50, w=w)
 
 def open_source(source, args, size=None):
     """--real or --fake -> (side, number, batches of uint8 (B, 3, side, side)): a folder, "faces"
@@ -410,7 +417,7 @@ def open_source(source, args, size=None):
         data = vmae.Faces(size or 32)
     else:
         data = vmae.ImageFolder(source, size)
-        data.size = size or min(vmae.image_size(os.path.join(source, data.paths[0])))
+        data.size = size or data.files[data.paths[0]][2]
     n, batches = shuffled(data, args)
     return data.size, n, (x for x, _ in batches)
 
@@ -523,12 +530,13 @@ def scores(pairs, args, real=None):
     PSNR, SSIM, LPIPS (Zhang 2018, VGG): of each the mean over the images. rFID: FID of the two."""
     (lpips_net, inception), values = args.nets, []
     fakes, reals = Features(inception), real or Features(inception)
-    for a, b in pairs:
+    where = "cpu" if str(args.device) == "mps" else args.device    # which has no float64
+    for a, b in ((a.to(where), b.to(where)) for a, b in pairs):
         row = [(a.double() - b.double()).abs().mean((1, 2, 3)) / 255, psnr(a, b), ssim(a, b)]
         if lpips_net:
             d = lpips_net(a.to(args.device) / 127.5 - 1, b.to(args.device) / 127.5 - 1)
-            row.append(d.flatten().cpu().double())
-        values.append(torch.stack(row))                    # (3 or 4, B)
+            row.append(d.flatten().to(where).double())
+        values.append(torch.stack(row).cpu())              # (3 or 4, B)
         if inception:
             fakes.add(b)
         if inception and not real:
@@ -698,10 +706,18 @@ def efficiency(args):
 
 def measure(name, size, batch, device):
     """Seconds, the best of 4, and peak memory of one of BODIES; see `efficiency`."""
-    import resource                         # here, because Windows does not have it
+    def memory():
+        """Most bytes in use up to now; 0 on Windows, which has no `resource`."""
+        if device.type == "cuda":
+            return torch.cuda.max_memory_allocated()
+        if sys.platform == "win32":
+            return 0
+        import resource
+        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return most * (1 if sys.platform == "darwin" else 1024)            # bytes, or KiB
 
-    usage, (body, kwargs) = resource.RUSAGE_SELF, BODIES[name]
-    device, before = torch.device(device), resource.getrusage(usage).ru_maxrss
+    device, (body, kwargs) = torch.device(device), BODIES[name]
+    before = 0 if device.type == "cuda" else memory()
     model, x = body(size, **kwargs).to(device), torch.rand(batch, 3, size, size, device=device)
 
     def train():
@@ -709,16 +725,15 @@ def measure(name, size, batch, device):
         (model.decode(model.encode(x).sample()) - x).square().mean().backward()
 
     def now():
-        if device.type == "cuda":           # which otherwise returns before it is done
-            torch.cuda.synchronize()
+        if device.type in ("cuda", "mps"):  # which otherwise return before they are done
+            getattr(torch, device.type).synchronize()
         return timeit.default_timer()
 
     encode, decode = torch.no_grad()(model.encode), torch.no_grad()(model.decode)
     z = encode(x).mode()
     works = {"encode s": lambda: encode(x), "decode s": lambda: decode(z), "train s": train}
     row = {k: min(timeit.repeat(work, timer=now, repeat=4, number=1)) for k, work in works.items()}
-    row["peak MiB"] = (torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else
-                       (resource.getrusage(usage).ru_maxrss - before) / 2**10)   # KiB on Linux
+    row["peak MiB"] = (memory() - before) / 2**20
     return row
 
 def generation(fake, real, args, pairs=0):
@@ -809,14 +824,15 @@ def neighbours(args):
     trained = ldm.load_ldm(args.ckpt[0])[2]["train_args"]
     x = torch.cat(list(draw_samples(args.ckpt[0], args)))                  # (n, 3, S, S)
     (_, net), size, rows, shown = args.nets, x.shape[-1], [], [x[:16]]
-    fresh = vmae.open_images(trained["data"], size, "val", trained["val"])
+    train, fresh = vmae.open_images(trained["data"], size, trained["val"],
+                                    os.path.dirname(args.ckpt[0]))
     both = torch.cat([x, *(batch for batch, _ in shuffled(fresh, args)[1])])
-    train = vmae.open_images(trained["data"], size, "train", trained["val"])
     spaces = {"pixels": lambda x: x.flatten(1).float() / math.sqrt(3 * size**2)}
     if net:
         spaces["Inception"] = lambda x: torch.cat([net(part).cpu() for part in x.split(args.batch)])
     for name, space in spaces.items():
-        batches = (space(vmae.to_uint8(y)) for y, _ in DataLoader(train, 256))
+        loader = DataLoader(train, 256, num_workers=workers(args))
+        batches = (space(vmae.to_uint8(y)) for y, _ in loader)
         d, index = nearest(space(both), tqdm(batches, name), 5)            # (2n, 5) each
         near, usual = d[:len(x), 0].median().item(), d[len(x):, 0].median().item()
         rows.append({"space": name, "samples": near, "held-out": usual,

@@ -62,11 +62,16 @@ class Schedule:
             u = torch.linspace(0, 1, T + 1, dtype=torch.float64)           # Nichol's t / T
             f = ((u + 0.008) / 1.008 * math.pi / 2).cos() ** 2
             beta = 1 - f[1:] / f[:-1]       # so that alpha_bar = f / f[0], but for the clamp
-        self.alpha_bar = (1 - beta.clamp(max=0.999)).cumprod(0)            # (T,), float64
+        # Nichol's last alpha_bar is 2.4e-9, where an eps that is off by .01 is a z_0 that is off by
+        # 200. Ho's last, 4e-5, is the least that we take; z_T is N(0, 1) all the same.
+        self.alpha_bar = (1 - beta.clamp(max=0.999)).cumprod(0).clamp(min=4e-5)    # (T,), float64
+        self.table = self.alpha_bar.float()                # for `at`
 
     def at(self, t, like):
         """alpha_bar_t of each sample, (B,) -> (B, 1, 1, 1), on the device of `like`."""
-        return self.alpha_bar.float().to(like.device)[t].view(-1, 1, 1, 1)
+        if self.table.device != like.device:               # once: a copy would wait for the GPU
+            self.table = self.table.to(like.device)
+        return self.table[t].view(-1, 1, 1, 1)
 
     def q_sample(self, z_0, t, eps):
         """z_t = sqrt(alpha_bar_t) z_0 + sqrt(1 - alpha_bar_t) eps, in one jump. Ho 2020, Eq. 4."""
@@ -260,13 +265,20 @@ class Rope(nn.Module):
         self.register_buffer("freqs_sin", angle.sin())
 
     def forward(self, x):
-        """x (..., N, head_dim) -> the same. A pair is a complex number; a product turns it."""
-        turn = torch.complex(self.freqs_cos[:, ::2], self.freqs_sin[:, ::2])     # (N, head_dim/2)
-        pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))    # (..., N, head_dim/2)
-        return torch.view_as_real(pairs * turn).flatten(-2).to(x.dtype)
+        """x (..., N, head_dim) -> the same: (a, b) -> (a cos - b sin, b cos + a sin)."""
+        pairs = x.float().unflatten(-1, (-1, 2))           # (..., N, head_dim/2, 2)
+        swapped = torch.stack([-pairs[..., 1], pairs[..., 0]], -1).flatten(-2)
+        return torch.addcmul(x * self.freqs_cos, swapped, self.freqs_sin).to(x.dtype)
+
+def fused_attention(q, k, v):
+    """softmax(q k^T / sqrt(head_dim)) v, each (B, heads, N, head_dim), as in vmae.py."""
+    if q.device.type != "cpu":
+        return F.scaled_dot_product_attention(q, k, v)
+    with torch.autocast("cpu", enabled=False):
+        return F.scaled_dot_product_attention(q.float(), k.float(), v.float())
 
 class Attention(nn.Module):
-    """Multi-head self-attention on rotated queries and keys, with the fused kernel."""
+    """Multi-head self-attention on rotated queries and keys."""
 
     def __init__(self, D, num_heads):
         super().__init__()
@@ -279,11 +291,7 @@ class Attention(nn.Module):
         qkv = self.qkv(x).reshape(B, N, 3, self.num_heads, -1)       # (B, N, 3, heads, D/heads)
         qkv = qkv.permute(2, 0, 3, 1, 4)                             # (3, B, heads, N, D/heads)
         (q, k), v = rope(qkv[:2]), qkv[2]                            # (B, heads, N, D/heads) each
-        if x.device.type == "cpu":                         # in float32, as in vmae.py
-            with torch.autocast("cpu", enabled=False):
-                x = F.scaled_dot_product_attention(q.float(), k.float(), v.float())
-        else:
-            x = F.scaled_dot_product_attention(q, k, v)
+        x = fused_attention(q, k, v)                                       # (B, heads, N, D/heads)
         return self.proj(x.transpose(1, 2).reshape(B, N, D))               # (B, N, D)
 
 class SwiGLU(nn.Module):
@@ -345,10 +353,10 @@ class LabelEmbed(nn.Module):
         """B times the null class, (B,)."""
         return torch.full((B,), self.num_classes, device=device)
 
-    def drop(self, y, share):
+    def drop(self, y, share, generator=None):
         """Replace a random share of y by the null class, so that one network also learns the
         unconditional answer that guidance needs (Ho & Salimans 2022). (B,) -> (B,)."""
-        dropped = torch.rand(len(y), device=y.device) < share              # (B,)
+        dropped = torch.rand(len(y), generator=generator, device=y.device) < share     # (B,)
         return torch.where(dropped, self.null(len(y), y.device), y)
 
     def forward(self, y):

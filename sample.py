@@ -5,8 +5,14 @@
     python sample.py --sampler ddpm --steps 1000        Ho 2020; the default is DDIM, 50 steps
     python sample.py --ckpt lightningdit.pt --vmae vmae.pth --stats latents_stats.pt --steps 250
     python sample.py --n 10000 --npz --trajectory       also samples.npz, trajectory.png
+
+Each image is written when it is drawn; the same command again goes on after an interruption.
 """
 import argparse
+import json
+import os
+import re
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -58,6 +64,13 @@ def pick_labels(label, classes):
     raise InputError(f"--class {label}: unknown; choose from {', '.join(classes)}, a number below "
                      f"{len(classes)}, or {len(classes)}, the null class")
 
+def guidance(cfg, classes):
+    """--cfg -> w. With 1.5 nearly all samples show the class that was asked for, and colours still
+    vary. InputError for guidance without classes."""
+    if cfg not in (None, 1) and not classes:
+        raise InputError(f"--cfg {cfg}: this checkpoint is unconditional, leave --cfg out")
+    return cfg if cfg is not None else (1.5 if classes else 1.0)
+
 def pick_sampler(args, schedule):
     """--sampler -> (function, those of its own options that were given). InputError if the sampler
     does not fit the checkpoint's objective, or an option does not fit the sampler."""
@@ -95,8 +108,6 @@ def decode(z_0, ae, ckpt):
 def draw(index, y, model, ae, schedule, ckpt, sampler, seed=0, w=1.0, **options):
     """The images with the numbers index (B,) of a seed and the labels y (B,) or None -> uint8
     (B, 3, H, W) on the CPU. ae: the autoencoder; w: guidance; options: steps and the sampler's."""
-    if y is None and w != 1:
-        raise InputError(f"--cfg {w}: this checkpoint is unconditional, leave --cfg out")
     shape, device = (ae.latent_dim, ae.grid, ae.grid), model.pos_embed.device
     # One generator per image, on the CPU: an image depends neither on its batch nor on the device.
     generators = [vmae.seeded(seed, i) for i in index.tolist()]
@@ -105,41 +116,79 @@ def draw(index, y, model, ae, schedule, ckpt, sampler, seed=0, w=1.0, **options)
         return torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
 
     # On a CPU in float32: the rounding of bfloat16 would make an image depend on its batch.
-    with torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
+    fast = device.type == "cuda" and vmae.has_bfloat16(device)
+    with torch.autocast(device.type, torch.bfloat16, enabled=fast):
         y = y if y is None else y.to(device)               # (B,) or None
         z_0 = sampler(model, schedule, noise(), y, w=w, noise=noise, **options)    # (B, d, h, w)
         return vmae.to_uint8(decode(z_0, ae, ckpt)).cpu()                  # (B, 3, H, W)
+
+def begin(out, args, settings):
+    """Make the folder `out` -> the names of its images that this same command drew before it was
+    interrupted. Those of another command go, and so does what was made of them."""
+    files = {name: getattr(args, name) for name in ("ckpt", "vmae", "stats") if getattr(args, name)}
+    settings |= {name: [os.path.abspath(path), os.path.getsize(path), os.stat(path).st_mtime_ns]
+                 for name, path in files.items()}
+    settings |= {name: getattr(args, name) for name in ("seed", "steps", *SAMPLER_OPTIONS)}
+    note, text = out / "samples.json", json.dumps(settings)
+    same = note.exists() and note.read_text() == text
+    out.mkdir(parents=True, exist_ok=True)
+    found = {p.name for p in out.iterdir() if re.fullmatch(r"sample_\d{6}\.png", p.name)}
+    kept = {name for name in found if same and int(name[7:13]) < args.n}
+    for name in (found - kept) | {"samples.npz", "trajectory.png"}:
+        (out / name).unlink(missing_ok=True)
+    with vmae.whole_file(note) as file:
+        file.write(text.encode())
+    return kept
+
+def pixels(file):
+    """A PNG -> uint8 (H, W, 3)."""
+    with Image.open(file) as image:
+        return np.array(image)
+
+def save_npz(files, path):
+    """The PNGs as arr_0, uint8 (N, H, W, 3), in a .npz. One image is in memory at a time."""
+    header = dict(descr="|u1", fortran_order=False, shape=(len(files), *pixels(files[0]).shape))
+    with (vmae.whole_file(path) as file, zipfile.ZipFile(file, "w") as archive,
+          archive.open("arr_0.npy", "w", force_zip64=True) as array):
+        np.lib.format.write_array_header_1_0(array, header)
+        for name in files:
+            array.write(pixels(name).tobytes())
 
 def main():
     args = options()
     model, schedule, ckpt = ldm.load_ldm(args.ckpt, args.stats)            # the EMA weights
     sampler, own_options = pick_sampler(args, schedule)    # by default DDIM, or Euler
     classes, labels = ckpt["classes"], torch.tensor(pick_labels(args.label, ckpt["classes"]))
-    # With 1.5 nearly all samples show the class that was asked for, and colours still vary.
-    w = args.cfg if args.cfg is not None else (1.5 if classes else 1.0)
+    w = guidance(args.cfg, classes)
     device = vmae.pick_device(args.device)
     model, ae = model.to(device), stage_one(args, ckpt).to(device)         # generator, autoencoder
 
-    images, record = [], ([] if args.trajectory else None)
-    for index in tqdm(torch.arange(args.n).split(args.batch), desc="sampling", dynamic_ncols=True):
-        y = labels[index % len(labels)] if classes else None               # (B,)
-        images.append(draw(index, y, model, ae, schedule, ckpt, sampler, args.seed, w=w,
-                           steps=args.steps, record=None if images else record, **own_options))
-    out, images = Path(args.out), torch.cat(images)                        # (N, 3, H, W)
-    pixels = images.permute(0, 2, 3, 1).numpy()                            # (N, H, W, 3)
-    out.mkdir(parents=True, exist_ok=True)  # only now, with all images drawn
-    for old in out.glob("sample_[0-9][0-9][0-9][0-9][0-9][0-9].png"):      # of an earlier run
-        old.unlink()
-    for i, image in enumerate(pixels):      # as PNG, because FID would notice JPEG's losses
-        Image.fromarray(image).save(out / f"sample_{i:06d}.png")
-    vmae.save_grid((images[:64] / 127.5 - 1).split(8), out / "grid.png")   # 8 per row
-    if args.npz:
-        np.savez(out / "samples.npz", arr_0=pixels)        # for evaluate.py fid, or ADM's
+    def images(index, batch=args.batch, **more):
+        """Draw the images with these numbers, a batch at a time, and yield (numbers, images)."""
+        for part in torch.tensor(index).split(batch) if index else ():
+            y = labels[part % len(labels)] if classes else None            # (B,)
+            yield part, draw(part, y, model, ae, schedule, ckpt, sampler, args.seed, w=w,
+                             steps=args.steps, **own_options, **more)      # uint8 (B, 3, H, W)
+
+    out = Path(args.out)
+    done = begin(out, args, dict(w=w, labels=labels.tolist(), sampler=sampler.__name__))
+    files = [out / f"sample_{i:06d}.png" for i in range(args.n)]
+    with tqdm(total=args.n, initial=len(done), desc="sampling", dynamic_ncols=True) as bar:
+        for part, x in images([i for i in range(args.n) if files[i].name not in done]):
+            for i, image in zip(part.tolist(), x.permute(0, 2, 3, 1).numpy()):     # (H, W, 3)
+                with vmae.whole_file(files[i]) as file:    # PNG: FID would notice JPEG's losses
+                    Image.fromarray(image).save(file, "png")
+                bar.update()
+    first = torch.stack([torch.from_numpy(pixels(file)) for file in files[:64]])   # (64, H, W, 3)
+    vmae.save_grid(vmae.to_float(first.permute(0, 3, 1, 2)).split(8), out / "grid.png")
+    if args.npz:                            # for evaluate.py fid, or ADM's
+        save_npz(files, out / "samples.npz")
     if args.trajectory:                     # the first 8 images, one per row, at ten of the steps
-        at = np.linspace(0, args.steps - 1, min(10, args.steps)).round().astype(int)
-        estimates = [decode(record[k][:8], ae, ckpt) for k in at]          # (8, 3, H, W) each
+        record, at = [], np.linspace(0, args.steps - 1, min(10, args.steps)).round().astype(int)
+        list(images(list(range(min(8, args.n))), 8, record=record))
+        estimates = [decode(record[k], ae, ckpt) for k in at]              # (8, 3, H, W) each
         vmae.save_grid(torch.stack(estimates, 1), out / "trajectory.png")  # (8, 10, 3, H, W)
-    print(f"{len(images)} images in {out}, an overview in {out}/grid.png")
+    print(f"{args.n} images in {out}, an overview in {out}/grid.png")
 
 if __name__ == "__main__":
     vmae.cli(main)

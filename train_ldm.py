@@ -10,18 +10,18 @@ these latents. Also writes last.pt, log.jsonl and preview_*.png, samples of the 
 import argparse
 import hashlib
 import os
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import ldm
 import sample
 import vmae
-from train_vmae import (Log, autocast, begin, common_options, endless_loader, learning_rate,
-                        optimiser, parse, resume, rng_state, start_processes, update, use_recipe)
+from train_vmae import (Log, ahead, autocast, begin, common_options, learning_rate, micro_batches,
+                        optimiser, parse, resume, start_processes, update, use_recipe)
 from vmae import InputError
 
 # Defaults of --batch, --steps and --lr. The learning rate of small and base is the authors'.
@@ -32,76 +32,70 @@ RECIPES = {"tiny": dict(batch=32, steps=3000, lr=1.5e-3),
 
 # ---- The cache of moments ---------------------------------------------------------------------
 
-class Moments(torch.utils.data.Dataset):
-    """Draws of (z, y) with z ~ q(z|x), a new sample each time; x is mirrored half of the time.
+class Moments:
+    """q(z|x) of each image, number 2i, and of its mirror image, 2i + 1: mu and logvar, in a
+    memory-mapped float16 file of shape (2n, 2d, h, w).
 
-    mu and logvar of each image and its mirror image lie in a memory-mapped float16 file of shape
-    (n, 2, 2d, h, w). Its name holds a hash of the stage-one weights and of the data, so that a
-    cache of anything else is never read; old caches are deleted."""
+    Its name holds a hash of the stage-one weights and of the data, so that a cache of anything else
+    is never read; old ones are deleted. The file .npz beside it has labels (n,), mean and std."""
 
-    def __init__(self, model, data, folder, device, batch=64, workers=0, build=True):
+    def __init__(self, model, data, folder):
         weights = b"".join(v.cpu().numpy().tobytes() for v in model.state_dict().values())
         key = hashlib.sha256(weights + data.fingerprint().encode()).hexdigest()[:16]
-        self.path = os.path.join(folder, f"moments_{key}.npy")
-        if build and not os.path.exists(self.path):
-            for old in os.listdir(folder):
-                if old.startswith("moments_") and old.endswith((".npy", ".tmp")):
-                    os.remove(os.path.join(folder, old))   # stale, or left by a crash
-            self._encode(model, data, device, batch, workers)
-        self.moments = None
+        self.path = Path(folder, f"moments_{key}.npy")
 
-    def _encode(self, model, data, device, batch, workers):
-        shape = (len(data), 2, 2 * model.latent_dim, model.grid, model.grid)
-        temporary, labels, at = self.path + ".tmp", [], 0
-        file = np.lib.format.open_memmap(temporary, "w+", np.float16, shape)
+    def build(self, model, data, device, batch=64, workers=0):
+        """Encode all of the data, unless it is there already."""
+        if self.path.exists() and self.path.with_suffix(".npz").exists():
+            return
+        for old in self.path.parent.glob("moments_*"):     # stale, or left by a crash
+            old.unlink()
+        shape = (2 * len(data), 2 * model.latent_dim, model.grid, model.grid)
+        print(f"encoding {len(data)} images and their mirror images: {2 * np.prod(shape) / 1e9:.2f} "
+              f"GB in {self.path}")
         loader = torch.utils.data.DataLoader(data, batch, num_workers=workers)
+        vmae.write_array(self.path, np.float16, shape, self._encode(model, loader, device))
+
+    @torch.no_grad()
+    def _encode(self, model, loader, device):
+        """Yield the moments of each batch; at the end, save labels and statistics. z's variance
+        adds that of mu and the mean of sigma^2: E z^2 = E[mu^2 + sigma^2]. In float64."""
+        labels, sums = [], 0
         for x, y in tqdm(loader, desc="encoding", dynamic_ncols=True, mininterval=1):
             x = x.to(device)                                               # (B, 3, H, W)
-            for mirror, view in enumerate((x, x.flip(-1))):
-                with torch.no_grad():
-                    q = model.encode(view)                                 # over (B, d, h, w)
-                file[at:at + len(x), mirror] = torch.cat([q.mu, q.logvar], 1).half().cpu().numpy()
+            q = model.encode(torch.stack([x, x.flip(-1)], 1).flatten(0, 1))  # over (2B, d, h, w)
+            moments = torch.cat([q.mu, q.logvar], 1).half().cpu().numpy()  # (2B, 2d, h, w)
+            mu, logvar = np.split(moments.astype(np.float64), 2, axis=1)
+            square = mu**2 + np.exp(logvar)
+            sums = sums + np.stack([v.mean((2, 3)).sum(0) for v in (mu, square)])      # (2, d)
             labels.append(y)                                               # (B,)
-            at += len(x)
-        file.flush()
-        np.save(self.path[:-4] + "_labels.npy", torch.cat(labels).numpy())
-        os.replace(temporary, self.path)    # at the end, so that a cache that exists is complete
+            yield moments
+        labels = torch.cat(labels).numpy()
+        mean, square = sums / (2 * len(labels))                            # (d,) each
+        with vmae.whole_file(self.path.with_suffix(".npz")) as file:
+            np.savez(file, labels=labels, mean=mean, std=np.sqrt(square - mean**2))
 
     def open(self):
-        """Map the files, once the cache is there -> self."""
+        """Map the files, once they are there -> self. mean, std: of z per channel, (d,) each."""
         self.moments = np.load(self.path, mmap_mode="r")
-        self.labels = torch.from_numpy(np.load(self.path[:-4] + "_labels.npy"))
+        with np.load(self.path.with_suffix(".npz")) as file:
+            self.labels = torch.from_numpy(file["labels"])
+            self.mean, self.std = (torch.from_numpy(file[k]).float() for k in ("mean", "std"))
         return self
 
     def __len__(self):
         return len(self.moments)
 
-    def __getitems__(self, indices):
-        """A whole batch, which needs no collating: z (B, d, h, w), not normalised, and y (B,)."""
-        order = np.sort(indices)            # reading a file from front to back is faster
-        mirror = torch.randint(2, (len(order),)).numpy()   # 0: the image itself
-        moments = torch.from_numpy(self.moments[order, mirror].astype(np.float32))  # (B, 2d, h, w)
-        z = vmae.Gaussian(*moments.chunk(2, 1)).sample()                   # (B, d, h, w)
-        return z, self.labels[order]
-
-    def statistics(self):
-        """Mean and standard deviation of z per channel, (d,) each, over all draws, in float64. By
-        the law of total variance, E z^2 = E[mu^2 + sigma^2]."""
-        sums = 0
-        for start in range(0, len(self), 1024):            # in parts, to bound the memory
-            part = self.moments[start:start + 1024].astype(np.float64)
-            mu, logvar = np.split(part, 2, axis=2)                         # (n, 2, d, h, w) each
-            square = mu**2 + np.exp(logvar)
-            sums = sums + np.stack([v.mean((1, 3, 4)).sum(0) for v in (mu, square)])   # (2, d)
-        mean, square = sums / len(self)                                    # (d,) each
-        std = np.sqrt(square - mean**2)
-        return torch.from_numpy(mean).float(), torch.from_numpy(std).float()
+    def batch(self, indices):
+        """B indices -> mu and logvar (B, 2d, h, w), float16, and y (B,)."""
+        labels = self.labels[torch.tensor(indices) // 2]
+        return torch.from_numpy(self.moments[indices]), labels
 
 
 # ---- Stage two --------------------------------------------------------------------------------
 
 def options():
-    """The command line -> checked options; fill_in chooses those that are still None."""
+    """The command line -> as parse; fill_in chooses the options that are still None."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], usage="%(prog)s [options]")
     common_options(parser, "runs/ldm", RECIPES, "small on CUDA for a folder, otherwise tiny",
                    "default: that of stage one, as ")
@@ -168,21 +162,21 @@ def preview(model, ae, schedule, mean, std, classes, path):
     vmae.save_grid((x / 127.5 - 1).split(8), path)
 
 def main():
-    args = options()
+    args, saved = options()
     last = os.path.join(args.out, "last.pt")
-    stage_one = vmae.read_stage_one(last if args.resume else args.vmae)    # last.pt contains it
+    stage_one = (saved or {}).get("vmae") or vmae.read_stage_one(args.vmae)    # last.pt contains it
     device = vmae.pick_device(args.device)
     fill_in(args, stage_one, device.type == "cuda")        # args are complete from here on
-    rank, world, device = start_processes(device, args.batch)      # without torchrun rank 0 of 1
-    data = vmae.open_images(args.data, args.size, "train", args.val)       # as stage one had them
-    val = vmae.open_images(args.data, args.size, "val", args.val)          # for the held-out loss
+    rank, world, device = start_processes(device)          # without torchrun rank 0 of 1
+    data, val = vmae.open_images(args.data, args.size, args.val, args.out)  # as stage one had them
     classes = [] if args.no_classes else data.classes
     ae = vmae.build_vmae(stage_one).to(device)             # the autoencoder, frozen
 
     torch.manual_seed(args.seed)            # the same weights on every process
     model_args = ldm.dit_args(args.model, ae.grid, ae.latent_dim, len(classes))
-    init = read_init(args, model_args) if args.init else {}
-    model_args = init.get("model_args", model_args)
+    init = saved or (read_init(args, model_args) if args.init else {})
+    if args.init:                           # the shape of the network is that of --init
+        model_args = dict(init["model_args"], num_classes=len(classes))
     model = ldm.DiT(**model_args).to(device)
     if init:                                # strict=False: the table of labels may be missing
         model.load_state_dict(init["ema"], strict=False)
@@ -192,54 +186,66 @@ def main():
     parts = {"model": model, "ema": ema.model, "opt": optimiser(model)}
     start = 0
     if args.resume:
-        init = resume(last, model_args, parts, device, args.steps)
-        if init["schedule"] != schedule_args:
-            raise InputError(f"{last}: --resume keeps to {init['schedule']}; leave the options out")
-        start = ema.n = init["step"]        # the decay's warm-up goes on as well
-    begin(args, model, f"{len(data)} images, {len(classes) or 'no'} classes", start, rank)
-    cache = Moments(ae, data, args.out, device, workers=args.workers, build=rank == 0)
+        start = ema.n = resume(last, saved, model_args, parts, args.steps)     # EMA's warm-up too
+        if saved["schedule"] != dict(schedule_args, kind=args.schedule or old["kind"]):
+            raise InputError(f"{last}: --resume keeps to {saved['schedule']}; leave the options out")
+    low_precision = autocast(args, world, device)
+
+    def trial(n):                           # for micro_batches
+        z_0 = torch.zeros(n, ae.latent_dim, ae.grid, ae.grid, device=device)
+        with low_precision():
+            return ldm.loss_LDM(model, schedule, z_0)
+
+    mine = micro_batches(args, rank, world, device, model, trial)
+    begin(args, model, f"{len(data)} images, {len(classes) or 'no'} classes", rank)
+    cache = Moments(ae, data, args.out)
+    if rank == 0:
+        data.keep_list(args.out)
+        cache.build(ae, data, device, workers=args.workers)
     if world > 1:
         dist.barrier()                      # process 0 encodes; the others wait and then read
-    cache.open()
-    if init:                                # those that the weights of --init or last.pt know
-        mean, std = init["latent_mean"].to(device), init["latent_std"].to(device)  # (d,) each
-    else:
-        mean, std = (v.to(device) for v in cache.statistics())
-
+    cache.open()                            # mean, std: those that the weights know, if there are
+    mean, std = (init.get(f"latent_{name}", getattr(cache, name)).to(device)   # (d,) each
+                 for name in ("mean", "std"))
+    saved = init = None                     # their memory is free again
     net = torch.compile(model) if args.compile else model  # shares the weights of model
-    net = DistributedDataParallel(net) if world > 1 else net               # averages gradients
-    loader = endless_loader(cache, args, start, rank, world, collate_fn=lambda batch: batch)
+    batches = ahead(cache, args, start, mine, device)
     z_val, y_val = held_out_latents(val, classes, ae, mean, std)
-    low_precision, log = autocast(device), Log(args.out, start, args, rank)
     name = f"L_{schedule.objective}"        # the loss's name in the log: L_eps, L_v or L_flow
 
-    for step in range(start, args.steps):
-        lr = learning_rate(step, args.steps, args.lr)      # up, then down a cosine
-        z, y = (v.to(device, non_blocking=True) for v in next(loader))     # a new draw of q(z|x)
-        z_0 = ldm.normalise(z, mean, std)                                  # (B, d, h, w)
-        y = model.y_embedder.drop(y, args.drop) if classes else None       # (B,)
-        with low_precision():
-            loss = ldm.loss_LDM(net, schedule, z_0, y)     # a scalar, float32
-        terms = {name: loss}
-        update(parts["opt"], model, loss, terms, step, lr)                 # back, clip, step
-        ema.update(model)                   # what is sampled, and what sample.py will load
+    with Log(args, start, rank, device) as log:
+        for step in range(start, args.steps):
+            lr = learning_rate(step, args.steps, args.lr)  # up, then down a cosine
+            for number in mine:             # the micro-batches, whose gradients are summed
+                generator = vmae.seeded(args.seed, step, number, device=device)
+                moments, y = (v.to(device, non_blocking=True) for v in next(batches))
+                z = vmae.Gaussian(*moments.float().chunk(2, 1)).sample(generator)  # anew each time
+                z_0 = ldm.normalise(z, mean, std)                          # (B, d, h, w)
+                y = model.y_embedder.drop(y, args.drop, generator) if classes else None    # (B,)
+                with low_precision():
+                    loss = ldm.loss_LDM(net, schedule, z_0, y, generator)  # a scalar, float32
+                share = len(z) / args.batch
+                (share * loss).backward()
+                log.add({name: loss}, share)
+            fine = update(parts["opt"], model, lr, world)  # clip, step, zero
+            ema.update(model)               # what is sampled, and what sample.py will load
 
-        held_out, done = {}, step + 1
-        if rank == 0 and (done % args.save_every == 0 or done == args.steps):
-            log.pause()
-            vmae.save_checkpoint(
-                last, model_args=model_args, step=done, rng=rng_state(device),
-                train_args=vars(args), schedule=schedule_args, latent_mean=mean.cpu(),
-                latent_std=std.cpu(), classes=classes,
-                vmae={k: stage_one[k] for k in ("model_args", "model", "train_args")},
-                **{name: part.state_dict() for name, part in parts.items()})
-            with torch.no_grad():           # the same images, times and noise at each save
-                generator = torch.Generator(device).manual_seed(0)
-                loss_val = ldm.loss_LDM(ema.model, schedule, z_val, y_val, generator)
-            held_out = {f"{name}_val": round(loss_val.item(), 5)}
-            picture = os.path.join(args.out, f"preview_{done:06d}.png")
-            preview(ema.model, ae, schedule, mean, std, classes, picture)
-        log.step(done, terms, lr, held_out)
+            if log.step(step + 1, fine, lr):               # time to save
+                held_out = {}
+                if rank == 0:
+                    vmae.save_checkpoint(
+                        last, model_args=model_args, step=step + 1, train_args=vars(args),
+                        schedule=schedule_args, latent_mean=mean.cpu(), latent_std=std.cpu(),
+                        classes=classes,
+                        vmae={k: stage_one[k] for k in ("model_args", "model", "train_args")},
+                        **{key: part.state_dict() for key, part in parts.items()})
+                    with torch.no_grad():   # the same images, times and noise at each save
+                        generator = torch.Generator(device).manual_seed(0)
+                        loss_val = ldm.loss_LDM(ema.model, schedule, z_val, y_val, generator)
+                    held_out = {f"{name}_val": round(loss_val.item(), 5)}
+                    picture = os.path.join(args.out, f"preview_{step + 1:06d}.png")
+                    preview(ema.model, ae, schedule, mean, std, classes, picture)
+                log.write(held_out)
     if world > 1:
         dist.destroy_process_group()
 

@@ -15,10 +15,11 @@ import json
 import math
 import os
 import time
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 
 import torch
 import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import vmae
@@ -39,25 +40,30 @@ def common_options(parser, out, recipes, default_model, inherited="default: "):
     add("--size", type=int, help=f"pixels ({inherited}faces 32; a folder 256 on CUDA, else 64)")
     add("--model", choices=recipes, help=f"row of the sizes table (default: {default_model})")
     add("--batch", type=int, help=f"images per optimiser step {default(recipes, 'batch')}")
+    add("--micro", type=int, help="images at once; the gradients of a batch's parts are summed "
+        "(default: what fits into the device's memory)")
     add("--steps", type=int, help=f"optimiser steps in all {default(recipes, 'steps')}")
     add("--lr", type=float, help=f"peak learning rate {default(recipes, 'lr')}")
     add("--save-every", type=int, default=1000, help="steps between checkpoints (default: 1000)")
     add("--out", default=out, help="run folder (default: %(default)s)")
     add("--seed", type=int, default=0, help="of weights, order, masks and noise (default: 0)")
     add("--device", default="auto", help="cuda, cpu, mps... (default: cuda if there is one)")
-    add("--workers", type=int, help="processes that decode (default: a folder on CUDA 8, else 0)")
+    add("--precision", choices=("auto", "float32", "bfloat16"), default="auto", help="of matrix "
+        "products; auto: bfloat16 on CUDA from Ampere on, and where a CPU is faster with it")
+    add("--workers", type=int, help="processes that decode, if images are not kept decoded "
+        "(default: a folder on CUDA 8, else 0)")
     add("--resume", action="store_true", help="go on from last.pt in --out, with its options")
     add("--compile", action="store_true", help="torch.compile: faster after a slow first step")
 
 def parse(parser):
-    """The command line -> checked options. With --resume, those that are not given are as the run
-    had them, except for those that depend on the machine."""
-    given, _ = parser.parse_known_args()
+    """The command line -> (checked options, the checkpoint of --resume or None). With --resume,
+    those that are not given are as the run had them, except for those that depend on the machine."""
+    (given, _), saved = parser.parse_known_args(), None
     if given.resume:
-        saved = vmae.read_checkpoint(os.path.join(given.out, "last.pt"), "train_args")["train_args"]
-        machine = ("resume", "out", "device", "workers", "compile")
-        parser.set_defaults(**{k: saved[k] for k in saved if k in given and k not in machine})
-    return vmae.check(parser.parse_args())
+        saved = vmae.read_checkpoint(os.path.join(given.out, "last.pt"), "train_args")
+        old, machine = saved["train_args"], ("resume", "out", "device", "workers", "compile")
+        parser.set_defaults(**{k: old[k] for k in old if k in given and k not in machine})
+    return vmae.check(parser.parse_args()), saved
 
 def use_recipe(args, recipes, cuda):
     """Choose --batch, --steps, --lr and --workers, if they were not given."""
@@ -66,45 +72,121 @@ def use_recipe(args, recipes, cuda):
     if args.workers is None:
         args.workers = 8 if cuda and args.data else 0
 
-def start_processes(device, batch):
+def start_processes(device):
     """Join the group if torchrun started us -> (rank, number of processes, our device)."""
     world = int(os.environ.get("WORLD_SIZE", 1))           # set by torchrun
     if world == 1:
         return 0, 1, device
-    if batch % world:
-        raise InputError(f"--batch {batch}: give a multiple of {world}, the number of processes")
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))       # one GPU each
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return dist.get_rank(), world, device
 
-def autocast(device):
-    """A context in which matrix products run in bfloat16 if the hardware is made for it: on CUDA,
-    and on CPUs for which Linux lists avx512_bf16, amx_bf16 or Arm's bf16. Elsewhere in float32."""
-    fast = device.type == "cuda"
-    if device.type == "cpu" and os.path.exists("/proc/cpuinfo"):
-        with open("/proc/cpuinfo") as file:
-            fast = "bf16" in file.read()
-    return lambda: torch.autocast(device.type, torch.bfloat16, enabled=fast)
+def least(value, world, device):
+    """The smallest of the processes' values, on which they thus agree."""
+    value = torch.tensor(value, device=device)
+    if world > 1:
+        dist.all_reduce(value, dist.ReduceOp.MIN)
+    return value.item()
 
-def endless(n, seed, first, rank, world):
+def autocast(args, world, device):
+    """Choose --precision, if it is auto -> a context in which matrix products have it."""
+    if args.precision == "auto":
+        fast = least(int(vmae.has_bfloat16(device)), world, device)
+        args.precision = "bfloat16" if fast else "float32"
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = True              # shapes repeat: try all algorithms once
+        torch.set_float32_matmul_precision("high")         # what remains in float32: as TF32
+    return lambda: torch.autocast(device.type, torch.bfloat16, args.precision == "bfloat16")
+
+def saved_bytes(function):
+    """Run function(), a forward pass -> the bytes that it keeps for the backward pass."""
+    storages = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        storages[storage._cdata] = storage.nbytes()        # several views may share one
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = function()                   # holds its graph, so that no storage is used twice
+    del loss
+    return sum(storages.values())
+
+def free_memory(device):
+    """Bytes that a run may use. On CUDA what is free; elsewhere half of what is built in."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    pages = os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 2**22   # Windows: of 16 GiB
+    return pages * (os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 2**12) // 2
+
+def micro_batches(args, rank, world, device, model, forward):
+    """Choose --micro, if it was not given -> the numbers of this process's parts of each batch.
+
+    forward(n): the loss of n images. What it keeps grows with n, so that two passes tell what one
+    image takes. Gradients and AdamW's moments are as large as the weights, three times; of what is
+    then free, a third is left for what lives shortly, and for fragments."""
+    if args.micro is None:
+        weights = sum(p.numel() * p.element_size() for p in model.parameters())
+        free = free_memory(device) - 3 * weights
+        image = saved_bytes(lambda: forward(2)) - saved_bytes(lambda: forward(1))
+        fits = least(max(1, int(2 / 3 * free / image)), world, device)
+        args.micro = math.ceil(args.batch / math.ceil(args.batch / world / fits) / world)
+    parts = math.ceil(args.batch / args.micro)             # the last one may be smaller
+    if parts < world:
+        raise InputError(f"--batch {args.batch} --micro {args.micro}: {parts} parts are too few "
+                         f"for {world} processes; give --micro {max(1, args.batch // world)}")
+    return range(rank, parts, world)
+
+def endless(n, seed, first):
     """Numbers below n without end, shuffled anew in each epoch. Position p is place p % n of epoch
-    p // n, so --resume can start anywhere, and each process takes every world-th position."""
-    position, epoch = first + rank, None
+    p // n, so that --resume can start at any position, `first`."""
+    position, epoch = first, None
     while True:
         if position // n != epoch:
             epoch = position // n
             order = torch.randperm(n, generator=vmae.seeded(seed, epoch)).tolist()
         yield order[position % n]
-        position += world                   # the other processes take those between
+        position += 1
 
-def endless_loader(data, args, start, rank, world, **options):
-    """Iterator over this process's share of the batches from step `start` on. Without a generator
-    of its own DataLoader would draw from torch's, whose state --resume has restored."""
-    options["sampler"] = endless(len(data), args.seed, start * args.batch, rank, world)
-    options["generator"] = torch.Generator().manual_seed(args.seed)
-    return iter(torch.utils.data.DataLoader(data, args.batch // world, **options))
+def shares(n, args, start, parts):
+    """The images of this process's parts of each batch, from step `start` on, without end: lists of
+    numbers below n, sorted, because a file is read faster from front to back."""
+    numbers = endless(n, args.seed, start * args.batch)
+    while True:
+        batch = list(islice(numbers, args.batch))
+        for part in parts:
+            yield sorted(batch[part * args.micro:(part + 1) * args.micro])
+
+class Batches(torch.utils.data.Dataset):
+    """For DataLoader: a whole batch is one item."""
+
+    def __init__(self, data):
+        self.data = data
+
+    def __getitem__(self, indices):
+        return self.data.batch(indices)
+
+def ahead(data, args, start, parts, device, workers=0):
+    """Endless iterator over what this process trains on, data.batch(...) for each of `shares`. A
+    thread draws the next batch while a GPU works on this one, into memory that a GPU can copy from
+    by itself (pinned). On a CPU it would only take the cores from the training."""
+    batches = map(data.batch, order := shares(len(data), args, start, parts))
+    if workers > 0:
+        batches = iter(torch.utils.data.DataLoader(Batches(data), sampler=order, batch_size=None,
+                                                   num_workers=workers))
+    if device.type != "cuda":
+        yield from batches
+
+    def draw():
+        return [v.pin_memory() for v in next(batches)]
+
+    with ThreadPoolExecutor(1) as pool:
+        following = pool.submit(draw)
+        while True:
+            batch, following = following.result(), pool.submit(draw)
+            yield batch
 
 def learning_rate(step, steps, peak):
     """Linear warm-up over 2 % of the run, while AdamW's moments settle; a cosine down to zero."""
@@ -120,28 +202,30 @@ def optimiser(model):
               {"params": [p for p in matrix if not matrix[p]], "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)        # one kernel per step
 
-def update(opt, model, loss, terms, step, lr):
-    """One optimiser step, with gradients clipped at norm 1. InputError names the term that is not
-    finite, before it can reach the weights or a checkpoint."""
+def update(opt, model, lr, world):
+    """One optimiser step with the gradients that all processes have summed, clipped at norm 1, and
+    then zeroed -> whether they were finite, a tensor. If not, nothing is changed: AdamW's kernel
+    leaves out a step if found_inf is 1, so that the CPU does not have to wait for the GPU."""
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    if world > 1:                           # as one vector, in one go
+        flat = torch.cat([g.flatten() for g in grads])
+        dist.all_reduce(flat)               # the sum over the processes
+        for g, part in zip(grads, flat.split([g.numel() for g in grads])):
+            g.copy_(part.view_as(g))
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    fine = norm.isfinite()
     for group in opt.param_groups:
         group["lr"] = lr
-    opt.zero_grad()                         # those of the step before
-    loss.backward()                         # DDP averages the gradients over the processes here
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    if not math.isfinite(loss.item() + norm.item()):
-        broken = [k for k, v in {**terms, "the gradient": norm}.items() if not v.isfinite()]
-        raise InputError(f"step {step}: {' and '.join(broken)} became infinite or NaN; go on from "
-                         f"the last checkpoint with --resume and a lower --lr")
+    opt.found_inf = (~fine).float()
     opt.step()
+    opt.zero_grad()
+    return fine
 
-def rng_state(device):
-    """The random state that --resume needs. A run on the CPU never asks CUDA for anything."""
-    cuda = {"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {}
-    return {"cpu": torch.get_rng_state(), **cuda}
-
-def resume(path, model_args, parts, device, steps):
-    """Load the state of `parts`, by name, and of the random generators from last.pt -> its dict."""
-    ckpt = vmae.read_checkpoint(path, "model_args", "step", "rng", *parts)
+def resume(path, ckpt, model_args, parts, steps):
+    """Load the state of `parts`, by name, from the checkpoint `ckpt`, read from path -> its step."""
+    if missing := {"model_args", "model", "step", *parts} - ckpt.keys():
+        raise InputError(f"{path}: lacks {', '.join(sorted(missing))}; leave out what changes the "
+                         f"model, or give another --out")
     if ckpt["model_args"] != model_args:
         raise InputError(f"{path}: holds another model, {ckpt['model_args']}; leave out what "
                          f"changes the model, or give another --out")
@@ -149,51 +233,80 @@ def resume(path, model_args, parts, device, steps):
         raise InputError(f"{path}: is at step {ckpt['step']} already; give a larger --steps")
     for name, part in parts.items():
         part.load_state_dict(ckpt[name])    # with AdamW's moments, without which the loss jumps
-    torch.set_rng_state(ckpt["rng"]["cpu"])
-    if device.type == "cuda" and "cuda" in ckpt["rng"]:
-        torch.cuda.set_rng_state(ckpt["rng"]["cuda"], device)
-    return ckpt
+    return ckpt["step"]
 
-def begin(args, model, what, start, rank):
-    """Process 0 makes the run folder and prints what will run; the others seed their own noise."""
-    if rank > 0:
-        torch.manual_seed(args.seed + 1000 * rank + start)
-    else:
+def begin(args, model, what, rank):
+    """Process 0 makes the run folder and prints what will run."""
+    if rank == 0:
         os.makedirs(args.out, exist_ok=True)
         count = sum(p.numel() for p in model.parameters()) / 1e6
         print(f"{what}, {count:.2f} M parameters\n", *(f"{k}={v}" for k, v in vars(args).items()))
 
 class Log:
-    """The bar on the screen and log.jsonl in the run folder, written by process 0."""
+    """The bar on the screen and log.jsonl in the run folder, written by process 0. All sums stay on
+    the device, and are read every 50 steps and at each save only."""
 
-    def __init__(self, out, start, args, rank):
-        self.rank, self.steps, self.batch, self.paused = rank, args.steps, args.batch, None
+    def __init__(self, args, start, rank, device):
+        self.args, self.rank, self.start, self.last, self.paused = args, rank, start, start, None
+        self.seen, self.held_out, self.clock = {}, {}, time.perf_counter()
+        self.row = self.longest = self.skipped = torch.zeros((), device=device)
         if rank == 0:
             self.bar = tqdm(total=args.steps, initial=start, dynamic_ncols=True, mininterval=1)
-            self.file = open(os.path.join(out, "log.jsonl"), "a" if start else "w")
-        self.clock, self.last, self.seen, self.held_out = time.perf_counter(), start, {}, {}
+            self.file = open(os.path.join(args.out, "log.jsonl"), "a" if start else "w")
 
-    def pause(self):                        # before a save, whose time does not count
-        self.paused = time.perf_counter()
+    def __enter__(self):
+        return self
 
-    def step(self, step, terms, lr, held_out):
-        """To be called after each step; writes a line every 50 steps and at each save. terms: the
-        losses, of which it writes the mean over the steps that had them. held_out: of a save."""
-        if self.rank > 0:
-            return
-        self.bar.update()
+    def __exit__(self, kind, error, trace):
+        if self.rank == 0:
+            self.bar.close()
+            self.file.close()
+        if kind is torch.OutOfMemoryError:
+            raise InputError(f"out of memory with {self.args.micro} images at once; give --micro "
+                             f"{max(1, self.args.micro // 2)}") from None
+
+    def add(self, terms, share):
+        """Losses of a micro-batch that is this share of the batch. What is not finite is left out
+        of their means."""
         for name, value in terms.items():
-            total, count = self.seen.get(name, (0, 0))
-            self.seen[name] = total + value.detach(), count + 1            # stays on the device
-        if step % 50 == 0 or held_out or step == self.steps:
-            now = self.paused or time.perf_counter()
-            speed = (step - self.last) * self.batch / (now - self.clock)   # images per second
-            means = {k: round((total / n).item(), 5) for k, (total, n) in self.seen.items()}
-            line = {"step": step, "lr": lr, "images_per_s": round(speed, 1), **means, **held_out}
-            print(json.dumps(line), file=self.file, flush=True)            # a plot may follow it
+            fine = value.detach().isfinite()
+            total, good, all_ = self.seen.get(name, (0, 0, 0))
+            total = total + share * value.detach().where(fine, torch.zeros_like(value))
+            self.seen[name] = total, good + share * fine, all_ + share
+
+    def step(self, step, fine, lr):
+        """To be called after each step -> whether it is time to save, and then to call `write`.
+        fine: whether the gradient was finite, a tensor. InputError after ten bad steps in a row."""
+        self.row = (self.row + 1) * ~fine                  # bad steps up to now, without a good one
+        self.longest, self.skipped = self.longest.maximum(self.row), self.skipped + ~fine
+        saving = step % self.args.save_every == 0 or step == self.args.steps
+        if self.rank == 0:
+            self.bar.update()
+        if not saving and step % 50 > 0:
+            return False
+        means = {k: (round((total / good).item(), 5) if good > 0 else None, good > 0.999 * all_)
+                 for k, (total, good, all_) in self.seen.items()}
+        if self.longest >= min(10, step - self.start):
+            broken = [k for k, (_, sound) in means.items() if not sound] or ["the gradient"]
+            raise InputError(f"step {step}: {' and '.join(broken)} infinite or NaN, ten times in a "
+                             f"row; go on from the last checkpoint with --resume, a lower --lr")
+        speed = (step - self.last) * self.args.batch / (time.perf_counter() - self.clock)
+        self.line = {"step": step, "lr": lr, "images_per_s": round(speed, 1),
+                     **{k: mean for k, (mean, _) in means.items()}}
+        if self.skipped > 0:                # bad batches since the start or --resume
+            self.line["skipped"] = int(self.skipped)
+        if not saving:
+            self.write({})
+        return saving
+
+    def write(self, held_out):
+        """One line in the log, with what a save has measured on held-out images."""
+        if self.rank == 0:
+            print(json.dumps({**self.line, **held_out}), file=self.file, flush=True)
             self.held_out = held_out or self.held_out      # the bar keeps the last ones
-            self.bar.set_postfix(img_s=f"{speed:.0f}", **means, **self.held_out, refresh=False)
-            self.clock, self.last, self.seen, self.paused = time.perf_counter(), step, {}, None
+            shown = {k: v for k, v in self.line.items() if k not in ("step", "lr")}
+            self.bar.set_postfix(**shown, **self.held_out, refresh=False)
+        self.clock, self.last, self.seen = time.perf_counter(), self.line["step"], {}
 
 
 # ---- Stage one --------------------------------------------------------------------------------
@@ -218,7 +331,7 @@ PRESETS = {
     "vmae": dict(arch="vit", mask=0.6, lambda_reg=1e-4, kl_mean="free", lambda_p=None)}
 
 def options():
-    """The command line -> checked options; fill_in and perceptual choose those that are None."""
+    """The command line -> as parse; fill_in and perceptual choose the options that are None."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], usage="%(prog)s [options]")
     common_options(parser, "runs/vmae", RECIPES, "tiny to 32 px; above, base on CUDA, else small")
     add = parser.add_argument
@@ -244,16 +357,19 @@ def options():
     add("--kl-mean", choices=("free", "zero"), help="free: L_reg pulls only the variance, to 1, "
         f"Section 4.4; zero: the KL of Eq. (1) {default(PRESETS, 'kl_mean', 'others zero')}")
     add("--vgg-weights", help="local copy of torchvision's vgg16-397923af.pth, for LPIPS")
+    add("--no-cache", action="store_true", help="decode images in each epoch anew; by default a "
+        "folder's decoded images are kept in --out, 3 * size^2 bytes each, if the disk has room")
+    parser.set_defaults(adv_start=None)     # half of --steps at the start; --resume keeps to it
     given, _ = parser.parse_known_args()    # a first look, for --preset and --tune
     tuned = dict(mask=0.0, lambda_p=None) if given.tune else {}
     parser.set_defaults(out=f"runs/{'tuned' if given.tune else given.preset}",
                         **{**AE, **PRESETS[given.preset], **tuned})
-    args = parse(parser)
+    args, saved = parse(parser)
     if args.tune and not args.init:
         raise InputError("--tune decoder: needs a trained model; name its checkpoint with --init")
     if args.compile and args.lambda_adv > 0:
         raise InputError("--compile: cannot be given with an adversarial loss (--lambda-adv)")
-    return args
+    return args, saved
 
 def fill_in(args, cuda, init):
     """Choose the options that were not given. The shape of the model is that of --init, if any."""
@@ -264,9 +380,11 @@ def fill_in(args, cuda, init):
         raise InputError(f"--mask {args.mask}: convolutions cannot skip patches; give --mask 0")
     args.size = args.size or (32 if args.data is None else 256 if cuda else 64)
     args.model = args.model or ("tiny" if args.size <= 32 else "base" if cuda else "small")
-    if args.arch == "conv" and args.model == "base":       # 2.5 GiB per image, ten times VMAE's
+    if args.arch == "conv" and args.model == "base":       # 22 times the operations of VMAE
         args.batch = args.batch or 16
     use_recipe(args, RECIPES, cuda)
+    # Late (Esser 2021): an early x_hat is too easy to tell from x.
+    args.adv_start = args.steps // 2 if args.adv_start is None else args.adv_start
 
 def new_model(args, init):
     """Options -> (model, arguments of its constructor), with the weights of --init if it is given.
@@ -328,74 +446,98 @@ def validate(model, x_val, args, path):
     found = {"PSNR_val": whole, "PSNR_m_val": masked} if masked else {"PSNR_val": whole}
     return {name: round(torch.cat(values).mean().item(), 2) for name, values in found.items()}
 
+def trial_loss(n, size, model, lambda_p, lpips_net, disc, low_precision):
+    """A loss of n grey images, with all that a step of the options computes: for micro_batches."""
+    x = torch.zeros(n, 3, size, size, device=model.logvar_x.device)
+    with low_precision():
+        p, q, mask = model(x, 0.0)          # whole images need more memory than masked ones
+        loss, _ = vmae.loss_VMAE(x, p, q, mask, model.patch_size, lambda_P=lambda_p,
+                                 lpips_net=lpips_net)
+        return loss if disc is None else loss + disc(torch.cat([x, p.mode()])).float().mean()
+
 def main():
-    args = options()
+    args, saved = options()
     device = vmae.pick_device(args.device)  # cuda, cpu or mps
     init = vmae.read_stage_one(args.init) if args.init else None           # ours or published
     fill_in(args, device.type == "cuda", init)
-    rank, world, device = start_processes(device, args.batch)      # without torchrun rank 0 of 1
-    train = vmae.open_images(args.data, args.size, "train", args.val, keep=args.workers == 0)
-    val = vmae.open_images(args.data, args.size, "val", args.val)          # never trained on
+    rank, world, device = start_processes(device)          # without torchrun rank 0 of 1
+    train, val = vmae.open_images(args.data, args.size, args.val, args.out)
     torch.manual_seed(args.seed)            # the same weights on every process
     model, model_args = new_model(args, init)
-    model, lpips_net = model.to(device), perceptual(args, device)          # also sets args.lambda_p
+    # Convolutions are faster if the channels of a pixel lie side by side in memory.
+    layout = torch.channels_last if args.arch == "conv" else torch.contiguous_format
+    model = model.to(device, memory_format=layout)
+    lpips_net = perceptual(args, device)    # also sets args.lambda_p
     parts = {"model": model, "opt": optimiser(model)}      # a checkpoint holds the state of each
     disc = vmae.discriminator(args.size).to(device) if args.lambda_adv > 0 else None
     if disc is not None:
         parts.update(disc=disc, disc_opt=optimiser(disc))  # and SD-VAE's discriminator
-    adv_start = args.steps // 2             # late (Esser 2021): an early x_hat is too easy to tell
-    start, last = 0, os.path.join(args.out, "last.pt")
-    if args.resume:
-        start = resume(last, model_args, parts, device, args.steps)["step"]
-    begin(args, model, f"{len(train)} images to train on, {len(val)} held out", start, rank)
-
-    # net shares model's weights, judge disc's. dynamic=False: one graph for masked, one for whole.
-    net = torch.compile(model, dynamic=False) if args.compile else model
-    net = DistributedDataParallel(net) if world > 1 else net
-    judge = DistributedDataParallel(disc) if disc and world > 1 else disc
-    loader = endless_loader(train, args, start, rank, world, num_workers=args.workers,
-                            pin_memory=device.type == "cuda")
+    last = os.path.join(args.out, "last.pt")
+    start = resume(last, saved, model_args, parts, args.steps) if args.resume else 0
+    saved = init = None                     # their memory is free again
+    low_precision = autocast(args, world, device)
+    mine = micro_batches(args, rank, world, device, model, lambda n: trial_loss(
+        n, args.size, model, args.lambda_p, lpips_net, disc, low_precision))
+    begin(args, model, f"{len(train)} images to train on, {len(val)} held out", rank)
+    if args.data and rank == 0:
+        train.keep_list(args.out)
+        train.keep_pixels(args.out, not args.no_cache)
+    if args.data and world > 1:
+        dist.barrier()                      # process 0 decodes; the others wait and then read
+        train.keep_pixels(args.out, not args.no_cache)
+    if args.compile:                        # dynamic=False: one graph for masked, one for whole
+        for half in ("encode_tokens", "decode_tokens") if args.arch == "vit" else ("encode", "decode"):
+            setattr(model, half, torch.compile(getattr(model, half), dynamic=False))
+    workers = 0 if args.data and train.pixels is not None else args.workers
+    batches = ahead(train, args, start, mine, device, workers)
     shown = torch.randperm(len(val), generator=torch.Generator().manual_seed(0))[:64].tolist()
     x_val = torch.stack([val[i][0] for i in shown])                        # (64, 3, H, W)
-    low_precision, log = autocast(device), Log(args.out, start, args, rank)
 
     # x -> x_v -> q(z|x_v) -> z -> p(x|z) -> L_VMAE. dae adds noise to x, sdvae an adversary.
-    for step in range(start, args.steps):
-        lr = learning_rate(step, args.steps, args.lr)      # up, then down a cosine
-        mask_ratio = 0.0 if is_whole(step, args.whole) else args.mask      # whole: nothing masked
-        x = vmae.random_flip(next(loader)[0].to(device, non_blocking=True))    # (B, 3, H, W)
-        x_in = x + args.noise * torch.randn_like(x) if args.noise > 0 else x  # only for dae
-        with low_precision():
-            p, q, mask = net(x_in, mask_ratio)             # mask (B, N), 1 = masked
-        loss, terms = vmae.loss_VMAE(       # a scalar, and {name: scalar}
-            x, p, q, mask, model.patch_size, lambda_M=args.lambda_m if mask_ratio > 0 else 0.0,
-            lambda_P=args.lambda_p, lambda_reg=args.lambda_reg, kl_mean=args.kl_mean,
-            lpips_net=lpips_net)
+    with Log(args, start, rank, device) as log:
+        for step in range(start, args.steps):
+            lr = learning_rate(step, args.steps, args.lr)  # up, then down a cosine
+            mask_ratio = 0.0 if is_whole(step, args.whole) else args.mask  # whole: nothing masked
+            adversary = disc is not None and step >= args.adv_start
+            for number in mine:             # the micro-batches, whose gradients are summed
+                generator = vmae.seeded(args.seed, step, number, device=device)
+                x, _ = next(batches)        # uint8
+                share, x = len(x) / args.batch, vmae.to_float(x.to(device, non_blocking=True))
+                x = vmae.random_flip(x, generator)                         # (B, 3, H, W)
+                x_in = x
+                if args.noise > 0:          # only for dae
+                    x_in = x + args.noise * torch.randn(x.shape, generator=generator, device=device)
+                with low_precision():
+                    p, q, mask = model(x_in, mask_ratio, generator)        # mask (B, N), 1 = masked
+                    loss, terms = vmae.loss_VMAE(          # a scalar, and {name: scalar}
+                        x, p, q, mask, model.patch_size, args.lambda_m if mask_ratio > 0 else 0.0,
+                        args.lambda_p, args.lambda_reg, args.kl_mean, lpips_net)
+                    if adversary:           # SD-VAE's addition: the decoder against disc
+                        disc.requires_grad_(False)
+                        fake = disc(p.mode())                              # (B, 1, h', w')
+                        terms["L_G"] = vmae.loss_G(fake, loss, model.last_layer)   # a scalar
+                        loss = loss + args.lambda_adv * terms["L_G"]
+                (share * loss).backward()
+                if adversary:               # and disc on x and x_hat, in one pass
+                    disc.requires_grad_(True)
+                    with low_precision():
+                        real, fake = disc(torch.cat([x, p.mode().detach()])).chunk(2)
+                    terms["L_D"] = vmae.loss_D(real, fake)
+                    (share * terms["L_D"]).backward()
+                log.add(terms, share)
+            fine = update(parts["opt"], model, lr, world)  # clip, step, zero
+            if adversary:
+                fine = fine & update(parts["disc_opt"], disc, lr, world)
 
-        adversary = disc is not None and step >= adv_start
-        if adversary:                       # SD-VAE's addition: the decoder against disc
-            disc.requires_grad_(False)
-            with low_precision():
-                fake = disc(p.mode())                                      # (B, 1, h', w')
-            terms["L_G"] = vmae.loss_G(fake, loss, model.last_layer)       # a scalar
-            loss = loss + args.lambda_adv * terms["L_G"]
-        update(parts["opt"], model, loss, terms, step, lr)                 # back, clip, step
-        if adversary:                       # and disc's own step, on x and x_hat in one pass
-            disc.requires_grad_(True)
-            with low_precision():
-                real, fake = judge(torch.cat([x, p.mode().detach()])).chunk(2)  # (B, 1, h', w')
-            terms["L_D"] = vmae.loss_D(real, fake)
-            update(parts["disc_opt"], disc, terms["L_D"], terms, step, lr)
-
-        held_out, done = {}, step + 1
-        if rank == 0 and (done % args.save_every == 0 or done == args.steps):
-            log.pause()
-            vmae.save_checkpoint(last, model_args=model_args, step=done, rng=rng_state(device),
-                                 train_args=vars(args),
-                                 **{name: part.state_dict() for name, part in parts.items()})
-            picture = os.path.join(args.out, f"preview_{done:06d}.png")
-            held_out = validate(model, x_val, args, picture)               # PSNR, in dB
-        log.step(done, terms, lr, held_out)
+            if log.step(step + 1, fine, lr):               # time to save
+                held_out = {}
+                if rank == 0:
+                    vmae.save_checkpoint(
+                        last, model_args=model_args, step=step + 1, train_args=vars(args),
+                        **{name: part.state_dict() for name, part in parts.items()})
+                    picture = os.path.join(args.out, f"preview_{step + 1:06d}.png")
+                    held_out = validate(model, x_val, args, picture)       # PSNR, in dB
+                log.write(held_out)
     if world > 1:
         dist.destroy_process_group()
 

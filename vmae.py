@@ -12,13 +12,18 @@ that the paper compares VMAE with come last; a reader of the method can leave th
     z = vmae.encode(x).mode(); x_hat = vmae.decode(z)    (B, 3, H, W) -> (B, d, h, w) -> back
 """
 import argparse
+import contextlib
 import hashlib
+import json
 import math
 import os
+import shutil
 import sys
+import time
 import warnings
 import zlib
 from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +31,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageOps
+from tqdm import tqdm
 
 # Glossary: the letters in every shape comment of this repository
 #
@@ -140,10 +146,13 @@ def loss_M(p, x, mask, P):
 def loss_P(lpips_net, x, x_hat):
     """L_P = E[sum_l w_l ||psi_l(x) - psi_l(x_hat)||^2], LPIPS on VGG features. Section 4.3.
 
-    x, x_hat: (B, 3, H, W) in [-1, 1]. It compares whole images, as the authors' code does, and
-    always in float32. lpips_net: from load_lpips."""
+    x, x_hat: (B, 3, H, W) in [-1, 1]. It compares whole images, as the authors' code does. psi_l
+    has unit length at each place. The features may be in bfloat16 (under autocast), the distance is
+    in float32. lpips_net: from load_lpips."""
+    psi, psi_hat = (lpips_net.net(lpips_net.scaling_layer(v)) for v in (x, x_hat))
     with torch.autocast(x.device.type, enabled=False):
-        return lpips_net(x.float(), x_hat.float()).mean()
+        unit = [[F.normalize(v.float(), dim=1, eps=1e-10) for v in net] for net in (psi, psi_hat)]
+        return sum(w(((a - b) ** 2)).mean() for w, a, b in zip(lpips_net.lins, *unit))
 
 def loss_VMAE(x, p, q, mask, P, lambda_M=0.1, lambda_P=0.0, lambda_reg=1e-4, kl_mean="free",
               lpips_net=None):
@@ -372,13 +381,17 @@ def drop_variance(model):
     last.weight.data[model.latent_dim:] = 0
     last.bias.data[model.latent_dim:] = -40
 
-def save_checkpoint(path, **entries):
-    """Write one dict of tensors and plain values, whole or not at all: first under a temporary
-    name, so that a crash leaves the previous checkpoint."""
-    temporary = f"{path}.tmp"
+@contextlib.contextmanager
+def whole_file(path, size=0):
+    """A file to write that appears whole or not at all: it has a temporary name until the block
+    ends, so that a crash leaves the previous file. InputError if the disk lacks `size` bytes."""
+    temporary, free = f"{path}.tmp", shutil.disk_usage(os.path.dirname(path) or ".").free
+    if size > free:
+        raise InputError(f"{path}: needs {size / 1e9:.2f} GB and the disk has {free / 1e9:.2f} GB "
+                         f"free; make room, or give another --out")
     try:
         with open(temporary, "wb") as file:
-            torch.save(entries, file)
+            yield file
             file.flush()
             os.fsync(file.fileno())         # otherwise a power cut could leave the new file empty
         os.replace(temporary, path)
@@ -386,13 +399,32 @@ def save_checkpoint(path, **entries):
         Path(temporary).unlink(missing_ok=True)
         raise
 
+def save_checkpoint(path, **entries):
+    """Write one dict of tensors and plain values, whole or not at all."""
+    with whole_file(path) as file:
+        torch.save(entries, file)
+
+def read_safetensors(path):
+    """A .safetensors file -> {name: tensor}. It holds the length of its header in 8 bytes, the
+    header as JSON, {name: {"dtype", "shape", "data_offsets"}}, and the numbers."""
+    kinds = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16,
+             "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8}
+    data = bytearray(Path(path).read_bytes())
+    start = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:start])
+    header.pop("__metadata__", None)
+    return {name: torch.frombuffer(data, dtype=kinds[entry["dtype"]], count=math.prod(entry["shape"]),
+                                   offset=start + entry["data_offsets"][0]).view(entry["shape"])
+            for name, entry in header.items()}
+
 def read_checkpoint(path, *needed):
     """A checkpoint's dict, on the CPU. InputError if it is missing, damaged or lacks a key."""
     if not os.path.isfile(path):
         raise InputError(f"{path}: no such checkpoint; training writes last.pt into its --out")
     torch.serialization.add_safe_globals([argparse.Namespace])     # the authors' files hold one
     try:
-        ckpt = torch.load(path, map_location="cpu", weights_only=True)
+        ckpt = (read_safetensors(path) if str(path).endswith(".safetensors") else
+                torch.load(path, map_location="cpu", weights_only=True))
         missing = sorted(set(needed) - ckpt.keys())
     except Exception:
         raise InputError(f"{path}: not a checkpoint, or a damaged one") from None
@@ -458,32 +490,37 @@ def load_vmae(path, num_heads=12):
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 SKIPPED = (".", "grid.png", "trajectory.png")          # hidden files, and sample.py's overviews
 MIN_SIDE = 8           # pixels; anything smaller is a placeholder, not a photograph
+INDEX = "images.json"  # what `scan` found, in a run folder
 MAX_UNREADABLE = 0.01  # share of the files; a collected folder often has a few broken ones
-KEEP_BYTES = 2**30     # decoded images are kept in memory if they need less than this
-UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError,
-              Image.DecompressionBombWarning)  # what Pillow raises for broken files
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)    # open_image refuses them
 
-def image_size(path):
-    """File -> (width, height), from its header. OSError if a side is below MIN_SIDE."""
-    with warnings.catch_warnings():         # Pillow only warns of images above 90 million pixels
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        with Image.open(path) as image:
-            if min(image.size) < MIN_SIDE:
-                raise OSError(f"{image.width}x{image.height} pixels, too small")
-            return image.size
+def open_image(path):
+    """Image.open, which reads the header only. OSError for an image below MIN_SIDE or of over 90
+    million pixels; a damaged file may raise anything."""
+    image = Image.open(path)
+    if min(image.size) >= MIN_SIDE and image.width * image.height <= Image.MAX_IMAGE_PIXELS:
+        return image
+    image.close()
+    raise OSError(f"{image.width}x{image.height} pixels, too small or too large")
 
-def read_image(path, size):
+def read_image(path, size, draft=False):
     """File -> uint8 (3, size, size): turned upright as its EXIF says, any mode to RGB, transparent
-    parts white, short side resized, centre cropped. Raises one of UNREADABLE."""
-    image_size(path)                        # refuses what is too small or too large
-    with Image.open(path) as file:
-        image = ImageOps.exif_transpose(file)
-    if image.mode.startswith("I"):          # 16 bits, which Pillow's own conversion clips at 255
-        image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    image = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BICUBIC)
+    parts white, short side resized, centre cropped. draft: decode a JPEG at 1/2, 1/4 or 1/8 of its
+    size if it is still twice as large as wanted, in half the time and at 51 dB of the whole."""
+    with open_image(path) as image:
+        if draft:
+            image.draft(None, (2 * size, 2 * size))
+        try:
+            image = ImageOps.exif_transpose(image)
+        except Exception:                   # damaged EXIF; the picture itself may be sound
+            pass
+        if image.mode.startswith("I"):      # 16 bits, which Pillow's own conversion clips at 255
+            levels = np.asarray(image).clip(0, 65535) / 257
+            image = Image.fromarray(levels.round().astype(np.uint8))
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BICUBIC)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 def list_images(root):
@@ -497,67 +534,162 @@ def list_images(root):
                   if new and f.lower().endswith(EXTENSIONS) and not f.startswith(SKIPPED)]
     return sorted(found)
 
-class ImageFolder(torch.utils.data.Dataset):
-    """Images below `root`, recursively, as (x, y): x (3, size, size) in [-1, 1], y class index.
+class Unreadable:
+    """Names and counts the files of a folder that cannot be read; too many stop the run."""
+
+    def __init__(self, root, files):
+        self.root, self.files, self.bad = root, files, set()
+
+    def attempt(self, path, function, *args):
+        """function(file, *args), or None, with a warning, if the file is unreadable."""
+        file = os.path.join(self.root, path)
+        try:
+            return function(file, *args)
+        except Exception as error:          # whatever Pillow raises for what it was not made for
+            what = f"{file}: unreadable ({(str(error) or repr(error)).splitlines()[0]})"
+        self.bad.add(path)
+        if len(self.bad) > MAX_UNREADABLE * self.files:
+            raise InputError(f"{what}; over 1 % of the folder's files are unreadable, remove them")
+        warnings.warn(f"skipped {what}, {len(self.bad)} so far")
+
+def scan(root, folder=None):
+    """Folder -> ({path: [bytes, time, short side in pixels]} of its readable images, Unreadable).
+
+    All headers are read once, in threads. folder: a run folder, whose images.json, if it is there,
+    holds what an earlier call found; files of the same size and time are not opened again. InputError for a missing or empty folder,
+    or if over 1 % of the files are unreadable."""
+    if not os.path.isdir(root):
+        raise InputError(f"{root}: no such folder; give a folder of images")
+    paths, known = list_images(root), {}
+    if not paths:
+        raise InputError(f"{root}: no images in it (looked for {' '.join(EXTENSIONS)})")
+    if folder and os.path.exists(index := os.path.join(folder, INDEX)):
+        known = json.loads(Path(index).read_bytes())
+    unreadable = Unreadable(root, len(paths))
+
+    def look(path):                         # an unreadable header gives None
+        def header(file):
+            stat = os.stat(file)
+            entry = [stat.st_size, stat.st_mtime_ns]
+            if known.get(path, [])[:2] == entry:
+                return known[path]
+            with open_image(file) as image:
+                return [*entry, min(image.size)]
+        return unreadable.attempt(path, header)
+
+    with ThreadPoolExecutor(16) as pool:    # more than cores, for folders on a network
+        entries = list(tqdm(pool.map(look, paths), f"headers of {root}", len(paths), mininterval=1,
+                            dynamic_ncols=True, disable=len(paths) < 2000))
+    return {path: entry for path, entry in zip(paths, entries) if entry}, unreadable
+
+def to_float(x):
+    """0..255 -> [-1, 1], any shape. Images are uint8 until they are on the device that needs
+    floats: in memory, on the way from other processes, and on the way to a GPU."""
+    return x / 127.5 - 1
+
+class Images(torch.utils.data.Dataset):
+    """Of which ImageFolder and Faces are two kinds. data[i] is (x, y): x (3, size, size) in [-1, 1]
+    and y the index of its class. Training reads data.batch(indices): x uint8 (B, 3, size, size)
+    and y (B,)."""
+
+    def __getitem__(self, i):
+        return self.__getitems__([i])[0]
+
+    def __getitems__(self, indices):        # DataLoader asks for a whole batch if this exists
+        x, y = self.batch(indices)
+        return list(zip(to_float(x), y.tolist()))
+
+class ImageFolder(Images):
+    """Images below `root`, recursively.
 
     The sub-folders of root are the classes (`classes`, sorted by name). There are none, and y = 0,
     if root has fewer than two sub-folders or if images lie beside them. split: "train" or "val",
     about one image in twenty, chosen by its path, so that it changes neither with the machine nor
-    with added files; or "all". keep: keep decoded images in memory, for one process. InputError for
-    a missing or empty folder, or when over 1 % of the files are unreadable."""
+    with added files; or "all". scanned: what `scan` returned for root. InputError as scan's."""
 
-    def __init__(self, root, size, split="all", keep=False):
-        if not os.path.isdir(root):
-            raise InputError(f"{root}: no such folder; give a folder of images")
-        paths = list_images(root)
-        if not paths:
-            raise InputError(f"{root}: no images in it (looked for {' '.join(EXTENSIONS)})")
-        self.root, self.size, self.split, self.bad = str(root), size, split, set()
-        self.limit = MAX_UNREADABLE * len(paths)
-        readable = [p for p in paths if self._read(p, image_size)]
-
-        tops = {p.split("/")[0] if "/" in p else "" for p in readable}     # "": in root itself
+    def __init__(self, root, size, split="all", scanned=None):
+        self.root, self.size, self.split = str(root), size, split
+        self.files, self.unreadable = scanned or scan(root)
+        tops = {p.split("/")[0] if "/" in p else "" for p in self.files}   # "": in root itself
         self.classes = sorted(tops) if len(tops) > 1 and "" not in tops else []
-        rank = {p: zlib.crc32(p.encode()) for p in readable}   # a random-looking number per path
-        held_out = {p for p in readable if rank[p] % 20 == 0} or {min(readable, key=rank.get)}
-        self.paths = {"all": readable, "val": [p for p in readable if p in held_out],
-                      "train": [p for p in readable if p not in held_out]}[split]
+        rank = {p: zlib.crc32(p.encode()) for p in self.files}     # a random-looking number each
+        held_out = {p for p in rank if rank[p] % 20 == 0} or {min(rank, key=rank.get)}
+        self.paths = [p for p in rank if split == "all" or (split == "val") == (p in held_out)]
         if not self.paths:
             raise InputError(f"{root}: one image is not enough, as one is always held out")
         number = {name: y for y, name in enumerate(self.classes)}
-        self.labels = [number.get(p.split("/")[0], 0) for p in self.paths]
-        self.kept = {} if keep and len(self.paths) * 3 * size * size < KEEP_BYTES else None
-
-    def _read(self, path, function):
-        """function(file), or None, with a warning, if the file is unreadable."""
-        file = os.path.join(self.root, path)
-        try:
-            return function(file)
-        except UNREADABLE as error:
-            self.bad.add(path)
-            what = f"{file}: unreadable ({(str(error) or repr(error)).splitlines()[0]})"
-        if len(self.bad) > self.limit:
-            raise InputError(f"{what}; over 1 % of the folder's files are unreadable, remove them")
-        warnings.warn(f"skipped {what}, {len(self.bad)} so far")
+        self.labels = torch.tensor([number.get(p.split("/")[0], 0) for p in self.paths])
+        self.draft, self.pixels = False, None
 
     def __len__(self):
         return len(self.paths)
 
-    def __getitem__(self, i):
-        pixels = self.kept.get(i) if self.kept is not None else None
-        while pixels is None:
-            pixels = self._read(self.paths[i], lambda file: read_image(file, self.size))
-            if pixels is None:              # a sound header, but damage further on
-                i = (i + 1) % len(self)     # the next image takes its place, with its own label
-        if self.kept is not None:
-            self.kept[i] = pixels
-        return pixels / 127.5 - 1, self.labels[i]          # 0..255 to [-1, 1]
+    def read(self, i):
+        """-> pixels, uint8 (3, size, size), and label. If the file has a sound header but damage
+        further on, the next image takes its place, with its own label."""
+        while True:
+            pixels = self.unreadable.attempt(self.paths[i], read_image, self.size, self.draft)
+            if pixels is not None:
+                return pixels, self.labels[i]
+            i = (i + 1) % len(self)
+
+    def batch(self, indices):
+        """B indices -> x uint8 (B, 3, size, size), y (B,)."""
+        if self.pixels is not None:
+            return torch.from_numpy(self.pixels[indices]), self.labels[indices]
+        x, y = zip(*map(self.read, indices))
+        return torch.stack(x), torch.stack(y)
+
+    def keep_list(self, folder):
+        """Keep in `folder`, as images.json, what `scan` found."""
+        with whole_file(Path(folder, INDEX)) as file:
+            file.write(json.dumps(self.files).encode())
+
+    def keep_pixels(self, folder, allowed=True):
+        """Decode all images once and keep them in `folder`, in images_KEY.npy, uint8 (n, 3, size,
+        size), where KEY is of the files and the size. If that is not allowed, or if it takes over
+        nine tenths of the free disk, decode when needed, and JPEGs as drafts (read_image)."""
+        path = Path(folder, f"images_{self.fingerprint()[:16]}.npy")
+        shape, labels = (len(self), 3, self.size, self.size), path.with_suffix(".labels")
+        need, free = math.prod(shape), shutil.disk_usage(folder).free
+        self.draft = not path.exists() and not (allowed and need < 0.9 * free)
+        if self.draft:
+            return print(f"decoding images when they are needed; a copy of all {len(self)} takes "
+                         f"{need / 1e9:.2f} GB, and {folder} has {free / 1e9:.2f} GB free")
+        if not path.exists():
+            for old in Path(folder).glob("images_????????????????.*"):      # of other files, or left by a crash
+                old.unlink()
+            print(f"keeping {len(self)} decoded images in {folder}, {need / 1e9:.2f} GB")
+            write_array(path, np.uint8, shape, self._decode(labels))
+        self.pixels = np.load(path, mmap_mode="r")
+        self.labels = torch.from_numpy(np.load(labels))
+
+    def _decode(self, labels):
+        """Yield all pixels in order, decoded in threads, and save the labels that go with them."""
+        found = []
+        with ThreadPoolExecutor(os.cpu_count()) as pool, tqdm(
+                total=len(self), desc="decoding", dynamic_ncols=True, mininterval=1) as bar:
+            for part in torch.arange(len(self)).split(256):                # bounds the memory
+                for pixels, y in pool.map(self.read, part.tolist()):
+                    found.append(y)
+                    yield pixels.numpy()
+                    bar.update()
+        with whole_file(labels) as file:
+            np.save(file, torch.stack(found).numpy())
 
     def fingerprint(self):
         """A string that changes whenever a file is added, removed or edited."""
-        stats = [(p, os.stat(os.path.join(self.root, p))) for p in self.paths]
-        listing = repr([(p, s.st_size, s.st_mtime_ns) for p, s in stats])
+        listing = repr([(p, *self.files[p][:2]) for p in self.paths])
         return hashlib.sha256(f"{self.size} {self.split} {listing}".encode()).hexdigest()
+
+def write_array(path, dtype, shape, parts):
+    """Write `parts`, arrays that follow each other along the first axis, as one .npy of this shape.
+    Not through a memory map, in which a full disk is a signal that kills the process."""
+    header = dict(descr=np.dtype(dtype).str, fortran_order=False, shape=tuple(shape))
+    with whole_file(path, np.dtype(dtype).itemsize * math.prod(shape)) as file:
+        np.lib.format.write_array_header_1_0(file, header)
+        for part in parts:
+            file.write(np.ascontiguousarray(part, dtype).data)
 
 
 # ---- Images: the built-in faces ---------------------------------------------------------------
@@ -575,10 +707,10 @@ def hsv(h, s, v):
     k = (n + 6 * h) % 6                                                    # (B, 3, 1, 1)
     return v - v * s * torch.minimum(k, 4 - k).clamp(0, 1)
 
-class Faces(torch.utils.data.Dataset):
-    """Procedural faces as (x, y): x (3, size, size) in [-1, 1], y the index of its object. Face
-    number i of a seed is the same everywhere. The first FACES_TRAIN are for training, the next
-    FACES_VAL are held out. `render` also returns pattern and parts."""
+class Faces(Images):
+    """Procedural faces; the class is the object. Face number i of a seed is the same everywhere.
+    The first FACES_TRAIN are for training, the next FACES_VAL are held out. `render` also returns
+    pattern and parts."""
 
     def __init__(self, size, split="train", seed=0):
         self.size, self.seed, self.classes = size, seed, list(OBJECTS)
@@ -588,12 +720,13 @@ class Faces(torch.utils.data.Dataset):
     def __len__(self):
         return self.count
 
-    def __getitem__(self, i):
-        return self.__getitems__([i])[0]
+    def keep_list(self, folder):
+        """Faces are rendered, not listed."""
 
-    def __getitems__(self, indices):        # DataLoader asks for a whole batch if this exists
+    def batch(self, indices):
+        """B indices -> x uint8 (B, 3, size, size), y (B,)."""
         x, y, _, _ = self.render(indices)
-        return list(zip(x, y.tolist()))
+        return to_uint8(x), y
 
     def fingerprint(self):
         """A string that changes whenever the rendered faces change."""
@@ -691,18 +824,21 @@ class Faces(torch.utils.data.Dataset):
 
 # ---- Images of both kinds, and pictures -------------------------------------------------------
 
-def open_images(data, size, split, val=None, keep=False):
-    """The options --data and --val -> a dataset: a folder, or the built-in faces if data is None.
-    If --val names a folder of its own, nothing of --data is held out."""
+def open_images(data, size, val=None, folder=None):
+    """The options --data and --val -> the datasets (train, val): folders, or the built-in faces if
+    data is None. If --val names a folder of its own, nothing of --data is held out. folder: see
+    `scan`."""
     if data is None:
-        return Faces(size, split)
-    if val is None:
-        return ImageFolder(data, size, split, keep)
-    return ImageFolder(val if split == "val" else data, size, "all", keep)
+        return Faces(size, "train"), Faces(size, "val")
+    scanned = scan(data, folder)
+    if val is not None:
+        return ImageFolder(data, size, "all", scanned), ImageFolder(val, size, "all")
+    return tuple(ImageFolder(data, size, split, scanned) for split in ("train", "val"))
 
-def random_flip(x):
+def random_flip(x, generator=None):
     """Mirror half of the images, the only augmentation in stage one. (B, 3, H, W) -> the same."""
-    return torch.where(torch.rand(len(x), 1, 1, 1, device=x.device) < 0.5, x.flip(-1), x)
+    mirrored = torch.rand(len(x), 1, 1, 1, generator=generator, device=x.device) < 0.5
+    return torch.where(mirrored, x.flip(-1), x)
 
 def to_uint8(x):
     """[-1, 1] -> 0..255, rounded, any shape. All images that are saved or measured pass here."""
@@ -789,7 +925,7 @@ def cli(main):
     except KeyboardInterrupt:
         sys.exit("stopped; a training run goes on from its last checkpoint with --resume")
 
-ABOVE_0 = ("size", "batch", "steps", "lr", "save_every", "n", "clip", "shift")
+ABOVE_0 = ("size", "batch", "micro", "steps", "lr", "save_every", "n", "clip", "shift")
 AT_MOST = dict(mask=1, whole=1, drop=1, eta=1, interval=1, seed=2**32 - 1)     # torch takes 64 bits
 
 def check(args):
@@ -804,9 +940,10 @@ def check(args):
                 raise InputError(f"--{name.replace('_', '-')} must be {allowed}, not {value}")
     return args
 
-def seeded(seed, number):
-    """Random generator `number` of a seed, on the CPU. Two seeds lie 1,000,003 numbers apart."""
-    return torch.Generator().manual_seed(seed * 1_000_003 + number)
+def seeded(*numbers, device="cpu"):
+    """A random generator that depends on these numbers alone, such as seed, step, micro-batch."""
+    state = np.random.SeedSequence(numbers).generate_state(1)      # mixes them
+    return torch.Generator(device).manual_seed(int(state[0]))
 
 def pick_device(name):
     """--device -> torch.device. Nothing here touches CUDA if the user asks for the CPU."""
@@ -816,6 +953,22 @@ def pick_device(name):
         return torch.zeros(0, device=name).device
     except (RuntimeError, AssertionError):
         raise InputError(f"--device {name}: torch finds no such device, try cpu") from None
+
+
+def has_bfloat16(device):
+    """Whether matrix products are faster in bfloat16 than in float32. CUDA: from Ampere on; older
+    cards only imitate it. CPU: measured, as a list of its features cannot tell. Others: no."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    seconds = {torch.float32: 0.0, torch.bfloat16: math.inf}
+    for dtype in seconds if device.type == "cpu" else ():
+        a, taken = torch.ones(512, 512, dtype=dtype), []
+        for _ in range(10):
+            start = time.perf_counter()
+            a @ a
+            taken.append(time.perf_counter() - start)
+        seconds[dtype] = min(taken)         # what others on this machine do only adds to it
+    return seconds[torch.bfloat16] < 0.8 * seconds[torch.float32]
 
 
 # ---- The convolutional autoencoder of the paper's AE, DAE, VAE and SD-VAE, with a discriminator -
