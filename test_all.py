@@ -841,11 +841,13 @@ def test_two_micro_batches_equal_one_and_memory_is_named():
     Path("data").mkdir()
     for i, left in enumerate(half):                        # equal to their mirror images, so that
         Image.fromarray(np.concatenate([left, left[:, ::-1]], 1)).save(f"data/{i}.png")
-    for preset in ("ae", "ae --lambda-adv 0.1 --steps 1"):   # with ae nothing is left to chance
-        go = f"--precision float32 --lr 1e-4 --preset {preset} --batch 8 --micro"
-        one, two = trained(f"{go} 8", "one"), trained(f"{go} 3", "two")    # 3 + 3 + 2
-        for p, q in zip(one.parameters(), two.parameters(), strict=True):
-            close(p, q, 1e-6)
+    go = "--precision float32 --lr 1 --preset ae --batch 8 --micro"        # ae has no other chance
+    plain = mock.Mock(side_effect=lambda m: torch.optim.SGD(m.parameters()))
+    with mock.patch.object(train_vmae, "optimiser", plain):    # AdamW magnifies rounding errors
+        one, two = trained(f"{go} 8", "one"), trained(f"{go} 3", "two")    # 3 + 3 + 2 images
+    for p, q in zip(one.parameters(), two.parameters(), strict=True):
+        close(p, q, 1e-6)
+    assert all_differ(one, trained(f"{go} 8 --steps 1", "less"))
     assert torch.load("two/last.pt", weights_only=True)["train_args"]["micro"] == 3
     with mock.patch.object(vmae, "loss_R", side_effect=torch.OutOfMemoryError("CUDA")):
         text = runs(train_vmae.main, f"{TINY_RUN} --micro 4 --out none", status=1)
@@ -1472,7 +1474,8 @@ def test_sampling_depends_on_the_seed_alone_and_refuses_what_does_not_fit():
     refuses("--size", train_ldm.main, "--size 24 --out none")
     refuses("--schedule", train_ldm.main, "--init flat/last.pt --schedule cosine --no-classes")
     go = "--init flat/last.pt --no-classes --batch 4 --out on --steps"
-    runs(train_ldm.main, f"{go} 1"), runs(train_ldm.main, f"{go} 2 --resume --schedule cosine")
+    runs(train_ldm.main, f"{go} 1"), runs(train_ldm.main, f"{go} 2 --resume")
+    refuses("--resume keeps to", train_ldm.main, f"{go} 3 --resume --schedule cosine")
     assert torch.load("on/last.pt", weights_only=True)["schedule"]["kind"] == "linear"  # --init's
 
 @in_a_folder()
