@@ -842,7 +842,7 @@ def test_two_micro_batches_equal_one_and_memory_is_named():
     for i, left in enumerate(half):                        # equal to their mirror images, so that
         Image.fromarray(np.concatenate([left, left[:, ::-1]], 1)).save(f"data/{i}.png")
     go = "--precision float32 --lr 1 --preset ae --batch 8 --micro"        # ae has no other chance
-    plain = mock.Mock(side_effect=lambda m: torch.optim.SGD(m.parameters()))
+    plain = mock.Mock(side_effect=lambda m: torch.optim.SGD(m.parameters(), fused=True))
     with mock.patch.object(train_vmae, "optimiser", plain):    # AdamW magnifies rounding errors
         one, two = trained(f"{go} 8", "one"), trained(f"{go} 3", "two")    # 3 + 3 + 2 images
     for p, q in zip(one.parameters(), two.parameters(), strict=True):
@@ -939,6 +939,12 @@ def test_compilers_see_both_networks_in_one_piece():
                             (dit, z_t, torch.tensor([1, 5]), torch.tensor([0, 2]))):
         a, b = (f(*args) for f in (function, whole(function)))
         close(getattr(a, "mu", a), getattr(b, "mu", b), 1e-5)
+    rope, q = dit.feat_rope, torch.randn(2, 16, 8)         # elsewhere than on a CPU RoPE is real
+    elsewhere = mock.MagicMock(wraps=q, device=torch.device("meta"), dtype=q.dtype)
+    elsewhere.__mul__ = lambda _, other: q * other
+    with mock.patch.object(torch, "view_as_complex", side_effect=AssertionError):
+        real = ldm.Rope.forward(rope, elsewhere)
+    close(real, rope(q), 1e-6)
 
 @in_a_folder()
 def test_compiled_training_takes_masked_and_whole_steps():
