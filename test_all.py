@@ -729,8 +729,8 @@ def test_cache_equals_fresh_encoding_and_is_never_stale():
     cache, data = moments(), ImageFolder("data", 16)
     for i in (0, 8, 16):
         q = model.encode(torch.stack([data[i][0], data[i][0].flip(-1)]))   # image, mirror
-        close(cache.batch([2 * i, 2 * i + 1])[0], torch.cat([q.mu, q.logvar], 1), 0.01)  # float16
-    every, y = cache.batch(range(len(cache)))
+        close(cache[[2 * i, 2 * i + 1]][0], torch.cat([q.mu, q.logvar], 1), 0.01)  # float16
+    every, y = cache[list(range(len(cache)))]
     assert every.dtype == torch.float16 and y.tolist() == [0] * 18 + [1] * 16
     draws = torch.cat([Gaussian(*every.float().chunk(2, 1)).sample() for _ in range(200)])
     close(cache.mean, draws.mean((0, 2, 3)), 0.05), close(cache.std, draws.std((0, 2, 3)), 0.05)

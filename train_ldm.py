@@ -32,7 +32,7 @@ RECIPES = {"tiny": dict(batch=32, steps=3000, lr=1.5e-3),
 
 # ---- The cache of moments ---------------------------------------------------------------------
 
-class Moments:
+class Moments(torch.utils.data.Dataset):
     """q(z|x) of each image, number 2i, and of its mirror image, 2i + 1: mu and logvar, in a
     memory-mapped float16 file of shape (2n, 2d, h, w).
 
@@ -48,11 +48,11 @@ class Moments:
         """Encode all of the data, unless it is there already."""
         if self.path.exists() and self.path.with_suffix(".npz").exists():
             return
-        for old in self.path.parent.glob("moments_*"):     # stale, or left by a crash
+        for old in self.path.parent.glob(f"moments_{'?' * 16}*"):          # stale, or of a crash
             old.unlink()
         shape = (2 * len(data), 2 * model.latent_dim, model.grid, model.grid)
-        print(f"encoding {len(data)} images and their mirror images: {2 * np.prod(shape) / 1e9:.2f} "
-              f"GB in {self.path}")
+        print(f"encoding {len(data)} images and their mirror images: {self.path}, "
+              f"{2 * np.prod(shape) / 1e6:,.1f} MB")
         loader = torch.utils.data.DataLoader(data, batch, num_workers=workers)
         vmae.write_array(self.path, np.float16, shape, self._encode(model, loader, device))
 
@@ -86,8 +86,8 @@ class Moments:
     def __len__(self):
         return len(self.moments)
 
-    def batch(self, indices):
-        """B indices -> mu and logvar (B, 2d, h, w), float16, and y (B,)."""
+    def __getitem__(self, indices):
+        """A list of B indices -> mu and logvar (B, 2d, h, w), float16, and y (B,)."""
         labels = self.labels[torch.tensor(indices) // 2]
         return torch.from_numpy(self.moments[indices]), labels
 
@@ -188,7 +188,7 @@ def main():
     if args.resume:
         start = ema.n = resume(last, saved, model_args, parts, args.steps)     # EMA's warm-up too
         if saved["schedule"] != dict(schedule_args, kind=args.schedule or old["kind"]):
-            raise InputError(f"{last}: --resume keeps to {saved['schedule']}; leave the options out")
+            raise InputError(f"{last}: --resume keeps to {saved['schedule']}; leave the option out")
     low_precision = autocast(args, world, device)
 
     def trial(n):                           # for micro_batches
@@ -200,7 +200,8 @@ def main():
     begin(args, model, f"{len(data)} images, {len(classes) or 'no'} classes", rank)
     cache = Moments(ae, data, args.out)
     if rank == 0:
-        data.keep_list(args.out)
+        if args.data:
+            data.keep_list(args.out)
         cache.build(ae, data, device, workers=args.workers)
     if world > 1:
         dist.barrier()                      # process 0 encodes; the others wait and then read

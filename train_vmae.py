@@ -57,7 +57,7 @@ def common_options(parser, out, recipes, default_model, inherited="default: "):
 
 def parse(parser):
     """The command line -> (checked options, the checkpoint of --resume or None). With --resume,
-    those that are not given are as the run had them, except for those that depend on the machine."""
+    those that are not given are as the run had them, but for those that depend on the machine."""
     (given, _), saved = parser.parse_known_args(), None
     if given.resume:
         saved = vmae.read_checkpoint(os.path.join(given.out, "last.pt"), "train_args")
@@ -159,23 +159,13 @@ def shares(n, args, start, parts):
         for part in parts:
             yield sorted(batch[part * args.micro:(part + 1) * args.micro])
 
-class Batches(torch.utils.data.Dataset):
-    """For DataLoader: a whole batch is one item."""
-
-    def __init__(self, data):
-        self.data = data
-
-    def __getitem__(self, indices):
-        return self.data.batch(indices)
-
 def ahead(data, args, start, parts, device, workers=0):
-    """Endless iterator over what this process trains on, data.batch(...) for each of `shares`. A
+    """Endless iterator over what this process trains on, data[list] for each list of `shares`. A
     thread draws the next batch while a GPU works on this one, into memory that a GPU can copy from
     by itself (pinned). On a CPU it would only take the cores from the training."""
-    batches = map(data.batch, order := shares(len(data), args, start, parts))
-    if workers > 0:
-        batches = iter(torch.utils.data.DataLoader(Batches(data), sampler=order, batch_size=None,
-                                                   num_workers=workers))
+    batches = iter(torch.utils.data.DataLoader(
+        data, sampler=shares(len(data), args, start, parts), batch_size=None, num_workers=workers,
+        generator=torch.Generator()))       # of its own: it would draw from the one of torch
     if device.type != "cuda":
         yield from batches
 
@@ -222,7 +212,7 @@ def update(opt, model, lr, world):
     return fine
 
 def resume(path, ckpt, model_args, parts, steps):
-    """Load the state of `parts`, by name, from the checkpoint `ckpt`, read from path -> its step."""
+    """Load the state of `parts`, by name, from the checkpoint `ckpt`, read from path -> step."""
     if missing := {"model_args", "model", "step", *parts} - ckpt.keys():
         raise InputError(f"{path}: lacks {', '.join(sorted(missing))}; leave out what changes the "
                          f"model, or give another --out")
@@ -486,7 +476,8 @@ def main():
         dist.barrier()                      # process 0 decodes; the others wait and then read
         train.keep_pixels(args.out, not args.no_cache)
     if args.compile:                        # dynamic=False: one graph for masked, one for whole
-        for half in ("encode_tokens", "decode_tokens") if args.arch == "vit" else ("encode", "decode"):
+        halves = ("encode_tokens", "decode_tokens") if args.arch == "vit" else ("encode", "decode")
+        for half in halves:
             setattr(model, half, torch.compile(getattr(model, half), dynamic=False))
     workers = 0 if args.data and train.pixels is not None else args.workers
     batches = ahead(train, args, start, mine, device, workers)

@@ -387,7 +387,7 @@ def whole_file(path, size=0):
     ends, so that a crash leaves the previous file. InputError if the disk lacks `size` bytes."""
     temporary, free = f"{path}.tmp", shutil.disk_usage(os.path.dirname(path) or ".").free
     if size > free:
-        raise InputError(f"{path}: needs {size / 1e9:.2f} GB and the disk has {free / 1e9:.2f} GB "
+        raise InputError(f"{path}: needs {size / 1e6:,.1f} MB and the disk has {free / 1e6:,.1f} MB "
                          f"free; make room, or give another --out")
     try:
         with open(temporary, "wb") as file:
@@ -413,9 +413,9 @@ def read_safetensors(path):
     start = 8 + int.from_bytes(data[:8], "little")
     header = json.loads(data[8:start])
     header.pop("__metadata__", None)
-    return {name: torch.frombuffer(data, dtype=kinds[entry["dtype"]], count=math.prod(entry["shape"]),
-                                   offset=start + entry["data_offsets"][0]).view(entry["shape"])
-            for name, entry in header.items()}
+    return {name: torch.frombuffer(data[start + e["data_offsets"][0]:start + e["data_offsets"][1]],
+                                   dtype=kinds[e["dtype"]]).view(e["shape"])
+            for name, e in header.items()}
 
 def read_checkpoint(path, *needed):
     """A checkpoint's dict, on the CPU. InputError if it is missing, damaged or lacks a key."""
@@ -538,26 +538,26 @@ class Unreadable:
     """Names and counts the files of a folder that cannot be read; too many stop the run."""
 
     def __init__(self, root, files):
-        self.root, self.files, self.bad = root, files, set()
+        self.root, self.limit, self.bad = root, MAX_UNREADABLE * files, set()
 
     def attempt(self, path, function, *args):
         """function(file, *args), or None, with a warning, if the file is unreadable."""
         file = os.path.join(self.root, path)
         try:
             return function(file, *args)
-        except Exception as error:          # whatever Pillow raises for what it was not made for
+        except Exception as error:          # Pillow raises anything for what it was not made for
             what = f"{file}: unreadable ({(str(error) or repr(error)).splitlines()[0]})"
         self.bad.add(path)
-        if len(self.bad) > MAX_UNREADABLE * self.files:
+        if len(self.bad) > self.limit:
             raise InputError(f"{what}; over 1 % of the folder's files are unreadable, remove them")
         warnings.warn(f"skipped {what}, {len(self.bad)} so far")
 
 def scan(root, folder=None):
     """Folder -> ({path: [bytes, time, short side in pixels]} of its readable images, Unreadable).
 
-    All headers are read once, in threads. folder: a run folder, whose images.json, if it is there,
-    holds what an earlier call found; files of the same size and time are not opened again. InputError for a missing or empty folder,
-    or if over 1 % of the files are unreadable."""
+    All headers are read once, in threads. folder: a run folder, whose images.json may hold what an
+    earlier call found; files of the same size and time are not opened again. InputError for a
+    missing or empty folder, or if over 1 % of the files are unreadable."""
     if not os.path.isdir(root):
         raise InputError(f"{root}: no such folder; give a folder of images")
     paths, known = list_images(root), {}
@@ -567,33 +567,32 @@ def scan(root, folder=None):
         known = json.loads(Path(index).read_bytes())
     unreadable = Unreadable(root, len(paths))
 
-    def look(path):                         # an unreadable header gives None
-        def header(file):
-            stat = os.stat(file)
-            entry = [stat.st_size, stat.st_mtime_ns]
-            if known.get(path, [])[:2] == entry:
-                return known[path]
-            with open_image(file) as image:
-                return [*entry, min(image.size)]
-        return unreadable.attempt(path, header)
+    def header(file, path):
+        """-> the entry of one file."""
+        stat = os.stat(file)
+        entry = [stat.st_size, stat.st_mtime_ns]
+        if known.get(path, [])[:2] == entry:
+            return known[path]
+        with open_image(file) as image:
+            return [*entry, min(image.size)]
 
     with ThreadPoolExecutor(16) as pool:    # more than cores, for folders on a network
-        entries = list(tqdm(pool.map(look, paths), f"headers of {root}", len(paths), mininterval=1,
-                            dynamic_ncols=True, disable=len(paths) < 2000))
-    return {path: entry for path, entry in zip(paths, entries) if entry}, unreadable
+        entries = pool.map(lambda path: unreadable.attempt(path, header, path), paths)
+        bar = tqdm(entries, f"headers of {root}", len(paths), disable=len(paths) < 2000)
+        return {path: entry for path, entry in zip(paths, bar) if entry}, unreadable
 
 def to_float(x):
-    """0..255 -> [-1, 1], any shape. Images are uint8 until they are on the device that needs
-    floats: in memory, on the way from other processes, and on the way to a GPU."""
+    """0..255 -> [-1, 1], any shape. Until they are on the device that computes with them, images
+    are uint8: in memory, between processes, and on their way to a GPU."""
     return x / 127.5 - 1
 
 class Images(torch.utils.data.Dataset):
-    """Of which ImageFolder and Faces are two kinds. data[i] is (x, y): x (3, size, size) in [-1, 1]
-    and y the index of its class. Training reads data.batch(indices): x uint8 (B, 3, size, size)
-    and y (B,)."""
+    """What ImageFolder and Faces share. data[i] is (x, y): x (3, size, size) in [-1, 1], y the
+    index of its class. data[[i, j, ...]] is a batch, as training reads it: x uint8 (B, 3, size,
+    size), y (B,)."""
 
     def __getitem__(self, i):
-        return self.__getitems__([i])[0]
+        return self.batch(i) if isinstance(i, list) else self.__getitems__([i])[0]
 
     def __getitems__(self, indices):        # DataLoader asks for a whole batch if this exists
         x, y = self.batch(indices)
@@ -655,11 +654,11 @@ class ImageFolder(Images):
         self.draft = not path.exists() and not (allowed and need < 0.9 * free)
         if self.draft:
             return print(f"decoding images when they are needed; a copy of all {len(self)} takes "
-                         f"{need / 1e9:.2f} GB, and {folder} has {free / 1e9:.2f} GB free")
+                         f"{need / 1e6:,.1f} MB, and {folder} has {free / 1e6:,.1f} MB free")
         if not path.exists():
-            for old in Path(folder).glob("images_????????????????.*"):      # of other files, or left by a crash
+            for old in Path(folder).glob(f"images_{'?' * 16}.*"):          # stale, or of a crash
                 old.unlink()
-            print(f"keeping {len(self)} decoded images in {folder}, {need / 1e9:.2f} GB")
+            print(f"keeping {len(self)} decoded images in {folder}, {need / 1e6:,.1f} MB")
             write_array(path, np.uint8, shape, self._decode(labels))
         self.pixels = np.load(path, mmap_mode="r")
         self.labels = torch.from_numpy(np.load(labels))
@@ -719,9 +718,6 @@ class Faces(Images):
 
     def __len__(self):
         return self.count
-
-    def keep_list(self, folder):
-        """Faces are rendered, not listed."""
 
     def batch(self, indices):
         """B indices -> x uint8 (B, 3, size, size), y (B,)."""
@@ -831,6 +827,10 @@ def open_images(data, size, val=None, folder=None):
     if data is None:
         return Faces(size, "train"), Faces(size, "val")
     scanned = scan(data, folder)
+    small = sum(side < size for _, _, side in scanned[0].values())
+    if small > 0:
+        print(f"{data}: {small} of {len(scanned[0])} images are smaller than --size {size} and are "
+              f"enlarged; the smallest has {min(e[2] for e in scanned[0].values())} pixels")
     if val is not None:
         return ImageFolder(data, size, "all", scanned), ImageFolder(val, size, "all")
     return tuple(ImageFolder(data, size, split, scanned) for split in ("train", "val"))
