@@ -5,7 +5,7 @@
     python train_ldm.py --no-classes                    unconditional, even if there are classes
 
 Each image and its mirror image are encoded once, into moments_*.npy in --out; training reads only
-these latents. Also writes last.pt, log.jsonl and preview_*.png, samples of the EMA weights.
+these. Also writes last.pt, log.jsonl and preview_*.png, samples of the EMA weights.
 """
 import argparse
 import hashlib

@@ -8,7 +8,8 @@
     torchrun --nproc-per-node 4 train_vmae.py --data path    several GPUs
 
 Writes into --out: last.pt; log.jsonl, one JSON object per line; preview_*.png, whose rows are the
-original, the input (masked or noisy) and the reconstruction. train_ldm.py shares the plumbing.
+original, the input (masked or noisy) and the reconstruction; of a folder images.json, its list, and
+images_*.npy, its decoded images. train_ldm.py shares the plumbing.
 """
 import argparse
 import json
@@ -237,7 +238,7 @@ class Log:
     the device, and are read every 50 steps and at each save only."""
 
     def __init__(self, args, start, rank, device):
-        self.args, self.rank, self.start, self.last, self.paused = args, rank, start, start, None
+        self.args, self.rank, self.start, self.last = args, rank, start, start
         self.seen, self.held_out, self.clock = {}, {}, time.perf_counter()
         self.row = self.longest = self.skipped = torch.zeros((), device=device)
         if rank == 0:
@@ -252,8 +253,9 @@ class Log:
             self.bar.close()
             self.file.close()
         if kind is torch.OutOfMemoryError:
-            raise InputError(f"out of memory with {self.args.micro} images at once; give --micro "
-                             f"{max(1, self.args.micro // 2)}") from None
+            less = self.args.micro // 2
+            raise InputError(f"out of memory with {self.args.micro} images at once; give "
+                             f"{f'--micro {less}' if less else 'a smaller --size'}") from None
 
     def add(self, terms, share):
         """Losses of a micro-batch that is this share of the batch. What is not finite is left out

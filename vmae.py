@@ -922,6 +922,8 @@ def cli(main):
     except (InputError, OSError) as error:
         # From a DataLoader worker the message arrives below the worker's traceback.
         sys.exit(f"error: {str(error).strip().splitlines()[-1].removeprefix('vmae.InputError: ')}")
+    except torch.OutOfMemoryError:
+        sys.exit("error: the device is out of memory; give a smaller --batch")
     except KeyboardInterrupt:
         sys.exit("stopped; a training run goes on from its last checkpoint with --resume")
 
