@@ -119,8 +119,9 @@ def free_memory(device):
     """Bytes that a run may use. On CUDA what is free; elsewhere half of what is built in."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    pages = os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 2**22   # Windows: of 16 GiB
-    return pages * (os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 2**12) // 2
+    if not hasattr(os, "sysconf"):          # Windows
+        return 8 * 2**30
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
 
 def micro_batches(args, rank, world, device, model, forward):
     """Choose --micro, if it was not given -> the numbers of this process's parts of each batch.
