@@ -525,6 +525,8 @@ def test_folder_is_decoded_once_and_its_headers_are_read_once():
     [cache] = Path().glob("images_*.npy")
     changed.keep_pixels(".")                               # replaces it
     assert not cache.exists() and len(list(Path().glob("images_*.npy"))) == 1
+    changed.keep_pixels(".", False)                        # --no-cache, even if there is one
+    assert changed.draft
     for allowed, free in ((False, 10**9), (True, 10)):     # --no-cache, or a full disk
         usage = mock.Mock(return_value=SimpleNamespace(free=free))
         with mock.patch.object(vmae.shutil, "disk_usage", usage):
@@ -725,7 +727,8 @@ def test_cache_equals_fresh_encoding_and_is_never_stale():
 
     def moments():
         """The cache of what is in data/ now."""
-        data, cache = ImageFolder("data", 16), train_ldm.Moments(model, ImageFolder("data", 16), ".")
+        data = ImageFolder("data", 16)
+        cache = train_ldm.Moments(model, data, ".")
         cache.build(model, data, "cpu", 4)
         return cache.open()
 
@@ -829,7 +832,8 @@ def test_bad_batches_are_skipped_and_ten_in_a_row_stop_the_run():
 @in_a_folder()
 def test_speed_in_the_log_leaves_saves_out():
     args, fine = SimpleNamespace(steps=20, batch=4, save_every=10, out="."), torch.tensor(True)
-    with mock.patch.object(train_vmae.time, "perf_counter", mock.Mock(side_effect=[0, 5, 100, 110])):
+    clock = mock.Mock(side_effect=[0, 5, 100, 110])
+    with mock.patch.object(train_vmae.time, "perf_counter", clock):
         with train_vmae.Log(args, 0, 0, "cpu") as log:     # at 0 s
             assert [log.step(i, fine, 0.1) for i in range(1, 11)][-1]      # at 5 s a save begins
             log.write({"PSNR_val": 30.0})                  # and it ends at 100 s

@@ -387,8 +387,8 @@ def whole_file(path, size=0):
     ends, so that a crash leaves the previous file. InputError if the disk lacks `size` bytes."""
     temporary, free = f"{path}.tmp", shutil.disk_usage(os.path.dirname(path) or ".").free
     if size > free:
-        raise InputError(f"{path}: needs {size / 1e6:,.1f} MB and the disk has {free / 1e6:,.1f} MB "
-                         f"free; make room, or give another --out")
+        raise InputError(f"{path}: needs {size / 1e6:,.1f} MB, and the disk has {free / 1e6:,.1f} "
+                         f"MB free; make room, or give another --out")
     try:
         with open(temporary, "wb") as file:
             yield file
@@ -588,8 +588,8 @@ def to_float(x):
 
 class Images(torch.utils.data.Dataset):
     """What ImageFolder and Faces share. data[i] is (x, y): x (3, size, size) in [-1, 1], y the
-    index of its class. data[[i, j, ...]] is a batch, as training reads it: x uint8 (B, 3, size,
-    size), y (B,)."""
+    index of its class. Training reads batches, data[[i, j, ...]]: x uint8 (B, 3, size, size) and
+    y (B,)."""
 
     def __getitem__(self, i):
         return self.batch(i) if isinstance(i, list) else self.__getitems__([i])[0]
@@ -651,7 +651,7 @@ class ImageFolder(Images):
         path = Path(folder, f"images_{self.fingerprint()[:16]}.npy")
         shape, labels = (len(self), 3, self.size, self.size), path.with_suffix(".labels")
         need, free = math.prod(shape), shutil.disk_usage(folder).free
-        self.draft = not path.exists() and not (allowed and need < 0.9 * free)
+        self.draft = not (allowed and (path.exists() or need < 0.9 * free))
         if self.draft:
             return print(f"decoding images when they are needed; a copy of all {len(self)} takes "
                          f"{need / 1e6:,.1f} MB, and {folder} has {free / 1e6:,.1f} MB free")
