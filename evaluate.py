@@ -12,9 +12,7 @@
 Each is a function whose docstring defines what it measures. It prints a Markdown table, writes it
 as JSON, and most draw a picture. All metrics take images as uint8, as they are saved."""
 import argparse
-import contextlib
 import hashlib
-import itertools
 import json
 import math
 import multiprocessing
@@ -31,7 +29,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
@@ -40,36 +38,11 @@ import sample
 import vmae
 from vmae import InputError, psnr
 
-# ---- Pixel metrics; psnr is in vmae.py --------------------------------------------------------
-
-def ssim(a, b):
-    """Structural similarity (Wang 2004) -> (N,), 1 for equal images. a, b: (N, C, H, W) in 0..255.
-
-    SSIM = (2 mu_a mu_b + c1)(2 cov + c2) / ((mu_a^2 + mu_b^2 + c1)(var_a + var_b + c2)) under an
-    11 x 11 Gaussian window of sigma 1.5, biased (co)variances, c1 = (.01 * 255)^2, c2 = (.03 *
-    255)^2; the mean over channels and over the windows inside the image. InputError below 11 px."""
-    if min(a.shape[2:]) < 11:
-        raise InputError(f"images of {min(a.shape[2:])} pixels are too small for SSIM; it needs 11")
-    g = torch.exp(-torch.arange(-5, 6, dtype=torch.float64, device=a.device) ** 2 / (2 * 1.5**2))
-    g = (g / g.sum()).expand(a.shape[1], 1, 11)            # (C, 1, 11), the same for each channel
-
-    def blur(x):                                           # (N, C, H, W) -> (N, C, H-10, W-10)
-        return F.conv2d(F.conv2d(x, g[..., None], groups=len(g)), g[:, :, None], groups=len(g))
-
-    a, b = a.double(), b.double()
-    mu_a, mu_b = blur(a), blur(b)           # means in each window
-    var_a, var_b, cov = blur(a * a) - mu_a**2, blur(b * b) - mu_b**2, blur(a * b) - mu_a * mu_b
-    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
-    return ((2 * mu_a * mu_b + c1) * (2 * cov + c2)
-            / ((mu_a**2 + mu_b**2 + c1) * (var_a + var_b + c2))).mean((1, 2, 3))
-
-
 # ---- InceptionV3 (Szegedy 2016) in the form FID is defined on: TensorFlow's weights of 2015 ---
 
 class ConvBN(nn.Module):
     """Convolution, batch norm with stored statistics, ReLU. width: of the kernel (default: height).
-    Each call folds the norm into the convolution, which saves three passes over each feature map
-    for little work and leaves the state dict as published."""
+    Folding the norm into the convolution at each call is fast and keeps the published weights."""
 
     def __init__(self, c_in, c_out, height, width=None, stride=1, valid=False):
         super().__init__()
@@ -85,7 +58,6 @@ class ConvBN(nn.Module):
 
 class Mixed(nn.Module):
     """Branches that read the same input; their outputs are joined along the channels.
-
     branches: name -> list of convolutions, each (channels, kernel height[, kernel width]). The last
     entry may be a dict of two, {"a": ..., "b": ...}: both read what comes before, and both are
     outputs. branch_pool begins with the pool. The last convolution has the pool's stride."""
@@ -103,20 +75,17 @@ class Mixed(nn.Module):
                 for letter, conv in zip(ends, steps[-1]):
                     self.add_module(name + letter, conv)
                 c = steps[-1][0].bn.num_features
-            self.branches.append(([step[0] for step in steps[:-1]], steps[-1]))
+            self.branches.append((nn.Sequential(*(step[0] for step in steps[:-1])), steps[-1]))
 
     def forward(self, x):
         outputs = []
         for row, ends in self.branches:
-            h = x                           # each branch reads the same input
-            for module in row:
-                h = module(h)
-            outputs += [module(h) for module in ends]
+            h = row(x)
+            outputs += [end(h) for end in ends]
         return torch.cat(outputs, 1)                       # (N, all channels, h, w)
 
 class InceptionV3(nn.Module):
     """uint8 images (N, 3, H, W) -> the 2048-d features (N, 2048) that FID compares.
-
     resize, to 299 x 299: "pytorch-fid", bilinear, pixels to [-1, 1]; "clean", antialiased bicubic
     (Parmar 2022), pixels to (x - 128) / 128. fast: in bfloat16, which keeps 2 or 3 digits."""
 
@@ -126,8 +95,10 @@ class InceptionV3(nn.Module):
         self.Conv2d_1a_3x3 = ConvBN(3, 32, 3, stride=2)
         self.Conv2d_2a_3x3 = ConvBN(32, 32, 3, valid=True)
         self.Conv2d_2b_3x3 = ConvBN(32, 64, 3)
+        self.maxpool1 = nn.MaxPool2d(3, 2)                 # 147 x 147 -> 73 x 73
         self.Conv2d_3b_1x1 = ConvBN(64, 80, 1)
         self.Conv2d_4a_3x3 = ConvBN(80, 192, 3, valid=True)
+        self.maxpool2 = nn.MaxPool2d(3, 2)                 # 71 x 71 -> 35 x 35
         avg, halve = nn.AvgPool2d(3, 1, 1, count_include_pad=False), nn.MaxPool2d(3, 2)
         double = [(64, 1), (96, 3), (96, 3)]               # two 3 x 3 see as far as a 5 x 5
         parts = dict(branch1x1=[(64, 1)], branch5x5=[(48, 1), (64, 5)], branch3x3dbl=double)
@@ -140,9 +111,8 @@ class InceptionV3(nn.Module):
                 768, avg, branch1x1=[(192, 1)], branch7x7=[(c, 1), (c, 1, 7), (192, 7, 1)],
                 branch7x7dbl=[(c, 1), (c, 7, 1), (c, 1, 7), (c, 7, 1), (192, 1, 7)],
                 branch_pool=[(192, 1)]))
-        self.Mixed_7a = Mixed(
-            768, halve, branch3x3=[(192, 1), (320, 3)],
-            branch7x7x3=[(192, 1), (192, 1, 7), (192, 7, 1), (192, 3)], branch_pool=[])
+        self.Mixed_7a = Mixed(768, halve, branch3x3=[(192, 1), (320, 3)], branch7x7x3=[
+            (192, 1), (192, 1, 7), (192, 7, 1), (192, 3)], branch_pool=[])
         fork = dict(a=(384, 1, 3), b=(384, 3, 1))
         parts = dict(branch1x1=[(320, 1)], branch3x3=[(384, 1), fork],
                      branch3x3dbl=[(448, 1), (384, 3), fork], branch_pool=[(192, 1)])
@@ -158,24 +128,17 @@ class InceptionV3(nn.Module):
         """-> features (N, 2048), for FID; spatial (N, 2023), for sFID: the first 7 channels of
         Mixed_6d's first convolution at its 17 x 17 places, in the order of ADM's statistics (Nash
         2021); logits (N, 1008), for the Inception Score, without bias as in Salimans 2016."""
-        x = images.to(self.fc.weight.device).float()       # (N, 3, H, W) in 0..255
-        clean = self.resize == "clean"
-        if clean and x.device.type == "mps":               # which older torch cannot do there
-            x = x.cpu()
+        clean, device = self.resize == "clean", self.fc.weight.device
+        on_cpu = clean and device.type == "mps"            # where older torch cannot antialias
+        x = images.to("cpu" if on_cpu else device).float()                 # (N, 3, H, W) in 0..255
         x = F.interpolate(x, (299, 299), mode="bicubic" if clean else "bilinear", antialias=clean)
-        x = x.to(self.fc.weight.device)
         x = (x.clamp(0, 255) - 128) / 128 if clean else x / 127.5 - 1
-        x = x.contiguous(memory_format=torch.channels_last)                # 1.4x as fast
+        x = x.to(device, memory_format=torch.channels_last)                # 1.4x as fast
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.fast):
-            x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))
-            x = F.max_pool2d(x, 3, 2)                                      # (N, 64, 73, 73)
-            x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(x))
-            x = F.max_pool2d(x, 3, 2)                                      # (N, 192, 35, 35)
-            for block in self.children():
-                if block is self.Mixed_6d:
-                    spatial = block.branch1x1(x)[:, :7].permute(0, 2, 3, 1)    # (N, 17, 17, 7)
-                if isinstance(block, Mixed):
-                    x = block(x)
+            for layer in list(self.children())[:-1]:       # in the order above, without fc
+                if layer is self.Mixed_6d:
+                    spatial = layer.branch1x1(x)[:, :7].permute(0, 2, 3, 1)    # (N, 17, 17, 7)
+                x = layer(x)
         features = x.float().mean((2, 3))                  # (N, 2048, 8, 8) -> (N, 2048)
         return features, spatial.flatten(1).float(), features @ self.fc.weight.T
 
@@ -187,19 +150,37 @@ def load_inception(path=None, resize="pytorch-fid", fast=False):
     beginning of the file's SHA-256. InputError if they cannot be had, or are of another network."""
     file, weights = vmae.load_weights("FID needs InceptionV3", INCEPTION_URL, path,
                                       "--inception-weights", "fc.bias")
-    if len(weights["fc.bias"]) != 1008:
-        raise InputError(f"{file}: torchvision's network of {len(weights['fc.bias'])} classes; FID "
-                         f"is defined on TensorFlow's of 2015, with 1,008: take {INCEPTION_URL}")
-    net = InceptionV3(resize, fast)         # in eval mode, frozen
+    net = InceptionV3(resize, fast)
     try:
         net.load_state_dict(weights)        # a plain dict: some files lack the norms' counters
     except RuntimeError:
-        raise InputError(f"{file}: not FID's InceptionV3; take {INCEPTION_URL}") from None
+        raise InputError(f"{file}: not FID's InceptionV3 of 2015 (1,008 classes; torchvision's "
+                         f"1000, this {len(weights['fc.bias'])}); take {INCEPTION_URL}") from None
     net.hash = hashlib.sha256(file.read_bytes()).hexdigest()[:8]
     return net
 
 
-# ---- From features to numbers -----------------------------------------------------------------
+# ---- Metrics; psnr is in vmae.py --------------------------------------------------------------
+
+def ssim(a, b):
+    """Structural similarity (Wang 2004) -> (N,), 1 for equal images. a, b: (N, C, H, W) in 0..255.
+    SSIM = (2 mu_a mu_b + c1)(2 cov + c2) / ((mu_a^2 + mu_b^2 + c1)(var_a + var_b + c2)) under an
+    11 x 11 Gaussian window of sigma 1.5, biased (co)variances, c1 = (.01 * 255)^2, c2 = (.03 *
+    255)^2; the mean over channels and over the windows inside the image. InputError below 11 px."""
+    if min(a.shape[2:]) < 11:
+        raise InputError(f"images of {min(a.shape[2:])} pixels are too small for SSIM; it needs 11")
+    g = torch.exp(-torch.arange(-5, 6, dtype=torch.float64, device=a.device) ** 2 / (2 * 1.5**2))
+    g = (g / g.sum()).expand(a.shape[1], 1, 11)            # (C, 1, 11), the same for each channel
+
+    def blur(x):                                           # (N, C, H, W) -> (N, C, H-10, W-10)
+        return F.conv2d(F.conv2d(x, g[..., None], groups=len(g)), g[:, :, None], groups=len(g))
+
+    a, b = a.double(), b.double()
+    mu_a, mu_b = blur(a), blur(b)
+    var_a, var_b, cov = blur(a * a) - mu_a**2, blur(b * b) - mu_b**2, blur(a * b) - mu_a * mu_b
+    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    return ((2 * mu_a * mu_b + c1) * (2 * cov + c2)
+            / ((mu_a**2 + mu_b**2 + c1) * (var_a + var_b + c2))).mean((1, 2, 3))
 
 class Statistics:
     """Mean and covariance of rows from running sums in float64: D^2 numbers for any number of rows.
@@ -225,31 +206,25 @@ class Statistics:
         sigma = (self.outer - self.n * torch.outer(mean, mean)) / (self.n - 1)
         return (self.shift + mean).cpu().numpy(), sigma.cpu().numpy()
 
-def cholesky(sigma):
+def root(sigma):
     """Covariance (D, D) -> L (D, r) with sigma = L L^T, where r is the rank, at most N - 1 for N
-    images. The Cholesky factorisation with pivoting: it stops where only rounding is left.
-    ValueError if sigma is not a covariance: NaN, or a negative eigenvalue beyond rounding."""
-    tolerance = 1e-4 if sigma.dtype == np.float32 else 1e-8
-    sigma = sigma.astype(np.float64)        # statistics may come as float32
-    factor, order, r, _ = scipy.linalg.lapack.dpstrf(sigma, lower=1)
-    L = np.zeros((len(sigma), r))           # (D, r)
-    L[order - 1] = np.tril(factor)[:, :r]                  # undo the pivoting of the rows
-    if r < len(sigma):
-        rest = np.abs(sigma - L @ L.T).max()
-        if np.isnan(rest) or rest > tolerance * max(np.abs(sigma).max(), 1e-300):
-            raise ValueError("not a covariance: NaN, or negative eigenvalues beyond rounding")
-    return L
+    images. ValueError for NaN, or for negative eigenvalues beyond rounding."""
+    rounding = 1e-4 if sigma.dtype == np.float32 else 1e-8     # statistics may come as float32
+    values, vectors = scipy.linalg.eigh(sigma.astype(np.float64))          # (D,) rising, (D, D)
+    if values[0] < -rounding * values[-1]:
+        raise ValueError("not a covariance: it has negative eigenvalues")
+    kept = values > len(sigma) * np.finfo(np.float64).eps * values[-1]     # the others are noise
+    return vectors[:, kept] * np.sqrt(values[kept])
 
 def frechet_distance(mu1, sigma1, mu2, sigma2):
     """FID = |mu1 - mu2|^2 + tr(S1) + tr(S2) - 2 tr sqrt(S1 S2). Heusel 2017, Eq. 6.
-
     tr sqrt(S1 S2) is the sum of the square roots of the eigenvalues of S1 S2. With S1 = A A^T and
     S2 = B B^T these are the squared singular values of A^T B; we sum the singular values. In
     float64. mu (D,), sigma (D, D), numpy or torch. ValueError for other shapes or no covariance."""
     mu1, sigma1, mu2, sigma2 = (np.asarray(v) for v in (mu1, sigma1, mu2, sigma2))
     if mu1.shape != mu2.shape or any(s.shape != (mu1.size, mu1.size) for s in (sigma1, sigma2)):
         raise ValueError(f"statistics of {sigma1.shape} and {sigma2.shape} do not compare")
-    A, B = cholesky(sigma1), cholesky(sigma2)              # (D, rank) each
+    A, B = root(sigma1), root(sigma2)       # (D, rank) each
     trace_of_root = np.linalg.svd(A.T @ B, compute_uv=False).sum()
     difference = mu1.astype(np.float64) - mu2              # (D,)
     traces = np.trace(sigma1, dtype=float) + np.trace(sigma2, dtype=float)
@@ -260,13 +235,13 @@ def kid(a, b):
     The mean of k over pairs within a (N, D), plus that within b (M, D), minus twice that between
     them; no image is paired with itself. Close to 0, on either side, for equal distributions."""
     def total(x, y):                                       # in blocks, to bound the memory
-        return sum(((block.double() @ y.double().T / x.shape[1] + 1) ** 3).sum().item()
-                   for block in x.split(1024))
+        return sum(((part @ y.T / x.shape[1] + 1) ** 3).sum().item() for part in x.split(1024))
 
     def within(x):
-        itself = ((x.double().square().mean(1) + 1) ** 3).sum().item()
+        itself = ((x.square().mean(1) + 1) ** 3).sum().item()
         return (total(x, x) - itself) / (len(x) * (len(x) - 1))
 
+    a, b = a.double(), b.double()
     return within(a) + within(b) - 2 * total(a, b) / (len(a) * len(b))
 
 def nearest(rows, batches, k):
@@ -286,8 +261,7 @@ def precision_recall(real, fake, k=3):
     manifold of the real. Recall: of the real on that of the fakes. (N, D), (M, D) -> two floats."""
     def on_manifold(rows, members):
         """Share of rows inside a ball. The nearest member to a member is itself, hence k + 1."""
-        radius = torch.cat([nearest(block, members.split(4096), k + 1)[0][:, -1]
-                            for block in members.split(4096)])
+        radius = nearest(members, members.split(512), k + 1)[0][:, -1]     # (M,)
         inside = [(torch.cdist(block, members) <= radius).any(1) for block in rows.split(512)]
         return torch.cat(inside).double().mean().item()
 
@@ -308,9 +282,9 @@ class Features:
             self.kept.append(features[:self.pairs - self.pool.n].cpu())
         self.pool.add(features)
         self.spatial.add(spatial)
-        log_p = logits.cpu().double().log_softmax(1)       # log p(y|x), (B, 1008)
-        self.p += log_p.exp().sum(0)                                       # (1008,)
-        self.entropy -= (log_p.exp() * log_p).sum().item()
+        p = logits.cpu().double().softmax(1)               # p(y|x), (B, 1008)
+        self.p += p.sum(0)                                 # (1008,)
+        self.entropy += torch.special.entr(p).sum().item()                 # entr(p) = -p log p
 
     def see(self, n, batches):
         """Add all of the batches, n images, under a progress bar -> self."""
@@ -329,7 +303,7 @@ class Features:
         """IS = exp(E KL(p(y|x) || p(y))) = exp(H(y) - E H(y|x)), from 1 to 1,008. Salimans 2016.
         Over all images at once. Many papers average over parts of 5,000, which gives less."""
         p = self.p / self.pool.n                           # p(y), (1008,)
-        return math.exp(-torch.special.xlogy(p, p).sum().item() - self.entropy / self.pool.n)
+        return math.exp(torch.special.entr(p).sum().item() - self.entropy / self.pool.n)
 
 
 # ---- The images, models and weights that the options name -------------------------------------
@@ -337,31 +311,29 @@ class Features:
 def optional_nets(args):
     """-> (LPIPS, InceptionV3). Each is None if the sub-command has no use for it, or if its weights
     are neither here nor to be fetched; then a line says so."""
-    def usable(what, url, option):
-        """Whether to load it."""
-        path = getattr(args, option.replace("-", "_"), None)
-        cached = Path(torch.hub.get_dir(), "checkpoints", Path(url).name)
-        missing = path == "" and not args.download and not cached.exists()
-        if missing:
+    def net(what, url, option, read):
+        """One of the two."""
+        path = getattr(args, option.replace("-", "_"), None)               # None: of no use
+        cached = Path(torch.hub.get_dir(), "checkpoints", Path(url).name).exists()
+        if path == "" and not (args.download or cached):
+            path = None
             print(f"skipped {what}: no weights; --download fetches {url}, --{option} names a copy")
-        return path is not None and not missing
+        return None if path is None else read(path).to(args.device)
 
-    lpips_net = inception = None
-    if usable("VGG-16", vmae.VGG_URL, "vgg-weights"):
-        lpips_net = vmae.load_lpips(args.vgg_weights).to(args.device)
-    if usable("InceptionV3", INCEPTION_URL, "inception-weights"):
-        inception = load_inception(args.inception_weights, args.resize, args.fast).to(args.device)
-    return lpips_net, inception
+    return (net("VGG-16", vmae.VGG_URL, "vgg-weights", vmae.load_lpips),
+            net("InceptionV3", INCEPTION_URL, "inception-weights",
+                lambda path: load_inception(path, args.resize, args.fast)))
 
-def workers(args):
-    """Processes that decode, so that a GPU need not wait for them."""
-    return 8 if args.device.type == "cuda" else 0
+def load(data, indices, args):
+    """A dataset and the indices (n,) of images -> batches of uint8 (B, 3, S, S) and labels (B,)."""
+    batches = [part.tolist() for part in indices.split(args.batch)]
+    workers = 8 if args.device.type == "cuda" else 0       # so that a GPU need not wait
+    return DataLoader(data, batch_size=None, sampler=batches, num_workers=workers)
 
 def shuffled(data, args):
-    """--n images of a dataset, always the same -> number, batches (uint8 (B, 3, S, S), y (B,))."""
-    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[:args.n].tolist()
-    loader = DataLoader(Subset(data, order), args.batch, num_workers=workers(args))
-    return len(order), ((vmae.to_uint8(x), y) for x, y in loader)
+    """--n images of a dataset, always the same -> their number, and batches as those of `load`."""
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[:args.n]
+    return len(order), load(data, order, args)
 
 class Run:
     """The autoencoder of a checkpoint of either stage, or of published weights. Takes and returns
@@ -381,7 +353,7 @@ class Run:
 
     def encode(self, images):
         """uint8 (N, 3, S, S) -> the mode of the posterior (N, d, h, w), on the CPU."""
-        return torch.cat([self.model.encode(x.to(self.args.device) / 127.5 - 1).mode().cpu()
+        return torch.cat([self.model.encode(vmae.to_float(x.to(self.args.device))).mode().cpu()
                           for x in images.split(self.args.batch)])
 
     def decode(self, z):
@@ -413,24 +385,19 @@ def open_source(source, args, size=None):
     if os.path.isfile(source):
         size = ldm.load_ldm(source)[2]["vmae"]["model_args"]["img_size"]
         return size, args.n, draw_samples(source, args)
-    if source == "faces":
-        data = vmae.Faces(size or 32)
-    else:
-        data = vmae.ImageFolder(source, size)
-        data.size = size or data.files[data.paths[0]][2]
+    data = vmae.Faces(size or 32) if source == "faces" else vmae.ImageFolder(source, size)
+    data.size = data.size or data.files[data.paths[0]][2]
     n, batches = shuffled(data, args)
     return data.size, n, (x for x, _ in batches)
 
 def read_npz(path, *needed):
-    """A .npz as a dict. InputError if it cannot be read or lacks an entry."""
+    """The entries `needed` of a .npz as a dict (default: all but arr_0, which holds ADM's images).
+    InputError if it cannot be read or lacks one."""
     try:
-        with np.load(path) as file:         # ADM's files hold statistics beside many images
-            entries = {k: file[k] for k in file.files if k in needed or k != "arr_0"}
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: not a .npz ({error})") from None
-    if missing := set(needed) - set(entries):
-        raise InputError(f"{path}: has no {', '.join(missing)}")
-    return entries
+        with np.load(path) as file:
+            return {name: file[name] for name in needed or set(file.files) - {"arr_0"}}
+    except Exception as error:              # zipfile, pickle and numpy have errors of their own
+        raise InputError(f"{path}: not a .npz that can be used here ({error})") from None
 
 
 # ---- Tables and pictures ----------------------------------------------------------------------
@@ -457,69 +424,67 @@ def report(args, title, rows, n=None, **more):
     for row in rows:
         print(f"| {' | '.join(cell(row.get(key, '')) for key in columns)} |")
     os.makedirs(args.out, exist_ok=True)    # only now: a run that failed leaves no folder
-    with open(f"{args.out}/{args.function.__name__}.json", "w") as file:
-        json.dump(dict(title=title, rows=rows, **more), file, indent=1)
+    text = json.dumps(dict(title=title, rows=rows, **more), indent=1)
+    Path(args.out, f"{args.function.__name__}.json").write_text(text)
 
 def picture(rows, path):
     """Save rows of uint8 images as one PNG; smaller images are enlarged to the largest size."""
     size, k = max(row.shape[-1] for row in rows), min(map(len, rows))
     vmae.save_grid([F.interpolate(row[:k] / 127.5 - 1, size) for row in rows], path)
 
-@contextlib.contextmanager
-def canvas(path, width, height, names):
-    """A pen to draw a PNG with, at twice its size, which smooths the lines; names stand below."""
-    image = Image.new("RGB", (2 * width, 2 * height + 36 * len(names)), "white")
+def chart(path, height, grid, texts, curves, lines=True):
+    """Save a PNG, drawn at twice its size, which smooths the lines. grid: lists of places; texts:
+    (place, text, anchor) each; curves: name -> places, joined by lines, or as a cloud of dots. The
+    names of the curves stand below, from `height` on."""
+    image = Image.new("RGB", (1280, height + 36 * len(curves)), "white")
     pen = ImageDraw.Draw(image)
     pen.font = ImageFont.load_default(24)
-    for i, name in enumerate(names):
-        pen.circle((40, 2 * height + 36 * i), 10, COLOURS[i % len(COLOURS)])
-        pen.text((64, 2 * height + 36 * i), name, "#333333", anchor="lm")
-    yield pen
+    for places in grid:
+        pen.line(places, "#cccccc", 2)
+    for place, text, anchor in texts:
+        pen.text(place, text, "#333333", anchor=anchor)
+    for i, (name, places) in enumerate(curves.items()):
+        colour, y = COLOURS[i % len(COLOURS)], height + 36 * i
+        pen.circle((40, y), 10, colour)
+        pen.text((64, y), name, "#333333", anchor="lm")
+        if lines:
+            pen.line(places, colour, 5, "curve")
+        for place in places:
+            pen.circle(place, 8 if lines else 3, colour)
     image.resize((image.width // 2, image.height // 2), Image.LANCZOS).save(path)
 
 def plot(path, series, x_label, y_label, lines=True):
-    """Save a PNG of series, name -> [(x, y), ...], joined by lines or as a cloud of dots."""
+    """Save a PNG of series, name -> [(x, y), ...], joined by lines, or as dots without outliers."""
     points = np.array([p for curve in series.values() for p in curve])     # (M, 2)
-    cut, r = ((0, 100), 8) if lines else ((0.5, 99.5), 3)  # a cloud is shown without its outliers
-    low, high = np.percentile(points, cut, axis=0)
+    low, high = np.percentile(points, (0, 100) if lines else (0.5, 99.5), axis=0)      # (2,) each
     span = np.where(high > low, high - low, 1)
-    with canvas(path, 560, 340, series) as pen:
-        for i in range(5):                  # lines of the grid, with their numbers
-            x, y, value = 130 + 235 * i, 560 - 125 * i, low + span * i / 4
-            pen.line((x, 60, x, 560), "#dddddd", 2)
-            pen.line((130, y, 1070, y), "#dddddd", 2)
-            pen.text((x, 585), f"{value[0]:.3g}", "#333333", anchor="mm")
-            pen.text((115, y), f"{value[1]:.3g}", "#333333", anchor="rm")
-        for curve, colour in zip(series.values(), itertools.cycle(COLOURS)):
-            share = (np.array(curve).reshape(-1, 2) - low) / span          # of the axes
-            dots = [(130 + 940 * u, 560 - 500 * v) for u, v in share]
-            if lines:
-                pen.line(dots, colour, 4)
-            for x, y in dots:
-                if 129 < x < 1071 and 59 < y < 561:
-                    pen.circle((x, y), r, colour)
-        pen.text((600, 625), x_label, "#333333", anchor="mm")
-        pen.text((130, 26), y_label, "#333333", anchor="lm")
+    grid, curves = [], {}
+    texts = [((680, 625), x_label, "mm"), ((130, 26), y_label, "lm")]
+    for i in range(5):                      # lines of the grid, with their numbers
+        x, y, value = 130 + 275 * i, 560 - 125 * i, low + span * i / 4
+        grid += [[(x, 60), (x, 560)], [(130, y), (1230, y)]]
+        texts += [((x, 585), f"{value[0]:.3g}", "mm"), ((115, y), f"{value[1]:.3g}", "rm")]
+    for name, curve in series.items():
+        share = (np.reshape(curve, (-1, 2)) - low) / span  # of the axes
+        curves[name] = [(130 + 1100 * u, 560 - 500 * v) for u, v in share
+                        if max(abs(u - 0.5), abs(v - 0.5)) < 0.501]
+    chart(path, 680, grid, texts, curves, lines)
 
 def radar(path, axes, shapes):
     """Save a PNG of shapes, name -> a value for each of the axes, from 0 (inner ring) to 1."""
-    turn = [2 * math.pi * i / len(axes) - math.pi / 2 for i in range(len(axes))]
+    turn = math.pi * np.linspace(-0.5, 1.5, len(axes) + 1)                 # the last is the first
 
-    def place(angle, value):
-        r = 80 + 240 * value
-        return 640 + r * math.cos(angle), 420 + r * math.sin(angle)
+    def ring(values):                                      # -> the corners, and the first again
+        r = 80 + 240 * np.append(values, values[0])
+        return list(zip(640 + r * np.cos(turn), 420 + r * np.sin(turn)))
 
-    with canvas(path, 640, 440, shapes) as pen:
-        pen.text((30, 36), "outside: the best run, inner ring: the worst", "#333333", anchor="lm")
-        for value in (0, 0.5, 1):
-            pen.line([place(angle, value) for angle in turn + turn[:1]], "#bbbbbb", 2)
-        for angle, name in zip(turn, axes):
-            pen.line([(640, 420), place(angle, 1)], "#bbbbbb", 2)
-            side = {-1: "r", 0: "m", 1: "l"}[round(math.cos(angle))]       # away from the middle
-            pen.text(place(angle, 1.12), name, "#333333", anchor=side + "m")
-        for values, colour in zip(shapes.values(), itertools.cycle(COLOURS)):
-            corners = [place(*p) for p in zip(turn, values)]
-            pen.line(corners + corners[:1], colour, 6, "curve")
+    grid = [ring([value] * len(axes)) for value in (0, 0.5, 1)]
+    grid += [[(640, 420), corner] for corner in grid[-1]]
+    texts = [((30, 36), "outside: the best run, inner ring: the worst", "lm")]
+    for name, angle, place in zip(axes, turn, ring([1.12] * len(axes))):
+        side = {-1: "r", 0: "m", 1: "l"}[round(math.cos(angle))]           # away from the middle
+        texts.append((place, name, side + "m"))
+    chart(path, 880, grid, texts, {name: ring(values) for name, values in shapes.items()})
 
 
 # ---- Sub-commands -----------------------------------------------------------------------------
@@ -534,7 +499,7 @@ def scores(pairs, args, real=None):
     for a, b in ((a.to(where), b.to(where)) for a, b in pairs):
         row = [(a.double() - b.double()).abs().mean((1, 2, 3)) / 255, psnr(a, b), ssim(a, b)]
         if lpips_net:
-            d = lpips_net(a.to(args.device) / 127.5 - 1, b.to(args.device) / 127.5 - 1)
+            d = lpips_net(*(vmae.to_float(x.to(args.device)) for x in (a, b)))
             row.append(d.flatten().to(where).double())
         values.append(torch.stack(row).cpu())              # (3 or 4, B)
         if inception:
@@ -551,12 +516,11 @@ def reconstruct(args):
     rows, shown = [], []
     for run in (Run(path, args) for path in args.ckpt):    # one in memory at a time
         n, batches = run.held_out()
-        pairs = ((x, run.decode(run.encode(x))) for x, _ in batches)
-        first = next(pairs)
-        if not (shown and torch.equal(shown[0], first[0][:16])):           # the same images once
-            shown.append(first[0][:16])
-        shown.append(first[1][:16])
-        row, _ = scores(itertools.chain([first], pairs), args)
+        row, _ = scores(((x, run.decode(run.encode(x))) for x, _ in batches), args)
+        x = next(iter(batches))[0][:16]
+        if not (shown and torch.equal(shown[0], x)):       # the same images once
+            shown.append(x)
+        shown.append(run.decode(run.encode(x)))
         rows.append({"checkpoint": run.path, "N": n, **row})
     report(args, "Reconstruction of held-out images (Table 1)", rows, min(r["N"] for r in rows))
     picture(shown, f"{args.out}/reconstruct.png")          # originals above reconstructions
@@ -590,7 +554,6 @@ def smoothness(args):
 
 def separation(z, group, image):
     """Latent tokens z (M, d), the group of each (M,), the number of its image (M,) -> a dict.
-
     The paper plots sigma^2 and rho without formulas; these definitions are ours. Every channel is
     first scaled to mean 0 and variance 1; mu_g is the mean of group g.
         sigma^2 = sum_i |z_i - mu_g(i)|^2 / sum_i |z_i|^2    the spread within groups, as a share
@@ -671,7 +634,6 @@ BODIES = {"SD-VAE": (vmae.ConvAutoencoder, vmae.conv_sizes["base"]),
 def efficiency(args):
     """Table 3: sizes, operations and times of VMAE `base` and SD-VAE. The paper reports 13.4 % of
     the size, 4.1 % of the GFLOPs and 2.7x faster training. We count from the modules.
-
     MB: float32 MiB of the state dict. GFLOPs: as in the paper, multiply-adds of the encoder without
     attention's products, batch 128. "+ norms": with four per element of a LayerNorm, which gives
     the paper's 703.9. all GFLOPs: encoder and decoder with attention, one image, two operations per
@@ -692,8 +654,7 @@ def efficiency(args):
             _, decoder, more = multiply_adds(model.decode, q.mode())
         numbers = sum(v.numel() for v in model.state_dict().values())
         rows.append({"model": name, "numbers": numbers, "MB": numbers * 4 / 2**20,
-                     "GFLOPs": encoder * 128 / 1e9,
-                     "+ norms": (encoder + 4 * in_norms) * 128 / 1e9,
+                     "GFLOPs": encoder * 128 / 1e9, "+ norms": (encoder + 4 * in_norms) * 128 / 1e9,
                      "encoder GMACs": encoder / 1e9, "decoder GMACs": decoder / 1e9,
                      "all GFLOPs": 2 * (encoder + decoder + attention + more) / 1e9})
         if args.time:
@@ -725,16 +686,14 @@ def measure(name, size, batch, device):
         (model.decode(model.encode(x).sample()) - x).square().mean().backward()
 
     def now():
-        if device.type in ("cuda", "mps"):  # which otherwise return before they are done
-            getattr(torch, device.type).synchronize()
+        getattr(torch, device.type).synchronize()          # a GPU returns before it is done
         return timeit.default_timer()
 
     encode, decode = torch.no_grad()(model.encode), torch.no_grad()(model.decode)
     z = encode(x).mode()
     works = {"encode s": lambda: encode(x), "decode s": lambda: decode(z), "train s": train}
     row = {k: min(timeit.repeat(work, timer=now, repeat=4, number=1)) for k, work in works.items()}
-    row["peak MiB"] = (memory() - before) / 2**20
-    return row
+    return {**row, "peak MiB": (memory() - before) / 2**20}
 
 def generation(fake, real, args, pairs=0):
     """--fake and --real, as open_source takes them -> (a row of `fid`'s metrics, the statistics of
@@ -752,11 +711,10 @@ def generation(fake, real, args, pairs=0):
     stats, known = mine.statistics(), (theirs.statistics() if theirs else known)
     row = {"fake": fake, "real": real, "N fake": stats["n"],
            "N real": int(known.get("n", 0)) or "unknown"}
-    name = "gFID" if ours else "FID"
-    for metric, mu, sigma in ((name, "mu", "sigma"), ("sFID", "mu_s", "sigma_s")):
+    for key, mu, sigma in (("gFID" if ours else "FID", "mu", "sigma"), ("sFID", "mu_s", "sigma_s")):
         try:
             if mu in known:
-                row[metric] = frechet_distance(known[mu], known[sigma], stats[mu], stats[sigma])
+                row[key] = frechet_distance(known[mu], known[sigma], stats[mu], stats[sigma])
         except (ValueError, KeyError) as error:            # of another program's .npz
             raise InputError(f"{real}: {mu} and {sigma} cannot be used, {error}") from None
     row["IS"] = mine.inception_score()      # of the fakes alone
@@ -774,8 +732,7 @@ def fid(args):
     row, known = generation(args.fake, args.real, args, args.pairs)
     if args.save_stats:
         np.savez(args.save_stats, **known)
-    n = min(row["N fake"], int(known.get("n", 10**9)))
-    report(args, "Generated images (Table 2)", [row], n)
+    report(args, "Generated images (Table 2)", [row], min(row["N fake"], known.get("n", 10**9)))
 
 def compare(args):
     """Fig. 2: several runs on one radar. As in the paper, each axis runs from the worst run (inner
@@ -808,9 +765,8 @@ def compare(args):
     axes = list(rows[0])[1:]
     sign = [-1 if axis.endswith(("sigma^2", "LPIPS", "gFID")) else 1 for axis in axes]
     table = np.array([[row[axis] for axis in axes] for row in rows]) * sign        # high is good
-    span = np.ptp(table, 0)                                # (axes,), 0 if all runs are equal
-    rescaled = (table - table.min(0)) / np.where(span > 0, span, 1)        # (runs, axes)
-    shapes = dict(zip(runs, rescaled.tolist()))
+    table -= table.min(0)                                  # (runs, axes), 0 if all runs are equal
+    shapes = dict(zip(runs, (table / np.maximum(table.max(0), 1e-300)).tolist()))
     report(args, "Comparison (Fig. 2)", rows, args.n if second else None, rescaled=shapes)
     radar(f"{args.out}/compare.png", axes, shapes)
     if not second:
@@ -831,14 +787,12 @@ def neighbours(args):
     if net:
         spaces["Inception"] = lambda x: torch.cat([net(part).cpu() for part in x.split(args.batch)])
     for name, space in spaces.items():
-        loader = DataLoader(train, 256, num_workers=workers(args))
-        batches = (space(vmae.to_uint8(y)) for y, _ in loader)
-        d, index = nearest(space(both), tqdm(batches, name), 5)            # (2n, 5) each
+        batches = tqdm(load(train, torch.arange(len(train)), args), name)
+        d, index = nearest(space(both), (space(y) for y, _ in batches), 5)     # (2n, 5) each
         near, usual = d[:len(x), 0].median().item(), d[len(x):, 0].median().item()
         rows.append({"space": name, "samples": near, "held-out": usual,
                      "ratio": near / usual if usual else math.nan})
-        shown += [torch.stack([vmae.to_uint8(train[i][0]) for i in row.tolist()])
-                  for row in index[:len(x)][:16].T]
+        shown += [train.batch(row.tolist())[0] for row in index[:len(x)][:16].T]
     report(args, f"Distance to the nearest of {len(train)} training images, median", rows)
     picture(shown, f"{args.out}/neighbours.png")           # 6 rows, or 11
 
@@ -847,14 +801,13 @@ def neighbours(args):
 
 HELP = {
     "runs": "run folders, or checkpoints", "download": "fetch weights that are missing",
-    "ckpt": "checkpoints of either stage, or published weights",
+    "ckpt": "checkpoints of either stage, or published weights", "batch": "images at a time",
     "fake": "a stage-two checkpoint, which is sampled; a folder; a .npz with arr_0",
     "real": "a folder; a .npz with mu and sigma, or with arr_0; faces, the built-in ones (default: "
-            "what the checkpoint was trained on)",
+            "what the checkpoint was trained on)", "size": "side of the images in pixels",
     "data": "folder of images, none of them trained on (default: those held out in training)",
-    "n": "images at most", "size": "side of the images in pixels", "batch": "images at a time",
     "pairs": "images per side whose features are kept, 8 KB each, for KID, precision, recall",
-    "eps": "noise, in standard deviations of a latent channel",
+    "eps": "noise, in standard deviations of a latent channel", "n": "images at most",
     "cfg": "guidance weight of samples, 1: none", "time": "also measure seconds and memory",
     "resize": "to Inception's 299 pixels: pytorch-fid, or clean, antialiased as in clean-fid",
     "fast": "Inception in bfloat16: faster, but only two or three digits are right",
@@ -874,18 +827,6 @@ COMMANDS = {  # sub-command: its options, each with its default, which also give
     fid: {**INCEPTION, "fake": SECOND[0], "real": "", "n": 10000, "pairs": 10000, "cfg": 1.0,
           "save-stats": "", "download": True}}
 
-def add_option(parser, name, default):
-    """Add one option to a parser: a flag, a list, a number or a text, as its default is."""
-    note = " (default: %(default)s)" if default and default is not True else ""
-    if name == "runs":
-        return parser.add_argument(name, nargs="*", help=HELP[name])
-    kind = dict(type=type(default), choices=("pytorch-fid", "clean") if name == "resize" else None)
-    if isinstance(default, bool):
-        kind = dict(action="store_true")
-    elif isinstance(default, list):
-        kind = dict(type=type(default[-1]), nargs="+")
-    parser.add_argument(f"--{name}", default=default, help=HELP.get(name, "") + note, **kind)
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], usage="%(prog)s [command]")
     commands = parser.add_subparsers(metavar="command", prog=parser.prog)
@@ -894,15 +835,22 @@ def main():
         command = commands.add_parser(function.__name__, help=about)
         command.set_defaults(function=function)
         for name, default in {"batch": 64, "device": "auto", "out": "", **own}.items():
-            add_option(command, name, default)
-    everything = not sys.argv[1:]           # all that needs no download, with default options
+            choices = ("pytorch-fid", "clean") if name == "resize" else None
+            flag, nargs = (name, "*") if name == "runs" else (f"--{name}", "+")
+            kind = dict(type=type(default), choices=choices)
+            if isinstance(default, bool):
+                kind = dict(action="store_true")
+            elif isinstance(default, list):
+                kind = dict(type=float if name == "eps" else str, nargs=nargs)
+            note = " (default: %(default)s)" if default and default is not True else ""
+            command.add_argument(flag, default=default, help=HELP[name] + note, **kind)
+    everything = not sys.argv[1:]           # all that needs no download or Inception, slow on a CPU
     lines = [[f.__name__] for f in COMMANDS if f is not fid] if everything else [sys.argv[1:]]
     for line in lines:
         args = vmae.check(parser.parse_args(line))
         args.device = vmae.pick_device(args.device)
-        measured = getattr(args, "fake", None) or getattr(args, "ckpt", ["runs/"])[0]
-        folder = measured if os.path.isdir(measured) else os.path.dirname(measured) or "."
-        args.out = args.out or folder       # on a CPU Inception takes minutes, hence (None, None):
+        path = getattr(args, "fake", None) or getattr(args, "ckpt", ["runs/"])[0]      # is measured
+        args.out = args.out or (path if os.path.isdir(path) else os.path.dirname(path)) or "."
         args.nets = (None, None) if everything else optional_nets(args)
         try:
             args.function(args)
