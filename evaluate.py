@@ -7,12 +7,14 @@
     python evaluate.py separability                                       Figs. 4, 5 and 7
     python evaluate.py efficiency --time                                  Table 3
     python evaluate.py compare runs/ae runs/vae runs/vmae                 Fig. 2
+    python evaluate.py faces                             generated built-in faces, without downloads
     python evaluate.py neighbours                                         did it memorise?
 
 Each is a function whose docstring defines what it measures. It prints a Markdown table, writes it
 as JSON, and most draw a picture. All metrics take images as uint8, as they are saved."""
 import argparse
 import hashlib
+import inspect
 import json
 import math
 import multiprocessing
@@ -267,6 +269,68 @@ def precision_recall(real, fake, k=3):
 
     return on_manifold(fake, real), on_manifold(real, fake)
 
+class Judge(nn.Module):
+    """A small U-Net that learns what the renderer of the built-in faces knows: object, pattern, and
+    the part at each pixel. Its features take the place of Inception's, without a download. They are
+    no FID: they know only these faces, at 32 px, and distances in them compare with each other
+    alone. Each feature is in standard deviations of the training faces."""
+
+    def __init__(self):
+        super().__init__()
+        def conv(c_in, c_out, stride=1):
+            return nn.Sequential(nn.Conv2d(c_in, c_out, 3, stride, 1, bias=False),
+                                 nn.BatchNorm2d(c_out), nn.ReLU())
+
+        def halve(c_in, c_out):
+            return nn.Sequential(conv(c_in, c_out, 2), conv(c_out, c_out))
+
+        self.down = nn.ModuleList([conv(3, 16), halve(16, 32), halve(32, 64), halve(64, 64)])
+        self.up = nn.ModuleList([conv(64 + 64, 32), conv(32 + 32, 32), conv(32 + 16, 16)])
+        self.object, self.pattern = nn.Linear(128, 4), nn.Linear(128, 3)
+        self.part = nn.Conv2d(16, len(vmae.PARTS), 1)
+        self.register_buffer("mean", torch.zeros(208)), self.register_buffer("std", torch.ones(208))
+
+    def forward(self, images):
+        """uint8 (N, 3, S, S) -> features (N, 208), logits of the object (N, 4), of the pattern (N,
+        3), of the part (N, 5, 32, 32)."""
+        x = vmae.to_float(F.interpolate(images.float(), (32, 32), mode="area"))
+        x, levels = x.contiguous(memory_format=torch.channels_last), []
+        for layer in self.down:
+            levels.append(x := layer(x))    # 32, 16, 8, 4 pixels
+        features = [x.mean((2, 3)), x.amax((2, 3))]
+        whole = torch.cat(features, 1)                     # (N, 128)
+        for layer, fine in zip(self.up, levels[2::-1]):    # 8, 16, 32 pixels
+            x = layer(torch.cat([F.interpolate(x, scale_factor=2), fine], 1))
+            features.append(x.mean((2, 3)))                # how much there is of each texture
+        features = (torch.cat(features, 1) - self.mean) / self.std
+        return features, self.object(whole), self.pattern(whole), self.part(x)
+
+def load_judge(folder="runs"):
+    """The Judge, from a file in `folder`, or trained now, on each training face once, and kept there.
+    The file's name is a hash of what makes it: its code and the faces."""
+    made_by = "".join(map(inspect.getsource, (Judge, load_judge))) + vmae.Faces(32).fingerprint()
+    path = Path(folder, f"judge_{hashlib.sha256(made_by.encode()).hexdigest()[:8]}.pt")
+    with torch.random.fork_rng():           # weights of a seed of its own
+        torch.manual_seed(0)
+        judge, faces = Judge().to(memory_format=torch.channels_last), vmae.Faces(32)
+    if path.exists():
+        judge.load_state_dict(torch.load(path, weights_only=True))
+        return judge.eval().requires_grad_(False)
+    opt = torch.optim.AdamW(judge.parameters(), weight_decay=0.01)
+    parts = torch.arange(len(faces)).split(32)
+    plan = torch.optim.lr_scheduler.OneCycleLR(opt, 5e-3, len(parts))
+    for part in tqdm(parts, "training the judge", dynamic_ncols=True):
+        x, *truth = faces.render(part)
+        answers = judge(vmae.to_uint8(x))[1:]
+        sum(map(F.cross_entropy, answers, truth)).backward()
+        opt.step(), opt.zero_grad(), plan.step()
+    judge.eval().requires_grad_(False)
+    features = torch.cat([judge(faces.batch(part)[0])[0] for part in parts[:128]])     # (4096, 208)
+    judge.mean, judge.std = features.mean(0), features.std(0).clamp(min=1e-6)
+    os.makedirs(folder, exist_ok=True)
+    vmae.save_checkpoint(path, **judge.state_dict())
+    return judge
+
 class Features:
     """What we keep of a set of images that Inception has seen: running sums, for FID, sFID and IS;
     the features of the first `pairs` images, for the metrics that compare pairs."""
@@ -356,18 +420,22 @@ class Run:
         return torch.cat([self.model.encode(vmae.to_float(x.to(self.args.device))).mode().cpu()
                           for x in images.split(self.args.batch)])
 
+    def again(self, images):
+        """Reconstruct images: uint8 (N, 3, S, S) -> the same."""
+        return self.decode(self.encode(images))
+
     def decode(self, z):
         """z (N, d, h, w) -> uint8 (N, 3, S, S) on the CPU."""
         return torch.cat([vmae.to_uint8(self.model.decode(part.to(self.args.device))).cpu()
                           for part in z.split(self.args.batch)])
 
-def draw_samples(path, args):
+def draw_samples(path, args, cfg):
     """A stage-two checkpoint -> batches of uint8, --n images in all: those of sample.py with seed
-    0, the classes in turn, 50 steps and guidance --cfg."""
+    0, the classes in turn, 50 steps and guidance cfg (None: sample.py's default)."""
     model, schedule, ckpt = ldm.load_ldm(path)             # the EMA weights
     K, sampler = len(ckpt["classes"]), ldm.sampler_for(schedule)
     model, ae = model.to(args.device), vmae.build_vmae(ckpt["vmae"]).to(args.device)
-    w = sample.guidance(args.cfg, ckpt["classes"])
+    w = sample.guidance(cfg, ckpt["classes"])
     for index in torch.arange(args.n).split(args.batch):
         y = index % K if K else None                       # (B,)
         yield sample.draw(index, y, model, ae, schedule, ckpt, sampler, steps=50, w=w)
@@ -384,7 +452,7 @@ def open_source(source, args, size=None):
         return images.shape[2], len(images), images.split(args.batch)
     if os.path.isfile(source):
         size = ldm.load_ldm(source)[2]["vmae"]["model_args"]["img_size"]
-        return size, args.n, draw_samples(source, args)
+        return size, args.n, draw_samples(source, args, args.cfg)
     data = vmae.Faces(size or 32) if source == "faces" else vmae.ImageFolder(source, size)
     data.size = data.size or data.files[data.paths[0]][2]
     n, batches = shuffled(data, args)
@@ -516,11 +584,11 @@ def reconstruct(args):
     rows, shown = [], []
     for run in (Run(path, args) for path in args.ckpt):    # one in memory at a time
         n, batches = run.held_out()
-        row, _ = scores(((x, run.decode(run.encode(x))) for x, _ in batches), args)
+        row, _ = scores(((x, run.again(x)) for x, _ in batches), args)
         x = next(iter(batches))[0][:16]
         if not (shown and torch.equal(shown[0], x)):       # the same images once
             shown.append(x)
-        shown.append(run.decode(run.encode(x)))
+        shown.append(run.again(x))
         rows.append({"checkpoint": run.path, "N": n, **row})
     report(args, "Reconstruction of held-out images (Table 1)", rows, min(r["N"] for r in rows))
     picture(shown, f"{args.out}/reconstruct.png")          # originals above reconstructions
@@ -772,13 +840,61 @@ def compare(args):
     if not second:
         print("skipped generation: it takes stage-two runs, and Inception's weights")
 
+def faces(args):
+    """Generated built-in faces, as the Judge sees them. Rows: held-out faces, the best there can be;
+    their reconstructions by stage one, the best that stage two can reach; samples without guidance
+    and with sample.py's default.
+
+    requested: the share recognised as the kind that was asked for. complete: the share that shows
+    all five parts, each on 3 of 1,024 pixels or more. distance: the Frechet distance to 4,096
+    training faces. precision, recall: against as many training faces as there are images."""
+    judge, rows = load_judge().to(args.device), []
+
+    def see(batches):
+        """Batches of uint8 -> features (N, 208), kind (N,), and whether all parts are there (N,)."""
+        answers = zip(*(judge(x.to(args.device)) for x in batches))
+        features, kind, _, part = (torch.cat(answer).cpu() for answer in answers)
+        pixels = F.one_hot(part.argmax(1), len(vmae.PARTS)).sum((1, 2))    # (N, 5)
+        return features, kind.argmax(1), (pixels >= 3).all(1)
+
+    def moments(features):
+        """-> mean (208,), covariance (208, 208)."""
+        statistics = Statistics()
+        statistics.add(features)
+        return statistics.moments()
+
+    train = vmae.Faces(32)
+    real, _, _ = see(train.batch(part)[0] for part in torch.arange(4096).split(64))
+    for path in args.ckpt:
+        run = Run(path, args)
+        if run.trained["data"]:
+            raise InputError(f"{path}: was trained on {run.trained['data']}, not on the faces")
+        held_out = [vmae.Faces(run.model.img_size, "val").batch(part)
+                    for part in torch.arange(args.n).split(args.batch)]
+        x, y = zip(*held_out)
+        sets = {"held out": (x, torch.cat(y)), "reconstructed": (map(run.again, x), torch.cat(y))}
+        if (ckpt := vmae.read_checkpoint(path)).get("classes") is not None:
+            kind = torch.arange(args.n) % 4 if ckpt["classes"] else None
+            for w in (1.0, *{sample.guidance(None, ckpt["classes"])} - {1.0}):
+                sets[f"samples, w = {w}"] = draw_samples(path, args, w), kind
+        for name, (batches, wanted) in sets.items():
+            features, kind, complete = see(tqdm(batches, name, dynamic_ncols=True))
+            precision, recall = precision_recall(real[:len(features)], features)
+            rows.append({
+                "checkpoint": path, "images": name, "N": len(features),
+                "requested": (kind == wanted).double().mean().item() if wanted is not None else "",
+                "complete": complete.double().mean().item(),
+                "distance": frechet_distance(*moments(real), *moments(features)),
+                "precision": precision, "recall": recall})
+    report(args, "Built-in faces, by the judge; no FID", rows)
+
 def neighbours(args):
     """Did the generator memorise? Picture: samples, each above its 5 nearest training images, in
     pixels and, if its weights are here, in Inception's features. Table: the median distance to the
     nearest training image, of the samples and of as many held-out images; samples that are much
     nearer than these are copies. Distances of pixels are RMS differences, 0 to 255."""
     trained = ldm.load_ldm(args.ckpt[0])[2]["train_args"]
-    x = torch.cat(list(draw_samples(args.ckpt[0], args)))                  # (n, 3, S, S)
+    x = torch.cat(list(draw_samples(args.ckpt[0], args, args.cfg)))                  # (n, 3, S, S)
     (_, net), size, rows, shown = args.nets, x.shape[-1], [], [x[:16]]
     train, fresh = vmae.open_images(trained["data"], size, trained["val"],
                                     os.path.dirname(args.ckpt[0]))
@@ -822,6 +938,7 @@ COMMANDS = {  # sub-command: its options, each with its default, which also give
     smoothness: {"ckpt": FIRST, "data": "", "n": 256, "eps": [0, .01, .05, .1, .2, .3], **NETS},
     separability: {"ckpt": FIRST, "data": "", "n": 512},
     efficiency: {"size": 256, "time": False, "batch": 1},
+    faces: {"ckpt": SECOND, "n": 512},
     neighbours: {"ckpt": SECOND, "n": 16, "cfg": 1.0, **INCEPTION},
     compare: {"runs": [], "data": "", "n": 256, "cfg": 1.0, **NETS},
     fid: {**INCEPTION, "fake": SECOND[0], "real": "", "n": 10000, "pairs": 10000, "cfg": 1.0,
