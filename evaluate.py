@@ -17,7 +17,6 @@ import hashlib
 import inspect
 import json
 import math
-import multiprocessing
 import os
 import re
 import sys
@@ -410,10 +409,14 @@ class Run:
 
     def held_out(self):
         """--data, or what was held out in training, as `shuffled` returns it."""
-        size, (data, val) = self.model.img_size, (self.trained["data"], self.trained["val"])
+        size, data, val = self.model.img_size, self.trained["data"], self.trained["val"]
+        which = f"{self.args.data or val or data or 'the faces'} at {size} px"
+        if vars(self.args).setdefault("which", which) != which:
+            raise InputError(f"{self.path}: would be measured on {which}, the runs before it on "
+                             f"{self.args.which}; such numbers do not compare")
         if self.args.data:
             return shuffled(vmae.ImageFolder(self.args.data, size), self.args)
-        return shuffled(vmae.open_images(data, size, val, os.path.dirname(self.path))[1], self.args)
+        return shuffled(vmae.open_images(data, size, val)[1], self.args)
 
     def encode(self, images):
         """uint8 (N, 3, S, S) -> the mode of the posterior (N, d, h, w), on the CPU."""
@@ -445,7 +448,12 @@ def open_source(source, args, size=None):
     (the built-in training faces), a .npz with arr_0, uint8 (N, H, W, 3), as ADM's, or a stage-two
     checkpoint, which is sampled. size: of a folder (default: that of its first image) or faces."""
     if source.endswith(".npz"):
-        images = torch.from_numpy(read_npz(source, "arr_0")["arr_0"])[:args.n].permute(0, 3, 1, 2)
+        images = read_npz(source, "arr_0")["arr_0"][:args.n]
+        S = images.shape[1:2]               # (H,)
+        if images.dtype != np.uint8 or images.shape != (len(images), *S, *S, 3):
+            raise InputError(f"{source}: arr_0 is {images.dtype} {images.shape}; it must be uint8 "
+                             f"(N, H, W, 3) with H = W")
+        images = torch.from_numpy(images).permute(0, 3, 1, 2)
         if size not in (None, images.shape[2]):
             raise InputError(f"{source}: images of {images.shape[2]} pixels, the others have "
                              f"{size}; give a folder, which is resized")
@@ -491,14 +499,16 @@ def report(args, title, rows, n=None, **more):
     print(f"\n{title}\n\n| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
     for row in rows:
         print(f"| {' | '.join(cell(row.get(key, '')) for key in columns)} |")
+    rows = [{key: None if isinstance(value, float) and not math.isfinite(value) else value
+             for key, value in row.items()} for row in rows]               # JSON has no NaN
     os.makedirs(args.out, exist_ok=True)    # only now: a run that failed leaves no folder
-    text = json.dumps(dict(title=title, rows=rows, **more), indent=1)
-    Path(args.out, f"{args.function.__name__}.json").write_text(text)
+    with vmae.whole_file(Path(args.out, f"{args.function.__name__}.json")) as file:
+        file.write(json.dumps(dict(title=title, rows=rows, **more), indent=1).encode())
 
-def picture(rows, path):
-    """Save rows of uint8 images as one PNG; smaller images are enlarged to the largest size."""
-    size, k = max(row.shape[-1] for row in rows), min(map(len, rows))
-    vmae.save_grid([F.interpolate(row[:k] / 127.5 - 1, size) for row in rows], path)
+def picture(rows, names, path):
+    """Save rows of uint8 images of one size as one PNG, and print the names of the rows."""
+    vmae.save_grid([vmae.to_float(row) for row in rows], path)
+    print(f"\n{path}, the rows: {', '.join(names)}")
 
 def chart(path, height, grid, texts, curves, lines=True):
     """Save a PNG, drawn at twice its size, which smooths the lines. grid: lists of places; texts:
@@ -509,29 +519,35 @@ def chart(path, height, grid, texts, curves, lines=True):
     pen.font = ImageFont.load_default(24)
     for places in grid:
         pen.line(places, "#cccccc", 2)
+    def short(text):                        # the end of a long path tells more
+        return text if len(text) <= 80 else f"...{text[-77:]}"
+
     for place, text, anchor in texts:
-        pen.text(place, text, "#333333", anchor=anchor)
+        pen.text(place, short(text), "#333333", anchor=anchor)
     for i, (name, places) in enumerate(curves.items()):
         colour, y = COLOURS[i % len(COLOURS)], height + 36 * i
         pen.circle((40, y), 10, colour)
-        pen.text((64, y), name, "#333333", anchor="lm")
+        pen.text((64, y), short(name), "#333333", anchor="lm")
         if lines:
             pen.line(places, colour, 5, "curve")
         for place in places:
             pen.circle(place, 8 if lines else 3, colour)
-    image.resize((image.width // 2, image.height // 2), Image.LANCZOS).save(path)
+    with vmae.whole_file(path) as file:
+        image.resize((image.width // 2, image.height // 2), Image.LANCZOS).save(file, "png")
 
 def plot(path, series, x_label, y_label, lines=True):
     """Save a PNG of series, name -> [(x, y), ...], joined by lines, or as dots without outliers."""
     points = np.array([p for curve in series.values() for p in curve])     # (M, 2)
     low, high = np.percentile(points, (0, 100) if lines else (0.5, 99.5), axis=0)      # (2,) each
-    span = np.where(high > low, high - low, 1)
+    low, span = np.where(high > low, (low, high - low), (low - 0.5, np.ones(2)))   # one value
+    digits = [max(0, 1 - math.floor(math.log10(v / 4))) for v in span]     # enough to tell ticks
     grid, curves = [], {}
     texts = [((680, 625), x_label, "mm"), ((130, 26), y_label, "lm")]
     for i in range(5):                      # lines of the grid, with their numbers
         x, y, value = 130 + 275 * i, 560 - 125 * i, low + span * i / 4
         grid += [[(x, 60), (x, 560)], [(130, y), (1230, y)]]
-        texts += [((x, 585), f"{value[0]:.3g}", "mm"), ((115, y), f"{value[1]:.3g}", "rm")]
+        texts += [((x, 585), f"{value[0]:.{digits[0]}f}", "mm"),
+                  ((115, y), f"{value[1]:.{digits[1]}f}", "rm")]
     for name, curve in series.items():
         share = (np.reshape(curve, (-1, 2)) - low) / span  # of the axes
         curves[name] = [(130 + 1100 * u, 560 - 500 * v) for u, v in share
@@ -585,13 +601,11 @@ def reconstruct(args):
     for run in (Run(path, args) for path in args.ckpt):    # one in memory at a time
         n, batches = run.held_out()
         row, _ = scores(((x, run.again(x)) for x, _ in batches), args)
-        x = next(iter(batches))[0][:16]
-        if not (shown and torch.equal(shown[0], x)):       # the same images once
-            shown.append(x)
+        x = next(iter(batches))[0][:16]     # the same images for all runs
         shown.append(run.again(x))
         rows.append({"checkpoint": run.path, "N": n, **row})
-    report(args, "Reconstruction of held-out images (Table 1)", rows, min(r["N"] for r in rows))
-    picture(shown, f"{args.out}/reconstruct.png")          # originals above reconstructions
+    report(args, "Reconstruction of held-out images (Table 1)", rows, n)
+    picture([x, *shown], ["originals", *args.ckpt], f"{args.out}/reconstruct.png")
 
 def perturb(z, eps):
     """z (N, d, h, w) + eps s_c N(0, 1), where s_c is the standard deviation of channel c over all
@@ -617,7 +631,7 @@ def smoothness(args):
         curves[run.path] = [(row["eps"], row[axis]) for row in rows[start:]]
         shown.append(torch.cat(strip))
     report(args, f"Reconstruction from z + eps std N(0, 1), {len(x)} images (Fig. 6)", rows, len(x))
-    picture(shown, f"{args.out}/smoothness_strip.png")     # the original, then one per eps
+    picture(shown, args.ckpt, f"{args.out}/smoothness_strip.png")  # the original, then one per eps
     plot(f"{args.out}/smoothness.png", curves, "eps, in standard deviations of a channel", axis)
 
 def separation(z, group, image):
@@ -696,21 +710,18 @@ def multiply_adds(function, *args):
     attention = counts.pop("aten.bmm", 0)
     return result, sum(counts.values()), attention
 
-BODIES = {"SD-VAE": (vmae.ConvAutoencoder, vmae.conv_sizes["base"]),
-          "VMAE": (vmae.VMAE, vmae.sizes["base"])}
-
 def efficiency(args):
     """Table 3: sizes, operations and times of VMAE `base` and SD-VAE. The paper reports 13.4 % of
     the size, 4.1 % of the GFLOPs and 2.7x faster training. We count from the modules.
     MB: float32 MiB of the state dict. GFLOPs: as in the paper, multiply-adds of the encoder without
     attention's products, batch 128. "+ norms": with four per element of a LayerNorm, which gives
     the paper's 703.9. all GFLOPs: encoder and decoder with attention, one image, two operations per
-    multiply-add. --time: seconds of encode, decode and a training step (forward, backward); peak
-    memory without torch's own; each model in its own process."""
+    multiply-add. --time: seconds of encode, decode and a training step (forward, backward)."""
     rows = []
     if args.size % 8:
         raise InputError(f"--size {args.size}: must be a multiple of 8, as both models are f8")
-    for name, (body, kwargs) in BODIES.items():
+    for name, body, kwargs in (("SD-VAE", vmae.ConvAutoencoder, vmae.conv_sizes["base"]),
+                               ("VMAE", vmae.VMAE, vmae.sizes["base"])):
         with torch.device("meta"), torch.no_grad():        # tensors have a shape but no content
             model, norms = body(args.size, **kwargs), []
             for module in model.modules():
@@ -726,42 +737,29 @@ def efficiency(args):
                      "encoder GMACs": encoder / 1e9, "decoder GMACs": decoder / 1e9,
                      "all GFLOPs": 2 * (encoder + decoder + attention + more) / 1e9})
         if args.time:
-            with multiprocessing.get_context("spawn").Pool(1) as pool:
-                rows[-1].update(pool.apply(measure, (name, args.size, args.batch, args.device)))
+            rows[-1].update(seconds(body(args.size, **kwargs), args))
     ratio = {key: f"{rows[1][key] / rows[0][key]:.1%}" for key in list(rows[0])[1:]}
     report(args, f"Efficiency at {args.size} px (Table 3)", [*rows, {"model": "ratio", **ratio}])
     if not args.time:
-        print("skipped times and memory: `evaluate.py efficiency --time`")
+        print("skipped times: `evaluate.py efficiency --time`")
 
-def measure(name, size, batch, device):
-    """Seconds, the best of 4, and peak memory of one of BODIES; see `efficiency`."""
-    def memory():
-        """Most bytes in use up to now; 0 on Windows, which has no `resource`."""
-        if device.type == "cuda":
-            return torch.cuda.max_memory_allocated()
-        if sys.platform == "win32":
-            return 0
-        import resource
-        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return most * (1 if sys.platform == "darwin" else 1024)            # bytes, or KiB
-
-    device, (body, kwargs) = torch.device(device), BODIES[name]
-    before = 0 if device.type == "cuda" else memory()
-    model, x = body(size, **kwargs).to(device), torch.rand(batch, 3, size, size, device=device)
+def seconds(model, args):
+    """Seconds of encode, decode and a training step of --batch images, each the best of 4."""
+    model, sync = model.to(args.device), getattr(torch, args.device.type).synchronize
+    x = torch.rand(args.batch, 3, args.size, args.size, device=args.device)
 
     def train():
         model.zero_grad()
         (model.decode(model.encode(x).sample()) - x).square().mean().backward()
 
     def now():
-        getattr(torch, device.type).synchronize()          # a GPU returns before it is done
+        sync()                              # a GPU returns before it is done
         return timeit.default_timer()
 
     encode, decode = torch.no_grad()(model.encode), torch.no_grad()(model.decode)
     z = encode(x).mode()
     works = {"encode s": lambda: encode(x), "decode s": lambda: decode(z), "train s": train}
-    row = {k: min(timeit.repeat(work, timer=now, repeat=4, number=1)) for k, work in works.items()}
-    return {**row, "peak MiB": (memory() - before) / 2**20}
+    return {k: min(timeit.repeat(work, timer=now, repeat=4, number=1)) for k, work in works.items()}
 
 def generation(fake, real, args, pairs=0):
     """--fake and --real, as open_source takes them -> (a row of `fid`'s metrics, the statistics of
@@ -774,9 +772,13 @@ def generation(fake, real, args, pairs=0):
     size, *fakes = open_source(fake, args)
     known = read_npz(real) if real.endswith(".npz") else {}
     reals = [] if "mu" in known else open_source(real, args, size)[1:]     # before the work begins
+    how = {"resize": args.nets[1].resize, "weights": args.nets[1].hash, "size": size}
+    for key in how.keys() & known.keys():
+        if known[key] != how[key]:
+            raise InputError(f"{real}: was made with {key} {known[key]}, here it is {how[key]}")
     mine = Features(args.nets[1], pairs).see(*fakes)
     theirs = Features(args.nets[1], pairs).see(*reals) if reals else None
-    stats, known = mine.statistics(), (theirs.statistics() if theirs else known)
+    stats, known = mine.statistics(), ({**theirs.statistics(), **how} if theirs else known)
     row = {"fake": fake, "real": real, "N fake": stats["n"],
            "N real": int(known.get("n", 0)) or "unknown"}
     for key, mu, sigma in (("gFID" if ours else "FID", "mu", "sigma"), ("sFID", "mu_s", "sigma_s")):
@@ -799,7 +801,8 @@ def fid(args):
         os.makedirs(os.path.dirname(args.save_stats) or ".", exist_ok=True)
     row, known = generation(args.fake, args.real, args, args.pairs)
     if args.save_stats:
-        np.savez(args.save_stats, **known)
+        with vmae.whole_file(f"{args.save_stats.removesuffix('.npz')}.npz") as file:
+            np.savez(file, **known)
     report(args, "Generated images (Table 2)", [row], min(row["N fake"], known.get("n", 10**9)))
 
 def compare(args):
@@ -893,11 +896,10 @@ def neighbours(args):
     pixels and, if its weights are here, in Inception's features. Table: the median distance to the
     nearest training image, of the samples and of as many held-out images; samples that are much
     nearer than these are copies. Distances of pixels are RMS differences, 0 to 255."""
-    trained = ldm.load_ldm(args.ckpt[0])[2]["train_args"]
-    x = torch.cat(list(draw_samples(args.ckpt[0], args, args.cfg)))                  # (n, 3, S, S)
+    trained = ldm.load_ldm(args.ckpt)[2]["train_args"]
+    x = torch.cat(list(draw_samples(args.ckpt, args, args.cfg)))           # (n, 3, S, S)
     (_, net), size, rows, shown = args.nets, x.shape[-1], [], [x[:16]]
-    train, fresh = vmae.open_images(trained["data"], size, trained["val"],
-                                    os.path.dirname(args.ckpt[0]))
+    train, fresh = vmae.open_images(trained["data"], size, trained["val"])
     both = torch.cat([x, *(batch for batch, _ in shuffled(fresh, args)[1])])
     spaces = {"pixels": lambda x: x.flatten(1).float() / math.sqrt(3 * size**2)}
     if net:
@@ -910,7 +912,8 @@ def neighbours(args):
                      "ratio": near / usual if usual else math.nan})
         shown += [train.batch(row.tolist())[0] for row in index[:len(x)][:16].T]
     report(args, f"Distance to the nearest of {len(train)} training images, median", rows)
-    picture(shown, f"{args.out}/neighbours.png")           # 6 rows, or 11
+    names = [f"nearest {k} by {space}" for space in spaces for k in range(1, 6)]
+    picture(shown, ["samples", *names], f"{args.out}/neighbours.png")
 
 
 # ---- The command line -------------------------------------------------------------------------
@@ -930,7 +933,7 @@ HELP = {
     "inception-weights": "a copy of FID's InceptionV3 (default: torch hub's cache)",
     "vgg-weights": "a copy of VGG-16, for LPIPS (default: torch hub's cache)",
     "save-stats": "write the real side's statistics to this .npz", "device": "cuda, cpu, mps...",
-    "out": "folder of table and picture (default: beside what is measured)"}
+    "out": "folder of table and picture (default: that of the checkpoint, otherwise runs)"}
 INCEPTION = {"resize": "pytorch-fid", "fast": False, "inception-weights": "", "download": False}
 NETS, FIRST, SECOND = {**INCEPTION, "vgg-weights": ""}, ["runs/vmae/last.pt"], ["runs/ldm/last.pt"]
 COMMANDS = {  # sub-command: its options, each with its default, which also gives its type
@@ -939,7 +942,7 @@ COMMANDS = {  # sub-command: its options, each with its default, which also give
     separability: {"ckpt": FIRST, "data": "", "n": 512},
     efficiency: {"size": 256, "time": False, "batch": 1},
     faces: {"ckpt": SECOND, "n": 512},
-    neighbours: {"ckpt": SECOND, "n": 16, "cfg": 1.0, **INCEPTION},
+    neighbours: {"ckpt": SECOND[0], "n": 16, "cfg": 1.0, **INCEPTION},
     compare: {"runs": [], "data": "", "n": 256, "cfg": 1.0, **NETS},
     fid: {**INCEPTION, "fake": SECOND[0], "real": "", "n": 10000, "pairs": 10000, "cfg": 1.0,
           "save-stats": "", "download": True}}
@@ -962,12 +965,19 @@ def main():
             note = " (default: %(default)s)" if default and default is not True else ""
             command.add_argument(flag, default=default, help=HELP[name] + note, **kind)
     everything = not sys.argv[1:]           # all that needs no download or Inception, slow on a CPU
-    lines = [[f.__name__] for f in COMMANDS if f is not fid] if everything else [sys.argv[1:]]
+    lines = [sys.argv[1:]]
+    if everything:
+        lines = [[f.__name__] for f in COMMANDS if f not in (fid, faces)]
     for line in lines:
         args = vmae.check(parser.parse_args(line))
-        args.device = vmae.pick_device(args.device)
-        path = getattr(args, "fake", None) or getattr(args, "ckpt", ["runs/"])[0]      # is measured
-        args.out = args.out or (path if os.path.isdir(path) else os.path.dirname(path)) or "."
+        args.device = vmae.start(args.device)
+        paths = [getattr(args, name, []) for name in ("fake", "ckpt", "runs")]
+        paths = sum(([p] if isinstance(p, str) else p for p in paths), [])     # what is measured
+        for path in paths if not everything else ():       # not after hours of work on the others
+            if not os.path.exists(path) and path != "faces":
+                raise InputError(f"{path}: no such file or folder")
+        beside = paths and line[0] != "compare" and not os.path.isdir(paths[0])
+        args.out = args.out or (os.path.dirname(paths[0]) if beside else "runs") or "."
         args.nets = (None, None) if everything else optional_nets(args)
         try:
             args.function(args)
@@ -977,7 +987,8 @@ def main():
             print(f"skipped {line[0]}: {error}")
     if everything:
         print("skipped LPIPS and rFID: `evaluate.py reconstruct --download` (weights: 528, 91 MB)\n"
-              "skipped fid: `evaluate.py fid` draws samples and fetches Inception's 91 MB")
+              "skipped fid: `evaluate.py fid` draws samples and fetches Inception's 91 MB\n"
+              "skipped faces: `evaluate.py faces` draws 1,024 samples, which takes minutes")
 
 if __name__ == "__main__":
     vmae.cli(main)

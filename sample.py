@@ -5,6 +5,7 @@
     python sample.py --sampler ddpm --steps 1000        Ho 2020; the default is DDIM, 50 steps
     python sample.py --ckpt lightningdit.pt --vmae vmae.pth --stats latents_stats.pt --steps 250
     python sample.py --n 10000 --npz --trajectory       also samples.npz, trajectory.png
+    torchrun --nproc-per-node 4 sample.py --n 50000     the same images, from several GPUs
 
 Each image is written when it is drawn; the same command again goes on after an interruption.
 """
@@ -22,7 +23,7 @@ from tqdm import tqdm
 
 import ldm
 import vmae
-from vmae import InputError
+from vmae import RANK, WORLD, InputError
 
 SAMPLER_OPTIONS = {name: text for _, _, own in ldm.SAMPLERS.values() for name, text in own.items()}
 
@@ -89,7 +90,8 @@ def pick_sampler(args, schedule):
     return function, given
 
 def stage_one(args, ckpt):
-    """The model of --vmae, or the one inside the checkpoint, if its latents fit those of --ckpt."""
+    """The autoencoder of --vmae, or the one inside the checkpoint. InputError if its latents are
+    not those of --ckpt: they need an encoder with the same weights; the decoder may be another."""
     if args.vmae is None and "vmae" not in ckpt:
         raise InputError(f"{args.ckpt}: published weights hold no stage one; name it with --vmae")
     ae = vmae.load_vmae(args.vmae) if args.vmae else vmae.build_vmae(ckpt["vmae"])
@@ -97,6 +99,11 @@ def stage_one(args, ckpt):
     if (ae.latent_dim, ae.grid) != (d, side):
         raise InputError(f"--vmae {args.vmae}: its latents have {ae.latent_dim} channels on a "
                          f"side of {ae.grid}, those of {args.ckpt} have {d} on {side}")
+    x = torch.linspace(-1, 1, 3 * ae.img_size**2).view(1, 3, ae.img_size, ae.img_size)
+    if "vmae" in ckpt and not torch.allclose(
+            ae.encode(x).mu, vmae.build_vmae(ckpt["vmae"]).encode(x).mu, atol=1e-3):
+        raise InputError(f"--vmae {args.vmae}: has another encoder than the stage one of {args.ckpt}, "
+                         f"and so another latent space; leave --vmae out")
     return ae
 
 def decode(z_0, ae, ckpt):
@@ -160,7 +167,7 @@ def main():
     sampler, own_options = pick_sampler(args, schedule)    # by default DDIM, or Euler
     classes, labels = ckpt["classes"], torch.tensor(pick_labels(args.label, ckpt["classes"]))
     w = guidance(args.cfg, classes)
-    device = vmae.pick_device(args.device)
+    device = vmae.start(args.device)
     model, ae = model.to(device), stage_one(args, ckpt).to(device)         # generator, autoencoder
 
     def images(index, batch=args.batch, **more):
@@ -170,15 +177,19 @@ def main():
             yield part, draw(part, y, model, ae, schedule, ckpt, sampler, args.seed, w=w,
                              steps=args.steps, **own_options, **more)      # uint8 (B, 3, H, W)
 
-    out = Path(args.out)
-    done = begin(out, args, dict(w=w, labels=labels.tolist(), sampler=sampler.__name__))
+    out, settings = Path(args.out), dict(w=w, labels=labels.tolist(), sampler=sampler.__name__)
+    done = vmae.from_first(lambda: begin(out, args, settings))
     files = [out / f"sample_{i:06d}.png" for i in range(args.n)]
-    with tqdm(total=args.n, initial=len(done), desc="sampling", dynamic_ncols=True) as bar:
-        for part, x in images([i for i in range(args.n) if files[i].name not in done]):
+    mine = [i for i in range(args.n) if files[i].name not in done][RANK::WORLD]
+    with tqdm(total=len(mine), desc="sampling", dynamic_ncols=True, disable=RANK > 0) as bar:
+        for part, x in images(mine):
             for i, image in zip(part.tolist(), x.permute(0, 2, 3, 1).numpy()):     # (H, W, 3)
                 with vmae.whole_file(files[i]) as file:    # PNG: FID would notice JPEG's losses
                     Image.fromarray(image).save(file, "png")
                 bar.update()
+    vmae.agree(0)
+    if RANK > 0:                            # process 0 does the rest
+        return
     first = torch.stack([torch.from_numpy(pixels(file)) for file in files[:64]])   # (64, H, W, 3)
     vmae.save_grid(vmae.to_float(first.permute(0, 3, 1, 2)).split(8), out / "grid.png")
     if args.npz:                            # for evaluate.py fid, or ADM's

@@ -10,19 +10,16 @@ these. Also writes last.pt, log.jsonl and preview_*.png, samples of the EMA weig
 import argparse
 import hashlib
 import os
-from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
-from tqdm import tqdm
 
 import ldm
 import sample
 import vmae
 from train_vmae import (Log, ahead, autocast, begin, common_options, learning_rate, micro_batches,
-                        optimiser, parse, resume, start_processes, update, use_recipe)
-from vmae import InputError
+                        optimiser, parse, resume, update, use_recipe)
+from vmae import RANK, InputError
 
 # Defaults of --batch, --steps and --lr. The learning rate of small and base is the authors'.
 RECIPES = {"tiny": dict(batch=32, steps=3000, lr=1.5e-3),
@@ -32,64 +29,32 @@ RECIPES = {"tiny": dict(batch=32, steps=3000, lr=1.5e-3),
 
 # ---- The cache of moments ---------------------------------------------------------------------
 
-class Moments(torch.utils.data.Dataset):
-    """q(z|x) of each image, number 2i, and of its mirror image, 2i + 1: mu and logvar, in a
-    memory-mapped float16 file of shape (2n, 2d, h, w).
+@torch.no_grad()
+def cache_moments(model, data, run, device):
+    """q(z|x) of each image, row 2i, and of its mirror image, row 2i + 1: mu and logvar, (2d, h, w)
+    in float16, as vmae.Rows. Computed once. The key holds a hash of the stage-one weights and of
+    the data, so that rows of anything else are never read."""
+    weights = b"".join(v.cpu().numpy().tobytes() for v in model.state_dict().values())
+    key = hashlib.sha256(weights + data.fingerprint().encode()).hexdigest()
+    shape = (2 * model.latent_dim, model.grid, model.grid)
 
-    Its name holds a hash of the stage-one weights and of the data, so that a cache of anything else
-    is never read; old ones are deleted. The file .npz beside it has labels (n,), mean and std."""
+    def encode(first, last):
+        for x, y in data.in_order(first // 2, last // 2):
+            x = vmae.to_float(x.to(device))                                # (B, 3, H, W)
+            q = model.encode(torch.stack([x, x.flip(-1)], 1).flatten(0, 1))    # over (2B, d, h, w)
+            yield torch.cat([q.mu, q.logvar], 1).half().cpu(), y.repeat_interleave(2)
 
-    def __init__(self, model, data, folder):
-        weights = b"".join(v.cpu().numpy().tobytes() for v in model.state_dict().values())
-        key = hashlib.sha256(weights + data.fingerprint().encode()).hexdigest()[:16]
-        self.path = Path(folder, f"moments_{key}.npy")
+    rows = vmae.Rows(run, "moments", key, 2 * len(data), np.float16, shape)
+    return rows.build("encoding, with their mirror images,", encode)
 
-    def build(self, model, data, device, batch=64, workers=0):
-        """Encode all of the data, unless it is there already."""
-        if self.path.exists() and self.path.with_suffix(".npz").exists():
-            return
-        for old in self.path.parent.glob(f"moments_{'?' * 16}*"):          # stale, or of a crash
-            old.unlink()
-        shape = (2 * len(data), 2 * model.latent_dim, model.grid, model.grid)
-        print(f"encoding {len(data)} images and their mirror images: {self.path}, "
-              f"{2 * np.prod(shape) / 1e6:,.1f} MB")
-        loader = torch.utils.data.DataLoader(data, batch, num_workers=workers)
-        vmae.write_array(self.path, np.float16, shape, self._encode(model, loader, device))
-
-    @torch.no_grad()
-    def _encode(self, model, loader, device):
-        """Yield the moments of each batch; at the end, save labels and statistics. z's variance
-        adds that of mu and the mean of sigma^2: E z^2 = E[mu^2 + sigma^2]. In float64."""
-        labels, sums = [], 0
-        for x, y in tqdm(loader, desc="encoding", dynamic_ncols=True, mininterval=1):
-            x = x.to(device)                                               # (B, 3, H, W)
-            q = model.encode(torch.stack([x, x.flip(-1)], 1).flatten(0, 1))  # over (2B, d, h, w)
-            moments = torch.cat([q.mu, q.logvar], 1).half().cpu().numpy()  # (2B, 2d, h, w)
-            mu, logvar = np.split(moments.astype(np.float64), 2, axis=1)
-            square = mu**2 + np.exp(logvar)
-            sums = sums + np.stack([v.mean((2, 3)).sum(0) for v in (mu, square)])      # (2, d)
-            labels.append(y)                                               # (B,)
-            yield moments
-        labels = torch.cat(labels).numpy()
-        mean, square = sums / (2 * len(labels))                            # (d,) each
-        with vmae.whole_file(self.path.with_suffix(".npz")) as file:
-            np.savez(file, labels=labels, mean=mean, std=np.sqrt(square - mean**2))
-
-    def open(self):
-        """Map the files, once they are there -> self. mean, std: of z per channel, (d,) each."""
-        self.moments = np.load(self.path, mmap_mode="r")
-        with np.load(self.path.with_suffix(".npz")) as file:
-            self.labels = torch.from_numpy(file["labels"])
-            self.mean, self.std = (torch.from_numpy(file[k]).float() for k in ("mean", "std"))
-        return self
-
-    def __len__(self):
-        return len(self.moments)
-
-    def __getitem__(self, indices):
-        """A list of B indices -> mu and logvar (B, 2d, h, w), float16, and y (B,)."""
-        labels = self.labels[torch.tensor(indices) // 2]
-        return torch.from_numpy(self.moments[indices]), labels
+def statistics(rows):
+    """Mean and standard deviation of z per channel, (d,) each, for normalise, from 2,048 rows at
+    equal distances. z's variance adds that of mu and the mean of sigma^2: E z^2 = E[mu^2 +
+    sigma^2]."""
+    at = np.linspace(0, len(rows) - 1, min(2048, len(rows))).round().astype(int)
+    mu, logvar = rows[at.tolist()][0].float().chunk(2, 1)                  # (2048, d, h, w) each
+    mean, square = mu.mean((0, 2, 3)), (mu**2 + logvar.exp()).mean((0, 2, 3))
+    return mean, (square - mean**2).sqrt()
 
 
 # ---- Stage two --------------------------------------------------------------------------------
@@ -124,7 +89,7 @@ def fill_in(args, stage_one, cuda):
     args.model = args.model or ("small" if cuda and args.data else "tiny")
     use_recipe(args, RECIPES, cuda)
 
-def read_init(args, model_args):
+def read_init(args, model_args, classes):
     """--init -> the dict of load_ldm, with the number of classes of this run's data. The shape of
     the network is that of --init. InputError if its latents or its schedule are others."""
     _, _, ckpt = ldm.load_ldm(args.init, args.stats)
@@ -134,13 +99,13 @@ def read_init(args, model_args):
             raise InputError(f"{args.init}: {name} is {old[name]}, in the latents of --vmae it is "
                              f"{model_args[name]}; name the stage one of --init with --vmae")
     kind = ckpt["schedule"].get("kind", args.schedule)     # the authors' rectified flow has none
-    if args.schedule not in (None, kind) and not args.resume:
+    if args.schedule not in (None, kind):
         raise InputError(f"--schedule {args.schedule}: --init has {kind}; leave --schedule out")
-    if old["num_classes"] != model_args["num_classes"]:
-        print(f"{args.init}: {old['num_classes']} classes, here {model_args['num_classes']}; the "
+    if len(classes) != old["num_classes"] or "vmae" in ckpt and ckpt["classes"] != classes:
+        print(f"{args.init}: its {old['num_classes']} classes are not the {len(classes)} here; the "
               f"table of labels starts anew")
         del ckpt["ema"]["y_embedder.embedding_table.weight"]
-    return {**ckpt, "model_args": dict(old, num_classes=model_args["num_classes"])}
+    return {**ckpt, "model_args": dict(old, num_classes=len(classes))}
 
 def held_out_latents(val, classes, ae, mean, std):
     """64 held-out images, always the same -> z_0 (B, d, h, w), y (B,) or None. ae: stage one."""
@@ -163,58 +128,51 @@ def preview(model, ae, schedule, mean, std, classes, path):
 
 def main():
     args, saved = options()
-    last = os.path.join(args.out, "last.pt")
+    device = vmae.start(args.device)
     stage_one = (saved or {}).get("vmae") or vmae.read_stage_one(args.vmae)    # last.pt contains it
-    device = vmae.pick_device(args.device)
     fill_in(args, stage_one, device.type == "cuda")        # args are complete from here on
-    rank, world, device = start_processes(device)          # without torchrun rank 0 of 1
     data, val = vmae.open_images(args.data, args.size, args.val, args.out)  # as stage one had them
     classes = [] if args.no_classes else data.classes
     ae = vmae.build_vmae(stage_one).to(device)             # the autoencoder, frozen
 
     torch.manual_seed(args.seed)            # the same weights on every process
     model_args = ldm.dit_args(args.model, ae.grid, ae.latent_dim, len(classes))
-    init = saved or (read_init(args, model_args) if args.init else {})
+    init = saved or (read_init(args, model_args, classes) if args.init else {})
     if args.init:                           # the shape of the network is that of --init
         model_args = dict(init["model_args"], num_classes=len(classes))
+    if saved and saved["classes"] != classes:              # labels would change their meaning
+        raise InputError(f"{args.data}: has the classes {classes}, the run in {args.out} has "
+                         f"{saved['classes']}; name them as they were, or give another --out")
     model = ldm.DiT(**model_args).to(device)
     if init:                                # strict=False: the table of labels may be missing
         model.load_state_dict(init["ema"], strict=False)
     old = {"kind": args.schedule or "cosine", "objective": "v", **init.get("schedule", {})}
     schedule_args = {**old, "objective": args.objective or old["objective"]}
     schedule, ema = ldm.Schedule(**schedule_args), ldm.EMA(model)
+    args.objective, args.schedule = schedule.objective, schedule_args["kind"]
     parts = {"model": model, "ema": ema.model, "opt": optimiser(model)}
-    start = 0
-    if args.resume:
-        start = ema.n = resume(last, saved, model_args, parts, args.steps)     # EMA's warm-up too
-        if saved["schedule"] != dict(schedule_args, kind=args.schedule or old["kind"]):
-            raise InputError(f"{last}: --resume keeps to {saved['schedule']}; leave the option out")
-    low_precision = autocast(args, world, device)
+    start = ema.n = resume(args, saved, model_args, parts)                 # EMA's warm-up too
+    low_precision = autocast(args, device)
 
     def trial(n):                           # for micro_batches
         z_0 = torch.zeros(n, ae.latent_dim, ae.grid, ae.grid, device=device)
         with low_precision():
             return ldm.loss_LDM(model, schedule, z_0)
 
-    mine = micro_batches(args, rank, world, device, model, trial)
-    begin(args, model, f"{len(data)} images, {len(classes) or 'no'} classes", rank)
-    cache = Moments(ae, data, args.out)
-    if rank == 0:
-        if args.data:
-            data.keep_list(args.out)
-        cache.build(ae, data, device, workers=args.workers)
-    if world > 1:
-        dist.barrier()                      # process 0 encodes; the others wait and then read
-    cache.open()                            # mean, std: those that the weights know, if there are
-    mean, std = (init.get(f"latent_{name}", getattr(cache, name)).to(device)   # (d,) each
-                 for name in ("mean", "std"))
+    mine = micro_batches(args, device, model, trial)
+    begin(args, model, f"{len(data)} images, {len(classes) or 'no'} classes")
+    if args.data:
+        data.folder.keep(args.out)
+    rows = cache_moments(ae, data, args.out, device)
+    known = [init.get(f"latent_{name}") for name in ("mean", "std")]       # that the weights expect
+    mean, std = (v.to(device) for v in (statistics(rows) if None in known else known))  # (d,) each
     saved = init = None                     # their memory is free again
     net = torch.compile(model) if args.compile else model  # shares the weights of model
-    batches = ahead(cache, args, start, mine, device)
+    batches = ahead(rows, args, start, mine, device)
     z_val, y_val = held_out_latents(val, classes, ae, mean, std)
     name = f"L_{schedule.objective}"        # the loss's name in the log: L_eps, L_v or L_flow
 
-    with Log(args, start, rank, device) as log:
+    with Log(args, start, device) as log:
         for step in range(start, args.steps):
             lr = learning_rate(step, args.steps, args.lr)  # up, then down a cosine
             for number in mine:             # the micro-batches, whose gradients are summed
@@ -228,18 +186,12 @@ def main():
                 share = len(z) / args.batch
                 (share * loss).backward()
                 log.add({name: loss}, share)
-            fine = update(parts["opt"], model, lr, world)  # clip, step, zero
+            fine = update(parts["opt"], model, lr)         # clip, step, zero
             ema.update(model)               # what is sampled, and what sample.py will load
 
             if log.step(step + 1, fine, lr):               # time to save
                 held_out = {}
-                if rank == 0:
-                    vmae.save_checkpoint(
-                        last, model_args=model_args, step=step + 1, train_args=vars(args),
-                        schedule=schedule_args, latent_mean=mean.cpu(), latent_std=std.cpu(),
-                        classes=classes,
-                        vmae={k: stage_one[k] for k in ("model_args", "model", "train_args")},
-                        **{key: part.state_dict() for key, part in parts.items()})
+                if RANK == 0:
                     with torch.no_grad():   # the same images, times and noise at each save
                         generator = torch.Generator(device).manual_seed(0)
                         loss_val = ldm.loss_LDM(ema.model, schedule, z_val, y_val, generator)
@@ -247,8 +199,14 @@ def main():
                     picture = os.path.join(args.out, f"preview_{step + 1:06d}.png")
                     preview(ema.model, ae, schedule, mean, std, classes, picture)
                 log.write(held_out)
-    if world > 1:
-        dist.destroy_process_group()
+                if RANK == 0:
+                    vmae.save_checkpoint(
+                        os.path.join(args.out, "last.pt"), model_args=model_args, step=step + 1,
+                        train_args=vars(args), schedule=schedule_args, latent_mean=mean.cpu(),
+                        latent_std=std.cpu(), classes=classes,
+                        vmae={k: stage_one[k] for k in ("model_args", "model", "train_args")},
+                        **{key: part.state_dict() for key, part in parts.items()})
+                log.saved()
 
 if __name__ == "__main__":
     vmae.cli(main)

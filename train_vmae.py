@@ -15,16 +15,19 @@ import argparse
 import json
 import math
 import os
+import signal
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
 import vmae
-from vmae import InputError
+from vmae import RANK, WORLD, InputError
 
 # ---- Plumbing, shared with train_ldm.py -------------------------------------------------------
 
@@ -56,15 +59,39 @@ def common_options(parser, out, recipes, default_model, inherited="default: "):
     add("--resume", action="store_true", help="go on from last.pt in --out, with its options")
     add("--compile", action="store_true", help="torch.compile: faster after a slow first step")
 
+# What a resumed run may change; all other options stay as the run had them.
+FREE = ("resume", "out", "data", "val", "steps", "lr", "micro", "save_every", "device", "precision",
+        "workers", "compile", "no_cache", "vgg_weights")
+
 def parse(parser):
-    """The command line -> (checked options, the checkpoint of --resume or None). With --resume,
-    those that are not given are as the run had them, but for those that depend on the machine."""
-    (given, _), saved = parser.parse_known_args(), None
-    if given.resume:
-        saved = vmae.read_checkpoint(os.path.join(given.out, "last.pt"), "train_args")
-        old, machine = saved["train_args"], ("resume", "out", "device", "workers", "compile")
-        parser.set_defaults(**{k: old[k] for k in old if k in given and k not in machine})
-    return vmae.check(parser.parse_args()), saved
+    """The command line -> (checked options, the checkpoint to go on from, or None).
+
+    With --resume and no checkpoint the run begins; if the run is complete, the script ends here.
+    InputError if an option contradicts the run, or without --resume if --out holds a run."""
+    first = parser.parse_args()
+    last, saved, first.steps = os.path.join(first.out, "last.pt"), None, 0
+    if os.path.exists(last):
+        saved = vmae.read_checkpoint(last, "train_args", "step")
+        if not first.resume:
+            raise InputError(f"{last} holds step {saved['step']} of a run; go on with --resume, or "
+                             f"begin another one with --out")
+        old = {k: v for k, v in saved["train_args"].items() if k in first and k not in (
+            "resume", "out", "device", "workers", "compile")}              # those of the machine
+        parser.set_defaults(**old)
+    elif first.resume and vmae.RANK == 0:
+        print(f"{last}: no checkpoint yet, so the run begins")
+    args = vmae.check(parser.parse_args())
+    for name in ("data", "val"):            # so that --resume works from any folder
+        path = getattr(args, name)
+        setattr(args, name, path and os.path.abspath(path))
+    for name, value in old.items() if saved else ():
+        if name not in FREE and getattr(args, name) != value:
+            raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: the run in {args.out} has "
+                             f"{value}; leave the option out, or begin another run with --out")
+    if saved and saved["step"] >= args.steps:
+        print(f"{last}: complete, at step {saved['step']} of {args.steps}")
+        sys.exit()
+    return args, saved
 
 def use_recipe(args, recipes, cuda):
     """Choose --batch, --steps, --lr and --workers, if they were not given."""
@@ -73,28 +100,10 @@ def use_recipe(args, recipes, cuda):
     if args.workers is None:
         args.workers = 8 if cuda and args.data else 0
 
-def start_processes(device):
-    """Join the group if torchrun started us -> (rank, number of processes, our device)."""
-    world = int(os.environ.get("WORLD_SIZE", 1))           # set by torchrun
-    if world == 1:
-        return 0, 1, device
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))       # one GPU each
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return dist.get_rank(), world, device
-
-def least(value, world, device):
-    """The smallest of the processes' values, on which they thus agree."""
-    value = torch.tensor(value, device=device)
-    if world > 1:
-        dist.all_reduce(value, dist.ReduceOp.MIN)
-    return value.item()
-
-def autocast(args, world, device):
+def autocast(args, device):
     """Choose --precision, if it is auto -> a context in which matrix products have it."""
     if args.precision == "auto":
-        fast = least(int(vmae.has_bfloat16(device)), world, device)
+        fast = vmae.agree(int(vmae.has_bfloat16(device)))
         args.precision = "bfloat16" if fast else "float32"
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True              # shapes repeat: try all algorithms once
@@ -116,14 +125,15 @@ def saved_bytes(function):
     return sum(storages.values())
 
 def free_memory(device):
-    """Bytes that a run may use. On CUDA what is free; elsewhere half of what is built in."""
+    """Bytes that this process may use. On CUDA what is free; elsewhere half of what is built in."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     if not hasattr(os, "sysconf"):          # Windows
         return 8 * 2**30
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    built_in = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return built_in // 2 // int(os.environ.get("LOCAL_WORLD_SIZE", 1))     # set by torchrun
 
-def micro_batches(args, rank, world, device, model, forward):
+def micro_batches(args, device, model, forward):
     """Choose --micro, if it was not given -> the numbers of this process's parts of each batch.
 
     forward(n): the loss of n images. What it keeps grows with n, so that two passes tell what one
@@ -133,13 +143,13 @@ def micro_batches(args, rank, world, device, model, forward):
         weights = sum(p.numel() * p.element_size() for p in model.parameters())
         free = free_memory(device) - 3 * weights
         image = saved_bytes(lambda: forward(2)) - saved_bytes(lambda: forward(1))
-        fits = least(max(1, int(2 / 3 * free / image)), world, device)
-        args.micro = math.ceil(args.batch / math.ceil(args.batch / world / fits) / world)
+        fits = vmae.agree(max(1, int(2 / 3 * free / image)))
+        args.micro = math.ceil(args.batch / math.ceil(args.batch / WORLD / fits) / WORLD)
     parts = math.ceil(args.batch / args.micro)             # the last one may be smaller
-    if parts < world:
+    if parts < WORLD:
         raise InputError(f"--batch {args.batch} --micro {args.micro}: {parts} parts are too few "
-                         f"for {world} processes; give --micro {max(1, args.batch // world)}")
-    return range(rank, parts, world)
+                         f"for {WORLD} processes; give --micro {max(1, args.batch // WORLD)}")
+    return range(RANK, parts, WORLD)
 
 def endless(n, seed, first):
     """Numbers below n without end, shuffled anew in each epoch. Position p is place p % n of epoch
@@ -161,13 +171,19 @@ def shares(n, args, start, parts):
         for part in parts:
             yield sorted(batch[part * args.micro:(part + 1) * args.micro])
 
+def in_worker(_):
+    """In a DataLoader worker: the training process decides what happens at a signal."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    vmae.one_line_warnings()
+
 def ahead(data, args, start, parts, device, workers=0):
     """Endless iterator over what this process trains on, data[list] for each list of `shares`. A
     thread draws the next batch while a GPU works on this one, into memory that a GPU can copy from
     by itself (pinned). On a CPU it would only take the cores from the training."""
     batches = iter(torch.utils.data.DataLoader(
         data, sampler=shares(len(data), args, start, parts), batch_size=None, num_workers=workers,
-        generator=torch.Generator()))       # of its own: it would draw from the one of torch
+        worker_init_fn=in_worker, generator=torch.Generator()))    # or it draws from torch's own
     if device.type != "cuda":
         yield from batches
 
@@ -194,12 +210,12 @@ def optimiser(model):
               {"params": [p for p in matrix if not matrix[p]], "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)        # one kernel per step
 
-def update(opt, model, lr, world):
+def update(opt, model, lr):
     """One optimiser step with the gradients that all processes have summed, clipped at norm 1, and
     then zeroed -> whether they were finite, a tensor. If not, nothing is changed: AdamW's kernel
     leaves out a step if found_inf is 1, so that the CPU does not have to wait for the GPU."""
     grads = [p.grad for p in model.parameters() if p.grad is not None]
-    if world > 1:                           # as one vector, in one go
+    if WORLD > 1:                           # as one vector, in one go
         flat = torch.cat([g.flatten() for g in grads])
         dist.all_reduce(flat)               # the sum over the processes
         for g, part in zip(grads, flat.split([g.numel() for g in grads])):
@@ -213,44 +229,59 @@ def update(opt, model, lr, world):
     opt.zero_grad()
     return fine
 
-def resume(path, ckpt, model_args, parts, steps):
-    """Load the state of `parts`, by name, from the checkpoint `ckpt`, read from path -> step."""
-    if missing := {"model_args", "model", "step", *parts} - ckpt.keys():
-        raise InputError(f"{path}: lacks {', '.join(sorted(missing))}; leave out what changes the "
-                         f"model, or give another --out")
-    if ckpt["model_args"] != model_args:
-        raise InputError(f"{path}: holds another model, {ckpt['model_args']}; leave out what "
-                         f"changes the model, or give another --out")
-    if ckpt["step"] >= steps:
-        raise InputError(f"{path}: is at step {ckpt['step']} already; give a larger --steps")
+def resume(args, ckpt, model_args, parts):
+    """Load the state of `parts`, by name, from the checkpoint `ckpt` -> step, 0 without one."""
+    if ckpt is None:
+        return 0
     for name, part in parts.items():
-        part.load_state_dict(ckpt[name])    # with AdamW's moments, without which the loss jumps
+        try:
+            if ckpt["model_args"] != model_args:
+                raise ValueError(f"model_args, {ckpt['model_args']}")
+            part.load_state_dict(ckpt[name])    # with AdamW's moments, without which the loss jumps
+        except (KeyError, ValueError, RuntimeError) as error:
+            raise InputError(f"{args.out}/last.pt: does not fit these options, because of "
+                             f"{str(error).splitlines()[-1].strip()}; give another --out") from None
     return ckpt["step"]
 
-def begin(args, model, what, rank):
+def begin(args, model, what):
     """Process 0 makes the run folder and prints what will run."""
-    if rank == 0:
+    if RANK == 0:
         os.makedirs(args.out, exist_ok=True)
         count = sum(p.numel() for p in model.parameters()) / 1e6
         print(f"{what}, {count:.2f} M parameters\n", *(f"{k}={v}" for k, v in vars(args).items()))
 
 class Log:
-    """The bar on the screen and log.jsonl in the run folder, written by process 0. All sums stay on
+    """The bar on the screen and log.jsonl in the run folder, written by process 0. It also says
+    when to save, and stops the run after a step that SIGTERM or Ctrl-C interrupts. All sums stay on
     the device, and are read every 50 steps and at each save only."""
 
-    def __init__(self, args, start, rank, device):
-        self.args, self.rank, self.start, self.last = args, rank, start, start
-        self.seen, self.held_out, self.clock = {}, {}, time.perf_counter()
+    def __init__(self, args, start, device):
+        self.args, self.start, self.last = args, start, start
+        self.seen, self.held_out, self.caught = {}, {}, []
+        self.clock = time.perf_counter()
         self.row = self.longest = self.skipped = torch.zeros((), device=device)
-        if rank == 0:
+        if RANK == 0:
+            path = Path(args.out, "log.jsonl")
+            lines = path.read_text().splitlines() if start else []
+            with vmae.whole_file(path) as file:            # without steps that will run again
+                file.writelines(f"{line}\n".encode() for line in lines
+                                if line.endswith("}") and json.loads(line)["step"] <= start)
+            self.file = open(path, "a")
             self.bar = tqdm(total=args.steps, initial=start, dynamic_ncols=True, mininterval=1)
-            self.file = open(os.path.join(args.out, "log.jsonl"), "a" if start else "w")
 
     def __enter__(self):
+        def catch(number, _):
+            self.caught.append(number)
+            signal.signal(number, signal.SIG_DFL)          # a second one stops at once
+
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, catch)
         return self
 
     def __exit__(self, kind, error, trace):
-        if self.rank == 0:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if RANK == 0:
             self.bar.close()
             self.file.close()
         if kind is torch.OutOfMemoryError:
@@ -262,30 +293,35 @@ class Log:
         """Losses of a micro-batch that is this share of the batch. What is not finite is left out
         of their means."""
         for name, value in terms.items():
-            fine = value.detach().isfinite()
-            total, good, all_ = self.seen.get(name, (0, 0, 0))
-            total = total + share * value.detach().where(fine, torch.zeros_like(value))
-            self.seen[name] = total, good + share * fine, all_ + share
+            value, fine = value.detach(), value.detach().isfinite()
+            row = torch.stack([value.where(fine, 0 * value), fine, torch.ones_like(value)])
+            self.seen[name] = self.seen.get(name, 0) + share * row         # (3,)
 
     def step(self, step, fine, lr):
-        """To be called after each step -> whether it is time to save, and then to call `write`.
-        fine: whether the gradient was finite, a tensor. InputError after ten bad steps in a row."""
+        """To be called after each step -> whether it is time to save: then call `write`, save, and
+        call `saved`. fine: whether the gradient was finite, a tensor. InputError after ten bad
+        steps in a row."""
         self.row = (self.row + 1) * ~fine                  # bad steps up to now, without a good one
         self.longest, self.skipped = self.longest.maximum(self.row), self.skipped + ~fine
-        saving = step % self.args.save_every == 0 or step == self.args.steps
-        if self.rank == 0:
+        self.stopping = vmae.agree(-len(self.caught)) < 0  # all processes after the same step
+        saving = self.stopping or step % self.args.save_every == 0 or step == self.args.steps
+        if RANK == 0:
             self.bar.update()
         if not saving and step % 50 > 0:
             return False
-        means = {k: (round((total / good).item(), 5) if good > 0 else None, good > 0.999 * all_)
-                 for k, (total, good, all_) in self.seen.items()}
+        sums = torch.stack(list(self.seen.values()))       # (terms, 3)
+        if WORLD > 1:
+            dist.all_reduce(sums)
+        means = dict(zip(self.seen, sums.tolist()))
         if self.longest >= min(10, step - self.start):
-            broken = [k for k, (_, sound) in means.items() if not sound] or ["the gradient"]
-            raise InputError(f"step {step}: {' and '.join(broken)} infinite or NaN, ten times in a "
-                             f"row; go on from the last checkpoint with --resume, a lower --lr")
+            broken = [k for k, (_, good, all_) in means.items() if good < 0.999 * all_]
+            raise InputError(f"step {step}: {' and '.join(broken) or 'the gradient'} infinite or "
+                             f"NaN, ten times in a row; go on from the last checkpoint with "
+                             f"--resume, a lower --lr")
         speed = (step - self.last) * self.args.batch / (time.perf_counter() - self.clock)
-        self.line = {"step": step, "lr": lr, "images_per_s": round(speed, 1),
-                     **{k: mean for k, (mean, _) in means.items()}}
+        self.line = {"step": step, "lr": lr, "images_per_s": round(speed, 1)}
+        for name, (total, good, _) in means.items():
+            self.line[name] = round(total / good, 5) if good else None
         if self.skipped > 0:                # bad batches since the start or --resume
             self.line["skipped"] = int(self.skipped)
         if not saving:
@@ -293,13 +329,20 @@ class Log:
         return saving
 
     def write(self, held_out):
-        """One line in the log, with what a save has measured on held-out images."""
-        if self.rank == 0:
+        """One line in the log, with what a save has measured on held-out images. It comes before
+        the checkpoint: a run that goes on from there then has all lines up to it."""
+        if RANK == 0:
             print(json.dumps({**self.line, **held_out}), file=self.file, flush=True)
             self.held_out = held_out or self.held_out      # the bar keeps the last ones
             shown = {k: v for k, v in self.line.items() if k not in ("step", "lr")}
             self.bar.set_postfix(**shown, **self.held_out, refresh=False)
         self.clock, self.last, self.seen = time.perf_counter(), self.line["step"], {}
+
+    def saved(self):
+        """The time of a save does not count as training."""
+        self.clock = time.perf_counter()
+        if self.stopping:
+            sys.exit(f"stopped after step {self.last}, which is saved; --resume goes on from there")
 
 
 # ---- Stage one --------------------------------------------------------------------------------
@@ -358,6 +401,8 @@ def options():
     parser.set_defaults(out=f"runs/{'tuned' if given.tune else given.preset}",
                         **{**AE, **PRESETS[given.preset], **tuned})
     args, saved = parse(parser)
+    if args.init and (given.arch or given.model):
+        raise InputError("--arch, --model: --init decides the shape of the model; leave them out")
     if args.tune and not args.init:
         raise InputError("--tune decoder: needs a trained model; name its checkpoint with --init")
     if args.compile and args.lambda_adv > 0:
@@ -391,7 +436,7 @@ def new_model(args, init):
         raise InputError(f"--size {args.size} --mask {args.mask}: {error}") from None
     if init is not None:
         model.load_state_dict(vmae.resize_positions(init["model"], model))
-    elif args.lambda_reg == 0:
+    if args.lambda_reg == 0:
         vmae.drop_variance(model)
     if args.tune == "decoder":              # the encoder is frozen, so the latents stay as they are
         for name, p in model.named_parameters():
@@ -405,13 +450,18 @@ def perceptual(args, device):
         args.lambda_p = 10.0 if args.tune else (0.5 if args.data else 0.0)
     if args.lambda_p == 0:
         return None
+    net = None
     try:
-        return vmae.load_lpips(args.vgg_weights).to(device)
+        if RANK == 0:                       # which downloads them
+            net = vmae.load_lpips(args.vgg_weights)
     except InputError as error:
         if asked_for:
             raise
         print(f"warning: training without L_P, so images will be blurred; {error}")
+    if not vmae.agree(int(RANK > 0 or net is not None)):   # the same loss in all processes
         args.lambda_p = 0.0
+        return None
+    return (net or vmae.load_lpips(args.vgg_weights)).to(device)
 
 def is_whole(step, share):
     """Whether this step sees whole images: every other one for 0.5, every fourth for 0.25."""
@@ -450,10 +500,9 @@ def trial_loss(n, size, model, lambda_p, lpips_net, disc, low_precision):
 
 def main():
     args, saved = options()
-    device = vmae.pick_device(args.device)  # cuda, cpu or mps
+    device = vmae.start(args.device)        # cuda, cpu or mps
     init = vmae.read_stage_one(args.init) if args.init else None           # ours or published
     fill_in(args, device.type == "cuda", init)
-    rank, world, device = start_processes(device)          # without torchrun rank 0 of 1
     train, val = vmae.open_images(args.data, args.size, args.val, args.out)
     torch.manual_seed(args.seed)            # the same weights on every process
     model, model_args = new_model(args, init)
@@ -465,30 +514,25 @@ def main():
     disc = vmae.discriminator(args.size).to(device) if args.lambda_adv > 0 else None
     if disc is not None:
         parts.update(disc=disc, disc_opt=optimiser(disc))  # and SD-VAE's discriminator
-    last = os.path.join(args.out, "last.pt")
-    start = resume(last, saved, model_args, parts, args.steps) if args.resume else 0
+    start = resume(args, saved, model_args, parts)
     saved = init = None                     # their memory is free again
-    low_precision = autocast(args, world, device)
-    mine = micro_batches(args, rank, world, device, model, lambda n: trial_loss(
+    low_precision = autocast(args, device)
+    mine = micro_batches(args, device, model, lambda n: trial_loss(
         n, args.size, model, args.lambda_p, lpips_net, disc, low_precision))
-    begin(args, model, f"{len(train)} images to train on, {len(val)} held out", rank)
-    if args.data and rank == 0:
-        train.keep_list(args.out)
-        train.keep_pixels(args.out, not args.no_cache)
-    if args.data and world > 1:
-        dist.barrier()                      # process 0 decodes; the others wait and then read
+    begin(args, model, f"{len(train)} images to train on, {len(val)} held out")
+    if args.data:
         train.keep_pixels(args.out, not args.no_cache)
     if args.compile:                        # dynamic=False: one graph for masked, one for whole
         halves = ("encode_tokens", "decode_tokens") if args.arch == "vit" else ("encode", "decode")
         for half in halves:
             setattr(model, half, torch.compile(getattr(model, half), dynamic=False))
-    workers = 0 if args.data and train.pixels is not None else args.workers
+    workers = args.workers if args.data and train.draft else 0
     batches = ahead(train, args, start, mine, device, workers)
     shown = torch.randperm(len(val), generator=torch.Generator().manual_seed(0))[:64].tolist()
     x_val = torch.stack([val[i][0] for i in shown])                        # (64, 3, H, W)
 
     # x -> x_v -> q(z|x_v) -> z -> p(x|z) -> L_VMAE. dae adds noise to x, sdvae an adversary.
-    with Log(args, start, rank, device) as log:
+    with Log(args, start, device) as log:
         for step in range(start, args.steps):
             lr = learning_rate(step, args.steps, args.lr)  # up, then down a cosine
             mask_ratio = 0.0 if is_whole(step, args.whole) else args.mask  # whole: nothing masked
@@ -519,21 +563,18 @@ def main():
                     terms["L_D"] = vmae.loss_D(real, fake)
                     (share * terms["L_D"]).backward()
                 log.add(terms, share)
-            fine = update(parts["opt"], model, lr, world)  # clip, step, zero
+            fine = update(parts["opt"], model, lr)         # clip, step, zero
             if adversary:
-                fine = fine & update(parts["disc_opt"], disc, lr, world)
+                fine = fine & update(parts["disc_opt"], disc, lr)
 
             if log.step(step + 1, fine, lr):               # time to save
-                held_out = {}
-                if rank == 0:
+                picture = os.path.join(args.out, f"preview_{step + 1:06d}.png")
+                log.write(validate(model, x_val, args, picture) if RANK == 0 else {})
+                if RANK == 0:
                     vmae.save_checkpoint(
-                        last, model_args=model_args, step=step + 1, train_args=vars(args),
-                        **{name: part.state_dict() for name, part in parts.items()})
-                    picture = os.path.join(args.out, f"preview_{step + 1:06d}.png")
-                    held_out = validate(model, x_val, args, picture)       # PSNR, in dB
-                log.write(held_out)
-    if world > 1:
-        dist.destroy_process_group()
+                        os.path.join(args.out, "last.pt"), model_args=model_args, step=step + 1,
+                        train_args=vars(args), **{k: v.state_dict() for k, v in parts.items()})
+                log.saved()
 
 if __name__ == "__main__":
     vmae.cli(main)

@@ -17,6 +17,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import sys
 import time
@@ -24,10 +25,12 @@ import warnings
 import zlib
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageOps
@@ -382,27 +385,29 @@ def drop_variance(model):
     last.bias.data[model.latent_dim:] = -40
 
 @contextlib.contextmanager
-def whole_file(path, size=0):
+def whole_file(path):
     """A file to write that appears whole or not at all: it has a temporary name until the block
-    ends, so that a crash leaves the previous file. InputError if the disk lacks `size` bytes."""
-    temporary, free = f"{path}.tmp", shutil.disk_usage(os.path.dirname(path) or ".").free
-    if size > free:
-        raise InputError(f"{path}: needs {size / 1e6:,.1f} MB, and the disk has {free / 1e6:,.1f} "
-                         f"MB free; make room, or give another --out")
+    ends, so that a crash or a full disk leaves the previous file. An OSError names the path."""
+    temporary = f"{path}.tmp"
     try:
         with open(temporary, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())         # otherwise a power cut could leave the new file empty
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         Path(temporary).unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno:
+            error.filename = error.filename or str(path)
         raise
 
 def save_checkpoint(path, **entries):
     """Write one dict of tensors and plain values, whole or not at all."""
     with whole_file(path) as file:
-        torch.save(entries, file)
+        try:
+            torch.save(entries, file)
+        except RuntimeError as error:       # torch's own words for what went wrong in the file
+            raise error.__context__ or error from None
 
 def read_safetensors(path):
     """A .safetensors file -> {name: tensor}. It holds the length of its header in 8 bytes, the
@@ -487,12 +492,17 @@ def load_vmae(path, num_heads=12):
 
 # ---- Images: a folder -------------------------------------------------------------------------
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+EXTENSIONS = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm",
+              ".pgm")
 SKIPPED = (".", "grid.png", "trajectory.png")          # hidden files, and sample.py's overviews
+OUTPUT = {"log.jsonl", "samples.json"}  # a folder below --data with one of these is not data
 MIN_SIDE = 8           # pixels; anything smaller is a placeholder, not a photograph
-INDEX = "images.json"  # what `scan` found, in a run folder
 MAX_UNREADABLE = 0.01  # share of the files; a collected folder often has a few broken ones
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)    # open_image refuses them
+
+def shown(path):
+    """A path for a message, in one line: with odd characters, such as a newline, escaped."""
+    return path if path.isprintable() else ascii(path)
 
 def open_image(path):
     """Image.open, which reads the header only. OSError for an image below MIN_SIDE or of over 90
@@ -524,62 +534,92 @@ def read_image(path, size, draft=False):
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 def list_images(root):
-    """Folder -> sorted paths of the images below it, relative to it, without those SKIPPED."""
+    """Folder -> sorted paths of the images below it, relative to it. Left out are the files in
+    SKIPPED, and the folders that our own scripts wrote. OSError for a folder that is closed to us."""
+    def stop(error):
+        raise error
+
     found, seen = [], set()
-    for folder, subfolders, files in os.walk(root, followlinks=True):
-        new = os.path.realpath(folder) not in seen         # a link to a parent would never end
-        seen.add(os.path.realpath(folder))
-        subfolders[:] = sorted(s for s in subfolders if new and not s.startswith("."))
+    for folder, subfolders, files in os.walk(root, onerror=stop, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in seen or folder != root and not OUTPUT.isdisjoint(files):
+            subfolders.clear()              # ours; or a link to a parent, which would never end
+            continue
+        seen.add(real)
+        subfolders[:] = sorted(s for s in subfolders if not s.startswith("."))
         found += [Path(folder, f).relative_to(root).as_posix() for f in files
-                  if new and f.lower().endswith(EXTENSIONS) and not f.startswith(SKIPPED)]
+                  if f.lower().endswith(EXTENSIONS) and not f.startswith(SKIPPED)]
     return sorted(found)
 
-class Unreadable:
-    """Names and counts the files of a folder that cannot be read; too many stop the run."""
+class Folder:
+    """The images below `root`, and which of them cannot be read.
 
-    def __init__(self, root, files):
-        self.root, self.limit, self.bad = root, MAX_UNREADABLE * files, set()
+    files: {path: [bytes, time, short side in pixels]} of those whose header is sound. All headers
+    are read once, in threads. run: a run folder, whose images.json may have entries of an earlier
+    call; files of the same size and time are not opened again. InputError for a missing or empty
+    folder, or as soon as over 1 % of all files are unreadable."""
 
-    def attempt(self, path, function, *args):
-        """function(file, *args), or None, with a warning, if the file is unreadable."""
-        file = os.path.join(self.root, path)
-        try:
-            return function(file, *args)
-        except Exception as error:          # Pillow raises anything for what it was not made for
-            what = f"{file}: unreadable ({(str(error) or repr(error)).splitlines()[0]})"
-        self.bad.add(path)
-        if len(self.bad) > self.limit:
-            raise InputError(f"{what}; over 1 % of the folder's files are unreadable, remove them")
-        warnings.warn(f"skipped {what}, {len(self.bad)} so far")
+    def __init__(self, root, run=None):
+        if not os.path.isdir(root):
+            raise InputError(f"{root}: no such folder; give a folder of images")
+        paths, known, index = list_images(root), {}, Path(run or ".", "images.json")
+        if not paths:
+            raise InputError(f"{root}: no images in it (looked for {' '.join(EXTENSIONS)})")
+        if run and index.exists():
+            known = json.loads(index.read_bytes())
+        self.root, self.most = root, MAX_UNREADABLE * len(paths)
+        self.found, self.list = [], None    # [path, who found it] of the unreadable files
 
-def scan(root, folder=None):
-    """Folder -> ({path: [bytes, time, short side in pixels]} of its readable images, Unreadable).
+        def entry(path):
+            """-> the entry of one file, with a side of 0 if it is unreadable."""
+            file, entry = os.path.join(root, path), [0, 0, 0]
+            try:
+                entry[:2] = os.stat(file).st_size, os.stat(file).st_mtime_ns
+                if known.get(path, [])[:2] == entry[:2]:
+                    entry = known[path]
+                    self.found += [] if entry[2] else [[path, None]]       # named by an earlier run
+                else:
+                    with open_image(file) as image:
+                        entry[2] = min(image.size)
+            except Exception as error:      # Pillow raises anything for what it was not made for
+                self.unreadable(path, error)
+            return entry
 
-    All headers are read once, in threads. folder: a run folder, whose images.json may hold what an
-    earlier call found; files of the same size and time are not opened again. InputError for a
-    missing or empty folder, or if over 1 % of the files are unreadable."""
-    if not os.path.isdir(root):
-        raise InputError(f"{root}: no such folder; give a folder of images")
-    paths, known = list_images(root), {}
-    if not paths:
-        raise InputError(f"{root}: no images in it (looked for {' '.join(EXTENSIONS)})")
-    if folder and os.path.exists(index := os.path.join(folder, INDEX)):
-        known = json.loads(Path(index).read_bytes())
-    unreadable = Unreadable(root, len(paths))
+        with ThreadPoolExecutor(16) as pool:    # more than cores, for folders on a network
+            bar = tqdm(pool.map(entry, paths), f"headers of {root}", len(paths),
+                       disable=len(paths) < 2000)
+            entries = dict(zip(paths, bar))
+        self.files = {path: entry for path, entry in entries.items() if entry[2] > 0}
+        self.entries = entries
 
-    def header(file, path):
-        """-> the entry of one file."""
-        stat = os.stat(file)
-        entry = [stat.st_size, stat.st_mtime_ns]
-        if known.get(path, [])[:2] == entry:
-            return known[path]
-        with open_image(file) as image:
-            return [*entry, min(image.size)]
+    def keep(self, run):
+        """Keep the entries in a run folder, and a list of the unreadable files, to which all workers
+        and processes that decode images add what they find."""
+        self.list = Path(run, "unreadable.jsonl")
+        if RANK == 0:
+            with whole_file(Path(run, "images.json")) as file:
+                file.write(json.dumps(self.entries).encode())
+            with whole_file(self.list) as file:
+                file.writelines(json.dumps(pair).encode() + b"\n" for pair in self.found)
+        agree(0)
 
-    with ThreadPoolExecutor(16) as pool:    # more than cores, for folders on a network
-        entries = pool.map(lambda path: unreadable.attempt(path, header, path), paths)
-        bar = tqdm(entries, f"headers of {root}", len(paths), disable=len(paths) < 2000)
-        return {path: entry for path, entry in zip(paths, bar) if entry}, unreadable
+    def unreadable(self, path, error):
+        """Name and count a file, once whatever the number of workers, processes and epochs."""
+        if path in dict(self.found):
+            return
+        mine = [path, os.urandom(8).hex()]
+        self.found.append(mine)
+        if self.list:                       # of several who find the same file, the first counts
+            with open(self.list, "a+") as file:
+                print(json.dumps(mine), file=file, flush=True)
+                file.seek(0)
+                self.found = list(map(json.loads, file))
+        count, why = len(dict(self.found)), (str(error) or repr(error)).splitlines()[0]
+        what = f"{shown(os.path.join(self.root, path))}: unreadable ({shown(why)})"
+        if count > self.most:
+            raise InputError(f"{what}; {count} such files are over 1 % of the folder, remove them")
+        if next(pair for pair in self.found if pair[0] == path) == mine:
+            warnings.warn(f"skipped {what}, {count} so far")
 
 def to_float(x):
     """0..255 -> [-1, 1], any shape. Until they are on the device that computes with them, images
@@ -598,27 +638,31 @@ class Images(torch.utils.data.Dataset):
         x, y = self.batch(indices)
         return list(zip(to_float(x), y.tolist()))
 
+    def in_order(self, first, last):
+        """Yield the batches x, y of images `first` to `last` - 1."""
+        yield from map(self.batch, torch.arange(first, last).split(64))
+
 class ImageFolder(Images):
     """Images below `root`, recursively.
 
     The sub-folders of root are the classes (`classes`, sorted by name). There are none, and y = 0,
     if root has fewer than two sub-folders or if images lie beside them. split: "train" or "val",
     about one image in twenty, chosen by its path, so that it changes neither with the machine nor
-    with added files; or "all". scanned: what `scan` returned for root. InputError as scan's."""
+    with added files; or "all". folder: the Folder of root. InputError as Folder's."""
 
-    def __init__(self, root, size, split="all", scanned=None):
-        self.root, self.size, self.split = str(root), size, split
-        self.files, self.unreadable = scanned or scan(root)
+    def __init__(self, root, size, split="all", folder=None):
+        self.size, self.split, self.folder = size, split, folder or Folder(root)
+        self.files = self.folder.files
         tops = {p.split("/")[0] if "/" in p else "" for p in self.files}   # "": in root itself
         self.classes = sorted(tops) if len(tops) > 1 and "" not in tops else []
-        rank = {p: zlib.crc32(p.encode()) for p in self.files}     # a random-looking number each
+        rank = {p: zlib.crc32(os.fsencode(p)) for p in self.files}     # a random-looking number each
         held_out = {p for p in rank if rank[p] % 20 == 0} or {min(rank, key=rank.get)}
         self.paths = [p for p in rank if split == "all" or (split == "val") == (p in held_out)]
         if not self.paths:
             raise InputError(f"{root}: one image is not enough, as one is always held out")
         number = {name: y for y, name in enumerate(self.classes)}
         self.labels = torch.tensor([number.get(p.split("/")[0], 0) for p in self.paths])
-        self.draft, self.pixels = False, None
+        self.draft, self.rows = False, None
 
     def __len__(self):
         return len(self.paths)
@@ -627,68 +671,104 @@ class ImageFolder(Images):
         """-> pixels, uint8 (3, size, size), and label. If the file has a sound header but damage
         further on, the next image takes its place, with its own label."""
         while True:
-            pixels = self.unreadable.attempt(self.paths[i], read_image, self.size, self.draft)
-            if pixels is not None:
-                return pixels, self.labels[i]
+            path = self.paths[i]
+            try:
+                return (read_image(os.path.join(self.folder.root, path), self.size, self.draft),
+                        self.labels[i])
+            except Exception as error:
+                self.folder.unreadable(path, error)
             i = (i + 1) % len(self)
 
     def batch(self, indices):
         """B indices -> x uint8 (B, 3, size, size), y (B,)."""
-        if self.pixels is not None:
-            return torch.from_numpy(self.pixels[indices]), self.labels[indices]
+        if self.rows is not None:
+            return self.rows[indices]
         x, y = zip(*map(self.read, indices))
         return torch.stack(x), torch.stack(y)
 
-    def keep_list(self, folder):
-        """Keep in `folder`, as images.json, what `scan` found."""
-        with whole_file(Path(folder, INDEX)) as file:
-            file.write(json.dumps(self.files).encode())
+    def keep_pixels(self, run, allowed=True):
+        """Decode all images once and keep them in the run folder (Rows). If that is not allowed, or
+        if it takes over nine tenths of the free disk, decode when needed, JPEGs as drafts."""
+        self.folder.keep(run)
+        shape = (3, self.size, self.size)
+        kept = Rows(run, "images", self.fingerprint(), len(self), np.uint8, shape)
+        need, free = kept.missing(), shutil.disk_usage(run).free
+        self.draft = not agree(int(allowed and need <= 0.9 * free))
+        if not self.draft:
+            self.rows = kept.build("decoding", self.in_order)
+        elif RANK == 0:
+            print(f"decoding images when they are needed; a copy of all {len(self)} would take "
+                  f"{need / 1e6:,.1f} MB, and {run} has {free / 1e6:,.1f} MB free")
 
-    def keep_pixels(self, folder, allowed=True):
-        """Decode all images once and keep them in `folder`, in images_KEY.npy, uint8 (n, 3, size,
-        size), where KEY is of the files and the size. If that is not allowed, or if it takes over
-        nine tenths of the free disk, decode when needed, and JPEGs as drafts (read_image)."""
-        path = Path(folder, f"images_{self.fingerprint()[:16]}.npy")
-        shape, labels = (len(self), 3, self.size, self.size), path.with_suffix(".labels")
-        need, free = math.prod(shape), shutil.disk_usage(folder).free
-        self.draft = not (allowed and (path.exists() or need < 0.9 * free))
-        if self.draft:
-            return print(f"decoding images when they are needed; a copy of all {len(self)} takes "
-                         f"{need / 1e6:,.1f} MB, and {folder} has {free / 1e6:,.1f} MB free")
-        if not path.exists():
-            for old in Path(folder).glob(f"images_{'?' * 16}.*"):          # stale, or of a crash
-                old.unlink()
-            print(f"keeping {len(self)} decoded images in {folder}, {need / 1e6:,.1f} MB")
-            write_array(path, np.uint8, shape, self._decode(labels))
-        self.pixels = np.load(path, mmap_mode="r")
-        self.labels = torch.from_numpy(np.load(labels))
-
-    def _decode(self, labels):
-        """Yield all pixels in order, decoded in threads, and save the labels that go with them."""
-        found = []
-        with ThreadPoolExecutor(os.cpu_count()) as pool, tqdm(
-                total=len(self), desc="decoding", dynamic_ncols=True, mininterval=1) as bar:
-            for part in torch.arange(len(self)).split(256):                # bounds the memory
-                for pixels, y in pool.map(self.read, part.tolist()):
-                    found.append(y)
-                    yield pixels.numpy()
-                    bar.update()
-        with whole_file(labels) as file:
-            np.save(file, torch.stack(found).numpy())
+    def in_order(self, first, last):
+        """As Images.in_order, but decoded in threads."""
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            for part in torch.arange(first, last).split(1024):             # bounds the memory
+                yield from pool.map(self.batch, part.split(64))
 
     def fingerprint(self):
         """A string that changes whenever a file is added, removed or edited."""
         listing = repr([(p, *self.files[p][:2]) for p in self.paths])
         return hashlib.sha256(f"{self.size} {self.split} {listing}".encode()).hexdigest()
 
-def write_array(path, dtype, shape, parts):
-    """Write `parts`, arrays that follow each other along the first axis, as one .npy of this shape.
-    Not through a memory map, in which a full disk is a signal that kills the process."""
-    header = dict(descr=np.dtype(dtype).str, fortran_order=False, shape=tuple(shape))
-    with whole_file(path, np.dtype(dtype).itemsize * math.prod(shape)) as file:
-        np.lib.format.write_array_header_1_0(file, header)
-        for part in parts:
-            file.write(np.ascontiguousarray(part, dtype).data)
+class Rows(torch.utils.data.Dataset):
+    """n arrays with labels, computed once and kept in a run folder, in up to 64 files of which each
+    appears whole or not at all: what was computed before an interruption is used again. Under
+    torchrun each process computes its share of the files. rows[[i, j, ...]] is (x, y): x (B,
+    *shape), y (B,). key: a hash of what the arrays are made of; files of another key are deleted."""
+
+    def __init__(self, run, kind, key, n, dtype, shape):
+        self.n, self.step = n, max(256, 2 * math.ceil(n / 128))            # rows per file, even
+        self.dtype, key = np.dtype([("x", dtype, shape), ("y", np.int64)]), key[:16]
+        self.files = {first: Path(run, f"{kind}_{key}_{first}.npy")
+                      for first in range(0, n, self.step)}
+        for old in Path(run).glob(f"{kind}_*") if RANK == 0 else ():
+            if key not in old.name:
+                old.unlink()
+
+    def __len__(self):
+        return self.n
+
+    def __getitem__(self, indices):
+        at = [(self.maps[i // self.step], i % self.step) for i in indices]
+        x, y = (np.stack([rows[name][i] for rows, i in at]) for name in ("x", "y"))
+        return torch.from_numpy(x), torch.from_numpy(y)
+
+    def size(self, first):
+        """Rows in the file that begins with row `first`, and its bytes."""
+        rows = min(self.step, self.n - first)
+        return rows, rows * self.dtype.itemsize
+
+    def missing(self):
+        """Bytes that are still to be computed."""
+        return sum(self.size(first)[1] for first, file in self.files.items() if not file.exists())
+
+    def build(self, what, make):
+        """Compute what is missing -> self. make(first, last) yields x, y of the rows `first` to
+        `last` - 1, in batches. They are not written through a memory map, because a full disk would
+        then be a signal that kills the process. InputError if the disk has no room."""
+        need, folder = self.missing(), self.files[0].parent
+        if need > (free := shutil.disk_usage(folder).free):
+            raise InputError(f"{folder}: {need / 1e6:,.1f} MB are needed and {free / 1e6:,.1f} MB "
+                             f"are free; make room, or give another --out")
+        if need and RANK == 0:
+            print(f"{what} {self.n} images, kept in {folder}: {need / 1e6:,.1f} MB")
+        mine = [first for first in list(self.files)[RANK::WORLD] if not self.files[first].exists()]
+        with tqdm(total=sum(self.size(first)[0] for first in mine), desc=what, dynamic_ncols=True,
+                  mininterval=1, disable=not mine or RANK > 0) as bar:
+            for first in mine:
+                rows = self.size(first)[0]
+                with whole_file(self.files[first]) as file:
+                    np.lib.format.write_array_header_1_0(file, dict(
+                        descr=self.dtype.descr, fortran_order=False, shape=(rows,)))
+                    for x, y in make(first, first + rows):
+                        part = np.empty(len(y), self.dtype)
+                        part["x"], part["y"] = x, y
+                        file.write(part.data)
+                        bar.update(len(y))
+        agree(0)                            # waits for the other processes
+        self.maps = [np.load(file, mmap_mode="r") for file in self.files.values()]
+        return self
 
 
 # ---- Images: the built-in faces ---------------------------------------------------------------
@@ -820,20 +900,28 @@ class Faces(Images):
 
 # ---- Images of both kinds, and pictures -------------------------------------------------------
 
-def open_images(data, size, val=None, folder=None):
+def open_images(data, size, val=None, run=None):
     """The options --data and --val -> the datasets (train, val): folders, or the built-in faces if
-    data is None. If --val names a folder of its own, nothing of --data is held out. folder: see
-    `scan`."""
+    data is None. If --val names a folder of its own, nothing of --data is held out. run: see
+    Folder. Says what may surprise: images that are enlarged, sub-folders that are no classes."""
     if data is None:
+        if val is not None:
+            raise InputError("--val: the built-in faces have held-out images of their own; give "
+                             "--data as well, or leave --val out")
         return Faces(size, "train"), Faces(size, "val")
-    scanned = scan(data, folder)
-    small = sum(side < size for _, _, side in scanned[0].values())
-    if small > 0:
-        print(f"{data}: {small} of {len(scanned[0])} images are smaller than --size {size} and are "
-              f"enlarged; the smallest has {min(e[2] for e in scanned[0].values())} pixels")
-    if val is not None:
-        return ImageFolder(data, size, "all", scanned), ImageFolder(val, size, "all")
-    return tuple(ImageFolder(data, size, split, scanned) for split in ("train", "val"))
+    folder = from_first(lambda: Folder(data, run))
+    sides = [side for _, _, side in folder.files.values()]
+    if (small := sum(side < size for side in sides)) and RANK == 0:
+        print(f"{data}: {small} of {len(sides)} images are smaller than --size {size} and are "
+              f"enlarged; the smallest has {min(sides)} pixels")
+    held_out = (val, size, "all") if val is not None else (data, size, "val", folder)
+    train = ImageFolder(data, size, "all" if val is not None else "train", folder)
+    below = sum("/" in path for path in folder.files)
+    if below and not train.classes and RANK == 0:
+        print(f"{data}: no classes, because " + (
+            f"{len(sides) - below} images lie beside its sub-folders" if below < len(sides) else
+            "it has only one sub-folder; if the classes are in there, name that one with --data"))
+    return train, ImageFolder(*held_out)
 
 def random_flip(x, generator=None):
     """Mirror half of the images, the only augmentation in stage one. (B, 3, H, W) -> the same."""
@@ -856,7 +944,9 @@ def save_grid(rows, path, gap=2):
     cells = [F.pad(row, (0, cells[0].shape[2] - row.shape[2]), value=255) for row in cells]
     picture = Image.fromarray(torch.cat(cells, 1).permute(1, 2, 0).numpy()[:-gap, :-gap])
     scale = max(1, 64 // rows[0].shape[-1])                # images below 64 px are enlarged
-    picture.resize((picture.width * scale, picture.height * scale), Image.NEAREST).save(path)
+    picture = picture.resize((picture.width * scale, picture.height * scale), Image.NEAREST)
+    with whole_file(path) as file:
+        picture.save(file, "png")
 
 
 # ---- LPIPS, and where its weights come from ---------------------------------------------------
@@ -911,51 +1001,96 @@ def import_lpips():
 
 # ---- What the scripts share -------------------------------------------------------------------
 
+# One process per GPU under torchrun, which sets these; otherwise process 0 of 1.
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
 class InputError(ValueError):
     """The user gave something that cannot be used. The message is one sentence that says what."""
 
+def one_line_warnings():
+    """Show a warning as one line, without the place in the code."""
+    warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+
 def cli(main):
     """Run a script's main. What the user got wrong ends as one line and exit status 1."""
-    warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+    one_line_warnings()
     try:
         main()
     except (InputError, OSError) as error:
         # From a DataLoader worker the message arrives below the worker's traceback.
-        sys.exit(f"error: {str(error).strip().splitlines()[-1].removeprefix('vmae.InputError: ')}")
+        text = str(error).strip().splitlines()[-1].removeprefix("vmae.InputError: ")
+        if getattr(error, "filename", None):
+            text = f"{shown(str(error.filename))}: {error.strerror}"
+        sys.exit(f"error: {text}")
     except torch.OutOfMemoryError:
         sys.exit("error: the device is out of memory; give a smaller --batch")
     except KeyboardInterrupt:
-        sys.exit("stopped; a training run goes on from its last checkpoint with --resume")
+        sys.exit("stopped")
+    except RuntimeError as error:
+        if WORLD == 1 or not re.search("gloo|nccl|peer|store", str(error), re.IGNORECASE):
+            raise
+        sys.exit(f"process {RANK} stops, because another one did")         # which has said why
+    if WORLD > 1:
+        dist.destroy_process_group()
+
+def start(name):
+    """--device -> torch.device. Nothing here touches CUDA if the user asks for the CPU. Under
+    torchrun the process also joins its group, and takes one GPU."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and WORLD > 1:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    try:
+        device = torch.zeros(0, device=name).device
+    except (RuntimeError, AssertionError):
+        raise InputError(f"--device {name}: torch finds no such device, try cpu") from None
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if WORLD > 1:                           # Windows has no NCCL; gloo serves the CPU's tensors
+        nccl = device.type == "cuda" and dist.is_nccl_available()
+        # If one process ends, torchrun ends all; until then they may wait for hours.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if nccl else "gloo", timeout=timedelta(days=7))
+    return device
+
+def agree(value):
+    """The smallest of all processes' values, which each of them gets, when all have come here."""
+    value = torch.tensor(value)             # on the CPU, so that no process waits for its GPU
+    if WORLD > 1:
+        dist.all_reduce(value, dist.ReduceOp.MIN)
+    return value.item()
+
+def from_first(function):
+    """What function() returns in process 0, for all processes."""
+    box = [function() if RANK == 0 else None]
+    if WORLD > 1:
+        dist.broadcast_object_list(box)
+    return box[0]
 
 ABOVE_0 = ("size", "batch", "micro", "steps", "lr", "save_every", "n", "clip", "shift")
 AT_MOST = dict(mask=1, whole=1, drop=1, eta=1, interval=1, seed=2**32 - 1)     # torch takes 64 bits
 
 def check(args):
     """Refuse numbers out of range, NaN and infinity -> args. In all scripts the options in ABOVE_0
-    must be above 0, all others at least 0, and those in AT_MOST at most their value there."""
-    for name, values in vars(args).items():
+    must be above 0, all others at least 0, and those in AT_MOST at most their value there. Where a
+    checkpoint is asked for, a run folder stands for its last.pt."""
+    for name, given in vars(args).items():
+        values = given if isinstance(given, list) else [given]
         allowed = "above 0" if name in ABOVE_0 else "at least 0"
         allowed += f" and at most {AT_MOST[name]}" if name in AT_MOST else ""
-        for value in values if isinstance(values, list) else [values]:
+        for i, value in enumerate(values):
             fine = not isinstance(value, (int, float)) or 0 < value <= AT_MOST.get(name, 1e300)
             if not fine and (value != 0 or name in ABOVE_0):
                 raise InputError(f"--{name.replace('_', '-')} must be {allowed}, not {value}")
+            last = os.path.join(str(value), "last.pt")
+            if name in ("ckpt", "vmae", "init", "fake") and os.path.exists(last):
+                values[i] = last
+        setattr(args, name, values if isinstance(given, list) else values[0])
     return args
 
 def seeded(*numbers, device="cpu"):
     """A random generator that depends on these numbers alone, such as seed, step, micro-batch."""
     state = np.random.SeedSequence(numbers).generate_state(1)      # mixes them
     return torch.Generator(device).manual_seed(int(state[0]))
-
-def pick_device(name):
-    """--device -> torch.device. Nothing here touches CUDA if the user asks for the CPU."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        return torch.zeros(0, device=name).device
-    except (RuntimeError, AssertionError):
-        raise InputError(f"--device {name}: torch finds no such device, try cpu") from None
-
 
 def has_bfloat16(device):
     """Whether matrix products are faster in bfloat16 than in float32. CUDA: from Ampere on; older
