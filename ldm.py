@@ -514,6 +514,12 @@ def load_ldm(path, stats=None):
     if "latent_mean" not in ckpt:
         raise OSError(f"{path}: published weights come with a file of latent statistics; name it "
                       f"with --stats of sample.py or train_ldm.py")
-    model = DiT(**ckpt["model_args"])
-    model.load_state_dict(ckpt["ema"])
-    return model.eval(), Schedule(**ckpt["schedule"]), ckpt
+    try:
+        model, schedule = DiT(**ckpt["model_args"]), Schedule(**ckpt["schedule"])
+        model.load_state_dict(ckpt["ema"])
+    except Exception as error:
+        raise OSError(f"{path}: its weights do not fit its model_args "
+                      f"({str(error).splitlines()[-1].strip()})") from None
+    if not all(v.isfinite().all() for v in model.state_dict().values()):
+        raise OSError(f"{path}: its weights are infinite or NaN")
+    return model.eval(), schedule, ckpt

@@ -170,23 +170,23 @@ def main():
     device = vmae.start(args.device)
     model, ae = model.to(device), stage_one(args, ckpt).to(device)         # generator, autoencoder
 
-    def images(index, batch=args.batch, **more):
-        """Draw the images with these numbers, a batch at a time, and yield (numbers, images)."""
-        for part in torch.tensor(index).split(batch) if index else ():
-            y = labels[part % len(labels)] if classes else None            # (B,)
-            yield part, draw(part, y, model, ae, schedule, ckpt, sampler, args.seed, w=w,
-                             steps=args.steps, **own_options, **more)      # uint8 (B, 3, H, W)
+    def images(numbers, **more):
+        """Draw the images with these numbers (B,) -> uint8 (B, 3, H, W)."""
+        y = labels[numbers % len(labels)] if classes else None             # (B,)
+        return draw(numbers, y, model, ae, schedule, ckpt, sampler, args.seed, w=w,
+                    steps=args.steps, **own_options, **more)
 
     out, settings = Path(args.out), dict(w=w, labels=labels.tolist(), sampler=sampler.__name__)
     done = vmae.from_first(lambda: begin(out, args, settings))
     files = [out / f"sample_{i:06d}.png" for i in range(args.n)]
-    mine = [i for i in range(args.n) if files[i].name not in done][RANK::WORLD]
-    with tqdm(total=len(mine), desc="sampling", dynamic_ncols=True, disable=RANK > 0) as bar:
-        for part, x in images(mine):
-            for i, image in zip(part.tolist(), x.permute(0, 2, 3, 1).numpy()):     # (H, W, 3)
-                with vmae.whole_file(files[i]) as file:    # PNG: FID would notice JPEG's losses
-                    Image.fromarray(image).save(file, "png")
-                bar.update()
+    # Whole batches, also after an interruption: an image depends a little on how many are drawn at
+    # once, so the files are then the same for any number of processes.
+    parts = [part for part in torch.arange(args.n).split(args.batch)
+             if not done.issuperset(files[i].name for i in part)][RANK::WORLD]
+    for part in tqdm(parts, "sampling", dynamic_ncols=True, disable=RANK > 0):
+        for i, image in zip(part, images(part).permute(0, 2, 3, 1).numpy()):   # (H, W, 3) each
+            with vmae.whole_file(files[i]) as file:        # PNG: FID would notice JPEG's losses
+                Image.fromarray(image).save(file, "png")
     vmae.agree(0)
     if RANK > 0:                            # process 0 does the rest
         return
@@ -196,7 +196,7 @@ def main():
         save_npz(files, out / "samples.npz")
     if args.trajectory:                     # the first 8 images, one per row, at ten of the steps
         record, at = [], np.linspace(0, args.steps - 1, min(10, args.steps)).round().astype(int)
-        list(images(list(range(min(8, args.n))), 8, record=record))
+        images(torch.arange(min(8, args.n)), record=record)
         estimates = [decode(record[k], ae, ckpt) for k in at]              # (8, 3, H, W) each
         vmae.save_grid(torch.stack(estimates, 1), out / "trajectory.png")  # (8, 10, 3, H, W)
     print(f"{args.n} images in {out}, an overview in {out}/grid.png")

@@ -2,6 +2,7 @@
 
     python test_all.py              all of it, CPU only, no network, under two minutes on two cores
     python test_all.py mask cache   the tests with these words in their names
+    python test_all.py --long       50 kills instead of 6, 1,000 hostile images instead of 100
     pytest test_all.py              the same functions
 
 Tests against ../shared/vectors (outputs of the authors' code and of scikit-image) skip without it.
@@ -51,6 +52,7 @@ TINY_VMAE = dict(img_size=16, patch_size=4, embed_dim=32, depth=2, num_heads=4, 
 TINY_RUN = ("--data data --size 16 --steps 2 --batch 4 --lambda-p 0 "
             "--precision float32")  # the last one given wins
 FOLDER = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)           # goes when Python ends
+LONG = "--long" in sys.argv                                # 50 kills, 1,000 hostile images
 patch, load = mock.patch.object, functools.partial(torch.load, weights_only=True)
 
 def setup_function():
@@ -1310,6 +1312,244 @@ def test_pictures_are_drawn():
             assert (abs(picture - rgb) < 12).all(1).sum() > 60, (name, colour)
 
 
+# ---- Kills, many processes, hostile files -----------------------------------------------------
+
+def in_child(code, *args, torchrun=0):
+    """Run Python code in a fresh process, or in several -> what it said. One thread, 5 minutes."""
+    Path("child.py").write_text(f"import sys\nsys.path.insert(0, {str(HERE)!r})\n{code}")
+    launch = ["-m", "torch.distributed.run", "--nproc-per-node", str(torchrun)] if torchrun else []
+    ran = subprocess.run([sys.executable, *launch, "child.py", *map(str, args)], text=True,
+                         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=300,
+                         env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert ran.returncode == 0, ran.stdout
+    return ran.stdout
+
+def same(a, b, tolerance=0):
+    """Assert that two checkpoints are equal, tensor by tensor, but for where they were made."""
+    if torch.is_tensor(a):
+        close(a, b, tolerance)
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a.keys() - {"train_args", "path"}:
+            same(a[key], b[key], tolerance)
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b)
+        for pair in zip(a, b):
+            same(*pair, tolerance)
+    else:
+        assert a == b
+
+CHAIN = """
+import os, random, time
+import torch.distributed as dist
+import train_vmae, train_ldm, sample, vmae
+dist.destroy_process_group = lambda: None       # one group for all of these
+train_ldm.preview = lambda *args: None
+def main(script, line):
+    sys.argv = ["script.py", *line.split()]
+    vmae.cli(script.main)
+"""
+
+def test_two_processes_are_one_run():
+    save_images("data/left", 300, 16), save_images("data/right", 40, 16, seed=1)
+    go = "--data data --precision float32 --batch 8 --micro 4 --steps 20 --save-every 10 --out"
+    lines = [(train_vmae, f"{go} vmae --size 16 --lambda-p 0"),
+             (train_vmae, f"{go} sdvae --size 16 --preset sdvae --lambda-p 0"),  # adversary from 10
+             (train_vmae, f"{go} tuned --size 32 --init vmae --tune decoder --lambda-p 0"),
+             (train_ldm, f"{go} ldm --vmae vmae"),
+             (sample, "--ckpt other --n 10 --batch 4 --steps 2")]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)                               # sums depend on their number
+    for script, line in (lines[0], (train_ldm, f"{go} other --vmae vmae"), *lines[1:]):
+        with patch(train_ldm, "preview"):
+            runs(script.main, line)
+    torch.set_num_threads(threads)
+    names = [path for path in Path().rglob("*") if path.suffix in (".pt", ".png", ".npy")
+             and "preview" not in path.name and path.parts[0] not in ("data", "other")]
+    for name in {name.parts[0] for name in names}:
+        os.rename(name, f"one_{name}")
+    code = "".join(f"main({script.__name__}, {line!r})\n" for script, line in lines)
+    in_child(CHAIN + code, torchrun=2)
+    assert len(names) == 4 + 11 + 3 * 2 + 3
+    for name in names:                                     # weights, images, and the two caches
+        one = Path(f"one_{name}")
+        if name.suffix == ".pt":
+            same(load(one), load(name), 1e-5)
+        else:
+            assert one.read_bytes() == name.read_bytes(), name
+    for run in ("vmae", "ldm"):                            # means over all processes
+        for a, b in zip(log_of(f"one_{run}"), log_of(run), strict=True):
+            assert a.keys() == b.keys()
+            for key in a.keys() - {"images_per_s"}:
+                close(a[key], b[key], 1e-4)
+    fail = "vmae.random_flip = lambda x, g: 1 / 0 if vmae.RANK == 1 else x\n"
+    stop = f"try:\n    main(train_vmae, '{go} none --size 16 --lambda-p 0')\nexcept ZeroDivisionError:"
+    with unittest.TestCase().assertRaises(AssertionError) as caught:       # no hang
+        in_child(f"{CHAIN}{fail}{stop}\n    sys.exit('no')", torchrun=2)
+    assert "process 0 stops, because another one did" in str(caught.exception)
+
+def test_killed_at_any_moment_the_same_line_ends_in_the_same_weights():
+    save_images("data", 600, 16)
+    go = "--data data --precision float32 --batch 8 --resume --save-every 4 --steps"
+    lines = (f"{go} 40 --size 16 --preset sdvae --lambda-p 0 --out PLACE/sdvae",
+             f"{go} 40 --vmae PLACE/sdvae --out PLACE/ldm")
+    said = in_child(CHAIN + f"""
+def fork(script, line, seconds=None):           # nothing has run here yet, so a fork is safe
+    child = os.fork()
+    if child == 0:
+        sys.stdout = sys.stderr = open(os.devnull, "w")
+        main(script, line)
+        os._exit(0)
+    if seconds is not None:
+        time.sleep(seconds)
+        os.kill(child, 9)
+    return os.waitpid(child, 0)[1]
+
+kills = 0
+for script, line in zip((train_vmae, train_ldm), {lines}):
+    start = time.time()
+    assert fork(script, line.replace("PLACE", "whole")) == 0
+    longest, moment = time.time() - start, random.Random(0)
+    for _ in range(n := int(sys.argv[1]) // 2):
+        kills += fork(script, line.replace("PLACE", "parts"), moment.uniform(0, 2 * longest / n)) == 9
+    assert fork(script, line.replace("PLACE", "parts")) == 0
+print("kills:", kills)
+""", 50 if LONG else 6)
+    assert int(said.split()[-1]) >= (25 if LONG else 3), said
+    for run in ("sdvae", "ldm"):
+        same(load(f"whole/{run}/last.pt"), load(f"parts/{run}/last.pt"))   # bit by bit
+        assert [r["step"] for r in log_of(f"parts/{run}")] == list(range(4, 41, 4))
+
+def hostile(folder, count):
+    """Write `count` images that somebody damaged -> {name: pixels} of those that are sound."""
+    rng, good = np.random.default_rng(0), {}
+    Path(folder).mkdir()
+    for i in range(count):
+        pixels = rng.integers(0, 256, (20, 20, 3), dtype=np.uint8)
+        kind = ("jpeg", "png", "webp", "gif", "tiff", "bmp")[i % 6]
+        name, buffer = f"{i:04d} ä\n.{kind}" if i % 9 == 0 else f"{i:04d}.{kind}", io.BytesIO()
+        image = Image.fromarray(pixels).convert(("RGB", "L", "CMYK", "1", "P", "LA")[i // 6 % 6]
+                                                if kind == "tiff" else "RGB")
+        exif = {} if kind == "tiff" else dict(exif=b"Exif\0\0II*\0\b\0\0\0" + rng.bytes(60))
+        image.save(buffer, kind, icc_profile=rng.bytes(60), **exif)
+        data, how = bytearray(buffer.getvalue()), i // 6 % 5
+        if how == 1:                                       # cut off
+            data = data[:rng.integers(len(data))]
+        elif how == 2:                                     # some bits flipped
+            for at in rng.integers(0, len(data), 8):
+                data[at] ^= 1 << rng.integers(8)
+        elif how == 3:
+            data = (b"", b"no image", data[::-1])[i % 3]
+        elif kind in ("png", "bmp"):
+            good[name] = pixels
+        Path(folder, name).write_bytes(data)
+    bomb = b"BM" + bytes(8) + (54).to_bytes(4, "little") + (40).to_bytes(4, "little")
+    Path(folder, "bomb.bmp").write_bytes(bomb + (60000).to_bytes(4, "little") * 2 + bytes(40))
+    Image.fromarray(np.full((20, 20), 999, np.uint16)).save(Path(folder, "i16.png"))
+    Path(folder, "folder.jpg").mkdir(), os.symlink("..", Path(folder, "folder.jpg", "loop"))
+    os.symlink("nowhere", Path(folder, "broken.png"))
+    return good
+
+def test_hostile_images_are_named_once_and_harm_nothing():
+    good = hostile("data", 1000 if LONG else 100)
+    code = CHAIN + "vmae.MAX_UNREADABLE = 0.9\nimport multiprocessing, warnings\n"
+    code += "if __name__ == '__main__':\n    multiprocessing.set_start_method(sys.argv[1])\n"
+    code += "    main(train_vmae, sys.argv[2])"
+    go = f"{TINY_RUN} --steps 30 --batch {40 if LONG else 8} --save-every 99 --size 20 --out"
+    said = [in_child(code, "fork", f"{go} kept"),
+            in_child(code, "spawn", f"{go} read --no-cache --workers 2")]
+    kept, read = ({json.loads(line)[0] for line in open(f"{run}/unreadable.jsonl")}
+                  for run in ("kept", "read"))             # two workers may both enter a name
+    for text, names in zip(said, (kept, read)):
+        assert len(names) == text.count("warning: skipped"), text
+        assert f"{len(names)} so far" in text and f"{len(names) + 1} so far" not in text
+    assert kept == read and {"bomb.bmp", "broken.png"} <= kept and len(kept) > 25
+    assert not kept & good.keys()
+    for name, pixels in good.items():
+        close(vmae.read_image(f"data/{name}", 20), pixels.transpose(2, 0, 1), 0)
+
+def test_hostile_files_are_one_line_and_execute_nothing():
+    both_stages()
+    ours, theirs = load("runs/vmae/last.pt"), load("runs/ldm/last.pt")
+    class Payload:
+        def __reduce__(self):
+            return os.mkdir, ("pwned",)
+    def changed(**entries):
+        return {**ours, **entries}
+    nan = {k: v * math.nan if v.is_floating_point() else v for k, v in ours["model"].items()}
+    less, more = dict(list(ours["model"].items())[1:]), {**ours["model"], "extra": torch.zeros(1)}
+    wide = dict(ours["model_args"], embed_dim=64)
+    bad = {"payload": (Payload(), "not a checkpoint"), "list": ([1], "not a checkpoint"),
+           "nan": (changed(model=nan), "NaN"), "less": (changed(model=less), "do not fit"),
+           "more": (changed(model=more), "do not fit"), "wide": (changed(model_args=wide), "do not fit"),
+           "half": ({"model_args": ours["model_args"]}, "neither stage one")}
+    for name, (content, _) in bad.items():
+        torch.save(content, f"{name}.pt")
+    whole = Path("runs/vmae/last.pt").read_bytes()
+    for name, data in (("cut.pt", whole[:-999]), ("empty.pt", b""), ("lie.safetensors", (2**60).to_bytes(8, "little") + b"{}"),
+                       ("lie2.safetensors", (60).to_bytes(8, "little") + b'{"a": {"dtype": "F32", '
+                        b'"shape": [9], "data_offsets": [0, 99]}}  ')):
+        Path(name).write_bytes(data)
+    words = {f"{name}.pt": what for name, (_, what) in bad.items()}
+    words |= dict.fromkeys(("cut.pt", "empty.pt", "lie.safetensors", "lie2.safetensors"),
+                           "not a checkpoint")
+    refuses(train_ldm.main, words, "--out new --vmae")
+    refuses(sample.main, {f"--ckpt {name}": name for name in words} | {
+        "--ckpt runs/vmae": "stage-two checkpoint"}, "--out new")
+    for name, entries in (("nan", dict(ema={k: v * math.nan for k, v in theirs["ema"].items()})),
+                          ("other", dict(model_args=dict(theirs["model_args"], depth=9)))):
+        torch.save({**theirs, **entries}, f"{name}.pt")
+        refuses(sample.main, {f"--ckpt {name}.pt": name}, "--out new")
+    for name in ("cut", "payload", "nan", "less", "wide", "half"):         # as the run to go on with
+        os.makedirs(f"run_{name}"), shutil.copy(f"{name}.pt", f"run_{name}/last.pt")
+        refuses(train_vmae.main, {f"--resume --steps 9 --out run_{name}": f"run_{name}/last.pt"})
+    np.savez("objects.npz", arr_0=np.array([Payload()]))
+    for name, images in (("floats", np.zeros((2, 8, 8, 3))), ("oblong", np.zeros((2, 8, 9, 3), "u1"))):
+        np.savez(f"{name}.npz", arr_0=images)
+    with tiny_inception:
+        refuses(evaluate.main, {"objects.npz": "objects.npz", "floats.npz": "must be uint8",
+                                "oblong.npz": "with H = W"}, "fid --real faces --out new --fake")
+    assert not os.path.exists("pwned")
+
+@contextlib.contextmanager
+def files_up_to(size):
+    """The system refuses to make a file larger than this, as if the disk were full."""
+    import resource
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+def test_a_full_disk_is_one_line_at_every_write_and_loses_nothing():
+    both_stages()
+    before = {path: path.read_bytes() for path in Path("runs").rglob("*.pt")}
+    both = "--steps 4 --resume"
+    cases = [(train_vmae, f"{TINY_RUN} {both}", 9, "images.json"),
+             (train_vmae, f"{TINY_RUN} {both}", 2000, "preview_000004.png"),
+             (train_vmae, f"{TINY_RUN} {both}", 50000, "last.pt"),
+             (train_vmae, f"{TINY_RUN} --out new", 9000, "images_"),
+             (train_ldm, f"{both}", 100000, "last.pt"), (train_ldm, "--out two", 20000, "moments_"),
+             (sample, "--n 2 --steps 1", 9, "samples.json"),
+             (sample, "--n 2 --steps 1", 300, "samples/"),
+             (sample, "--n 200 --steps 1 --npz", 120000, "samples.npz"),
+             (evaluate, "reconstruct --out table", 9, "reconstruct.json"),
+             (evaluate, "reconstruct --out table", 3000, "reconstruct.png")]
+    for script, line, size, word in cases:
+        with files_up_to(size), patch(train_ldm, "preview"):
+            text = runs(script.main, line, status=1)
+        last = text.splitlines()[-1].split("\r")[-1]
+        assert word in last and "File too large" in last and "Traceback" not in text, text
+        assert not list(Path().rglob("*.tmp")), line
+    assert before == {path: path.read_bytes() for path in before}
+    Path("file").touch()                                   # nothing can be written below a file
+    for script, line in ((train_vmae, f"{TINY_RUN} --out file/run"), (train_ldm, "--out file/run"),
+                         (sample, "--out file/run"), (evaluate, "reconstruct --out file/run")):
+        assert "file" in (text := runs(script.main, line, status=1)).splitlines()[-1], text
+        assert "sampling" not in text and "|---" not in text   # before the work
+
+
 # ---- The scripts, as a user types them --------------------------------------------------------
 
 def test_the_whole_chain():
@@ -1409,7 +1649,8 @@ def test_bad_input_is_one_line():
 
 def run():
     """Run the tests whose names hold one of the words given; exit status 1 if any fails."""
-    words, counts = sys.argv[1:] or [""], {"passed": 0, "failed": 0, "skipped": 0}
+    words = [word for word in sys.argv[1:] if word != "--long"] or [""]
+    counts = {"passed": 0, "failed": 0, "skipped": 0}
     for name, test in list(globals().items()):
         if name.startswith("test_") and any(word in name for word in words):
             start, outcome = time.perf_counter(), "passed"

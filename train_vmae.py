@@ -244,9 +244,9 @@ def resume(args, ckpt, model_args, parts):
     return ckpt["step"]
 
 def begin(args, model, what):
-    """Process 0 makes the run folder and prints what will run."""
+    """Make the run folder and print what will run."""
+    os.makedirs(args.out, exist_ok=True)
     if RANK == 0:
-        os.makedirs(args.out, exist_ok=True)
         count = sum(p.numel() for p in model.parameters()) / 1e6
         print(f"{what}, {count:.2f} M parameters\n", *(f"{k}={v}" for k, v in vars(args).items()))
 
@@ -342,7 +342,8 @@ class Log:
         """The time of a save does not count as training."""
         self.clock = time.perf_counter()
         if self.stopping:
-            sys.exit(f"stopped after step {self.last}, which is saved; --resume goes on from there")
+            text = f"stopped after step {self.last}, which is saved; --resume goes on from there"
+            sys.exit(text if RANK == 0 else 1)
 
 
 # ---- Stage one --------------------------------------------------------------------------------

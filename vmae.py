@@ -416,6 +416,8 @@ def read_safetensors(path):
              "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8}
     data = bytearray(Path(path).read_bytes())
     start = 8 + int.from_bytes(data[:8], "little")
+    if start > len(data):
+        raise ValueError("the header is longer than the file")
     header = json.loads(data[8:start])
     header.pop("__metadata__", None)
     return {name: torch.frombuffer(data[start + e["data_offsets"][0]:start + e["data_offsets"][1]],
@@ -423,7 +425,8 @@ def read_safetensors(path):
             for name, e in header.items()}
 
 def read_checkpoint(path, *needed):
-    """A checkpoint's dict, on the CPU. InputError if it is missing, damaged or lacks a key."""
+    """A checkpoint's dict, on the CPU. InputError if it is missing or damaged, lacks a key or holds
+    NaN. Nothing in the file is executed."""
     if not os.path.isfile(path):
         raise InputError(f"{path}: no such checkpoint; training writes last.pt into its --out")
     torch.serialization.add_safe_globals([argparse.Namespace])     # the authors' files hold one
@@ -431,10 +434,13 @@ def read_checkpoint(path, *needed):
         ckpt = (read_safetensors(path) if str(path).endswith(".safetensors") else
                 torch.load(path, map_location="cpu", weights_only=True))
         missing = sorted(set(needed) - ckpt.keys())
+        weights = [v for key in ("model", "ema") for v in dict(ckpt.get(key) or {}).values()]
+        nan = not all(v.isfinite().all() for v in weights if torch.is_tensor(v))
     except Exception:
         raise InputError(f"{path}: not a checkpoint, or a damaged one") from None
-    if missing:
-        raise InputError(f"{path}: lacks {', '.join(missing)}; give one that this script wrote")
+    if missing or nan:
+        wrong = f"lacks {', '.join(missing)}" if missing else "its weights are infinite or NaN"
+        raise InputError(f"{path}: {wrong}; give one that this script wrote")
     return ckpt
 
 def build(model_args):
@@ -443,8 +449,12 @@ def build(model_args):
 
 def build_vmae(ckpt):
     """What read_stage_one returns -> the model with its weights, frozen, in eval mode."""
-    model = build(ckpt["model_args"])
-    model.load_state_dict(ckpt["model"])
+    try:
+        model = build(ckpt["model_args"])
+        model.load_state_dict(ckpt["model"])
+    except Exception as error:
+        raise InputError(f"{ckpt.get('path', 'checkpoint')}: its weights do not fit its model_args "
+                         f"({str(error).splitlines()[-1].strip()})") from None
     return model.eval().requires_grad_(False)
 
 def published(path, ckpt, num_heads):
@@ -482,8 +492,8 @@ def read_stage_one(path, num_heads=12):
     ckpt = ckpt.get("vmae", ckpt)           # a checkpoint of stage two holds its stage one
     if not {"model_args", "model"} <= ckpt.keys():
         ckpt = published(path, ckpt, num_heads)
-    faces = dict(data=None, val=None, size=ckpt["model_args"]["img_size"])
-    return {"train_args": faces, **ckpt}    # published weights do not say what trained them
+    faces = dict(data=None, val=None, size=ckpt["model_args"]["img_size"])     # if it is not said
+    return {**ckpt, "path": path, "train_args": {**faces, **ckpt.get("train_args", {})}}
 
 def load_vmae(path, num_heads=12):
     """A checkpoint of either stage, or published weights -> the autoencoder, in eval mode."""
@@ -498,7 +508,7 @@ SKIPPED = (".", "grid.png", "trajectory.png")          # hidden files, and sampl
 OUTPUT = {"log.jsonl", "samples.json"}  # a folder below --data with one of these is not data
 MIN_SIDE = 8           # pixels; anything smaller is a placeholder, not a photograph
 MAX_UNREADABLE = 0.01  # share of the files; a collected folder often has a few broken ones
-warnings.simplefilter("ignore", Image.DecompressionBombWarning)    # open_image refuses them
+warnings.filterwarnings("ignore", module="PIL")        # what it minds we accept, or refuse below
 
 def shown(path):
     """A path for a message, in one line: with odd characters, such as a newline, escaped."""
@@ -1046,7 +1056,7 @@ def start(name):
         raise InputError(f"--device {name}: torch finds no such device, try cpu") from None
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if WORLD > 1:                           # Windows has no NCCL; gloo serves the CPU's tensors
+    if WORLD > 1 and not dist.is_initialized():            # Windows has no NCCL
         nccl = device.type == "cuda" and dist.is_nccl_available()
         # If one process ends, torchrun ends all; until then they may wait for hours.
         dist.init_process_group("cpu:gloo,cuda:nccl" if nccl else "gloo", timeout=timedelta(days=7))
