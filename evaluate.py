@@ -978,6 +978,10 @@ def main():
                 raise InputError(f"{path}: no such file or folder")
         beside = paths and line[0] != "compare" and not os.path.isdir(paths[0])
         args.out = args.out or (os.path.dirname(paths[0]) if beside else "runs") or "."
+        above = Path(args.out).absolute()
+        there = next(path for path in (above, *above.parents) if path.exists())
+        if not (there.is_dir() and os.access(there, os.W_OK)):
+            raise InputError(f"--out {args.out}: nothing can be written into {there}")
         args.nets = (None, None) if everything else optional_nets(args)
         try:
             args.function(args)

@@ -1535,7 +1535,7 @@ def test_a_full_disk_is_one_line_at_every_write_and_loses_nothing():
              (sample, "--n 2 --steps 1", 300, "samples/"),
              (sample, "--n 200 --steps 1 --npz", 120000, "samples.npz"),
              (evaluate, "reconstruct --out table", 9, "reconstruct.json"),
-             (evaluate, "reconstruct --out table", 3000, "reconstruct.png")]
+             (evaluate, "reconstruct --out table", 500, "reconstruct.png")]
     for script, line, size, word in cases:
         with files_up_to(size), patch(train_ldm, "preview"):
             text = runs(script.main, line, status=1)
