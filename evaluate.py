@@ -22,6 +22,7 @@ import re
 import sys
 import timeit
 import warnings
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +31,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
-from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
@@ -389,9 +389,8 @@ def optional_nets(args):
 
 def load(data, indices, args):
     """A dataset and the indices (n,) of images -> batches of uint8 (B, 3, S, S) and labels (B,)."""
-    batches = [part.tolist() for part in indices.split(args.batch)]
-    workers = 8 if args.device.type == "cuda" else 0       # so that a GPU need not wait
-    return DataLoader(data, batch_size=None, sampler=batches, num_workers=workers)
+    for part in indices.split(args.batch):
+        yield data.batch(part.tolist())
 
 def shuffled(data, args):
     """--n images of a dataset, always the same -> their number, and batches as those of `load`."""
@@ -600,12 +599,12 @@ def reconstruct(args):
     rows, shown = [], []
     for run in (Run(path, args) for path in args.ckpt):    # one in memory at a time
         n, batches = run.held_out()
-        row, _ = scores(((x, run.again(x)) for x, _ in batches), args)
-        x = next(iter(batches))[0][:16]     # the same images for all runs
-        shown.append(run.again(x))
+        first = next(batches)               # the same images for all runs
+        row, _ = scores(((x, run.again(x)) for x, _ in chain([first], batches)), args)
+        shown.append(run.again(first[0][:16]))
         rows.append({"checkpoint": run.path, "N": n, **row})
     report(args, "Reconstruction of held-out images (Table 1)", rows, n)
-    picture([x, *shown], ["originals", *args.ckpt], f"{args.out}/reconstruct.png")
+    picture([first[0][:16], *shown], ["originals", *args.ckpt], f"{args.out}/reconstruct.png")
 
 def perturb(z, eps):
     """z (N, d, h, w) + eps s_c N(0, 1), where s_c is the standard deviation of channel c over all

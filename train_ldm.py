@@ -36,7 +36,6 @@ def cache_moments(model, data, run, device):
     the data, so that rows of anything else are never read."""
     weights = b"".join(v.cpu().numpy().tobytes() for v in model.state_dict().values())
     key = hashlib.sha256(weights + data.fingerprint().encode()).hexdigest()
-    shape = (2 * model.latent_dim, model.grid, model.grid)
 
     def encode(first, last):
         for x, y in data.in_order(first // 2, last // 2):
@@ -44,7 +43,8 @@ def cache_moments(model, data, run, device):
             q = model.encode(torch.stack([x, x.flip(-1)], 1).flatten(0, 1))    # over (2B, d, h, w)
             yield torch.cat([q.mu, q.logvar], 1).half().cpu(), y.repeat_interleave(2)
 
-    rows = vmae.Rows(run, "moments", key, 2 * len(data), np.float16, shape)
+    row_bytes = 2 * 2 * model.latent_dim * model.grid**2
+    rows = vmae.Rows(run, "moments", key, 2 * len(data), row_bytes)
     return rows.build("encoding, with their mirror images,", encode)
 
 def statistics(rows):
@@ -87,7 +87,7 @@ def fill_in(args, stage_one, cuda):
         size = stage_one["model_args"]["img_size"]
         raise InputError(f"--size {args.size}: {args.vmae} needs {size}; leave --size out")
     args.model = args.model or ("small" if cuda and args.data else "tiny")
-    use_recipe(args, RECIPES, cuda)
+    use_recipe(args, RECIPES)
 
 def read_init(args, model_args, classes):
     """--init -> the dict of load_ldm, with the number of classes of this run's data. The shape of

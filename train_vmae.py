@@ -54,14 +54,12 @@ def common_options(parser, out, recipes, default_model, inherited="default: "):
     add("--device", default="auto", help="cuda, cpu, mps... (default: cuda if there is one)")
     add("--precision", choices=("auto", "float32", "bfloat16"), default="auto", help="of matrix "
         "products; auto: bfloat16 on CUDA from Ampere on, and where a CPU is faster with it")
-    add("--workers", type=int, help="processes that decode, if images are not kept decoded "
-        "(default: a folder on CUDA 8, else 0)")
     add("--resume", action="store_true", help="go on from last.pt in --out, with its options")
     add("--compile", action="store_true", help="torch.compile: faster after a slow first step")
 
 # What a resumed run may change; all other options stay as the run had them.
 FREE = ("resume", "out", "data", "val", "steps", "lr", "micro", "save_every", "device", "precision",
-        "workers", "compile", "no_cache", "vgg_weights")
+        "compile", "no_cache", "vgg_weights")
 
 def parse(parser):
     """The command line -> (checked options, the checkpoint to go on from, or None).
@@ -76,7 +74,7 @@ def parse(parser):
             raise InputError(f"{last} holds step {saved['step']} of a run; go on with --resume, or "
                              f"begin another one with --out")
         old = {k: v for k, v in saved["train_args"].items() if k in first and k not in (
-            "resume", "out", "device", "workers", "compile")}              # those of the machine
+            "resume", "out", "device", "compile")}         # those of the machine
         parser.set_defaults(**old)
     elif first.resume and vmae.RANK == 0:
         print(f"{last}: no checkpoint yet, so the run begins")
@@ -93,12 +91,10 @@ def parse(parser):
         sys.exit()
     return args, saved
 
-def use_recipe(args, recipes, cuda):
-    """Choose --batch, --steps, --lr and --workers, if they were not given."""
+def use_recipe(args, recipes):
+    """Choose --batch, --steps and --lr, if they were not given."""
     for name, value in recipes[args.model].items():
         setattr(args, name, getattr(args, name) or value)
-    if args.workers is None:
-        args.workers = 8 if cuda and args.data else 0
 
 def autocast(args, device):
     """Choose --precision, if it is auto -> a context in which matrix products have it."""
@@ -171,19 +167,11 @@ def shares(n, args, start, parts):
         for part in parts:
             yield sorted(batch[part * args.micro:(part + 1) * args.micro])
 
-def in_worker(_):
-    """In a DataLoader worker: the training process decides what happens at a signal."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-    vmae.one_line_warnings()
-
-def ahead(data, args, start, parts, device, workers=0):
+def ahead(data, args, start, parts, device):
     """Endless iterator over what this process trains on, data[list] for each list of `shares`. A
     thread draws the next batch while a GPU works on this one, into memory that a GPU can copy from
     by itself (pinned). On a CPU it would only take the cores from the training."""
-    batches = iter(torch.utils.data.DataLoader(
-        data, sampler=shares(len(data), args, start, parts), batch_size=None, num_workers=workers,
-        worker_init_fn=in_worker, generator=torch.Generator()))    # or it draws from torch's own
+    batches = (data[numbers] for numbers in shares(len(data), args, start, parts))
     if device.type != "cuda":
         yield from batches
 
@@ -294,7 +282,8 @@ class Log:
         of their means."""
         for name, value in terms.items():
             value, fine = value.detach(), value.detach().isfinite()
-            row = torch.stack([value.where(fine, 0 * value), fine, torch.ones_like(value)])
+            zero, one = torch.zeros_like(value), torch.ones_like(value)
+            row = torch.stack([value.where(fine, zero), fine, one])
             self.seen[name] = self.seen.get(name, 0) + share * row         # (3,)
 
     def step(self, step, fine, lr):
@@ -421,7 +410,7 @@ def fill_in(args, cuda, init):
     args.model = args.model or ("tiny" if args.size <= 32 else "base" if cuda else "small")
     if args.arch == "conv" and args.model == "base":       # 22 times the operations of VMAE
         args.batch = args.batch or 16
-    use_recipe(args, RECIPES, cuda)
+    use_recipe(args, RECIPES)
     # Late (Esser 2021): an early x_hat is too easy to tell from x.
     args.adv_start = args.steps // 2 if args.adv_start is None else args.adv_start
 
@@ -527,8 +516,7 @@ def main():
         halves = ("encode_tokens", "decode_tokens") if args.arch == "vit" else ("encode", "decode")
         for half in halves:
             setattr(model, half, torch.compile(getattr(model, half), dynamic=False))
-    workers = args.workers if args.data and train.draft else 0
-    batches = ahead(train, args, start, mine, device, workers)
+    batches = ahead(train, args, start, mine, device)
     shown = torch.randperm(len(val), generator=torch.Generator().manual_seed(0))[:64].tolist()
     x_val = torch.stack([val[i][0] for i in shown])                        # (64, 3, H, W)
 

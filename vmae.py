@@ -603,8 +603,8 @@ class Folder:
         self.entries = entries
 
     def keep(self, run):
-        """Keep the entries in a run folder, and a list of the unreadable files, to which all workers
-        and processes that decode images add what they find."""
+        """Keep the entries in a run folder, and a list of the unreadable files, to which all
+        processes add what they find."""
         self.list = Path(run, "unreadable.jsonl")
         if RANK == 0:
             with whole_file(Path(run, "images.json")) as file:
@@ -614,7 +614,7 @@ class Folder:
         agree(0)
 
     def unreadable(self, path, error):
-        """Name and count a file, once whatever the number of workers, processes and epochs."""
+        """Name and count a file, once whatever the number of processes, threads and epochs."""
         if path in dict(self.found):
             return
         mine = [path, os.urandom(8).hex()]
@@ -642,15 +642,12 @@ class Images(torch.utils.data.Dataset):
     y (B,)."""
 
     def __getitem__(self, i):
-        return self.batch(i) if isinstance(i, list) else self.__getitems__([i])[0]
-
-    def __getitems__(self, indices):        # DataLoader asks for a whole batch if this exists
-        x, y = self.batch(indices)
-        return list(zip(to_float(x), y.tolist()))
+        x, y = self.batch(i if isinstance(i, list) else [i])
+        return (x, y) if isinstance(i, list) else (to_float(x[0]), y.item())
 
     def in_order(self, first, last):
         """Yield the batches x, y of images `first` to `last` - 1."""
-        yield from map(self.batch, torch.arange(first, last).split(64))
+        yield from (self.batch(part.tolist()) for part in torch.arange(first, last).split(64))
 
 class ImageFolder(Images):
     """Images below `root`, recursively.
@@ -690,31 +687,26 @@ class ImageFolder(Images):
             i = (i + 1) % len(self)
 
     def batch(self, indices):
-        """B indices -> x uint8 (B, 3, size, size), y (B,)."""
+        """B indices -> x uint8 (B, 3, size, size), y (B,). Decoded in threads, for which Pillow sets
+        Python's lock free; unlike processes they need neither shared memory nor copies."""
         if self.rows is not None:
             return self.rows[indices]
-        x, y = zip(*map(self.read, indices))
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            x, y = zip(*pool.map(self.read, indices))
         return torch.stack(x), torch.stack(y)
 
     def keep_pixels(self, run, allowed=True):
         """Decode all images once and keep them in the run folder (Rows). If that is not allowed, or
         if it takes over nine tenths of the free disk, decode when needed, JPEGs as drafts."""
         self.folder.keep(run)
-        shape = (3, self.size, self.size)
-        kept = Rows(run, "images", self.fingerprint(), len(self), np.uint8, shape)
-        need, free = kept.missing(), shutil.disk_usage(run).free
-        self.draft = not agree(int(allowed and need <= 0.9 * free))
+        kept = Rows(run, "images", self.fingerprint(), len(self), 3 * self.size**2)
+        free = shutil.disk_usage(run).free
+        self.draft = not agree(int(allowed and kept.missing <= 0.9 * free))
         if not self.draft:
             self.rows = kept.build("decoding", self.in_order)
         elif RANK == 0:
             print(f"decoding images when they are needed; a copy of all {len(self)} would take "
-                  f"{need / 1e6:,.1f} MB, and {run} has {free / 1e6:,.1f} MB free")
-
-    def in_order(self, first, last):
-        """As Images.in_order, but decoded in threads."""
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            for part in torch.arange(first, last).split(1024):             # bounds the memory
-                yield from pool.map(self.batch, part.split(64))
+                  f"{kept.missing / 1e6:,.1f} MB, and {run} has {free / 1e6:,.1f} MB free")
 
     def fingerprint(self):
         """A string that changes whenever a file is added, removed or edited."""
@@ -722,62 +714,43 @@ class ImageFolder(Images):
         return hashlib.sha256(f"{self.size} {self.split} {listing}".encode()).hexdigest()
 
 class Rows(torch.utils.data.Dataset):
-    """n arrays with labels, computed once and kept in a run folder, in up to 64 files of which each
-    appears whole or not at all: what was computed before an interruption is used again. Under
-    torchrun each process computes its share of the files. rows[[i, j, ...]] is (x, y): x (B,
-    *shape), y (B,). key: a hash of what the arrays are made of; files of another key are deleted."""
+    """n rows x with labels y, computed once and kept in a run folder, in files of 16 MB of which
+    each appears whole or not at all, so that what an interruption left is used. Under torchrun
+    each process computes its share. rows[[i, j, ...]] is (x, y). key: a hash of what the rows are
+    made of; files of another key are deleted."""
 
-    def __init__(self, run, kind, key, n, dtype, shape):
-        self.n, self.step = n, max(256, 2 * math.ceil(n / 128))            # rows per file, even
-        self.dtype, key = np.dtype([("x", dtype, shape), ("y", np.int64)]), key[:16]
-        self.files = {first: Path(run, f"{kind}_{key}_{first}.npy")
+    def __init__(self, run, kind, key, n, row_bytes):
+        self.n, self.step = n, 2 * max(1, 2**23 // row_bytes)              # rows per file, even
+        self.files = {first: Path(run, f"{kind}_{key[:16]}_{first}.pt")
                       for first in range(0, n, self.step)}
+        self.missing = row_bytes * sum(min(self.step, n - first) for first, file
+                                       in self.files.items() if not file.exists())
         for old in Path(run).glob(f"{kind}_*") if RANK == 0 else ():
-            if key not in old.name:
+            if key[:16] not in old.name:
                 old.unlink()
 
     def __len__(self):
         return self.n
 
     def __getitem__(self, indices):
-        at = [(self.maps[i // self.step], i % self.step) for i in indices]
-        x, y = (np.stack([rows[name][i] for rows, i in at]) for name in ("x", "y"))
-        return torch.from_numpy(x), torch.from_numpy(y)
-
-    def size(self, first):
-        """Rows in the file that begins with row `first`, and its bytes."""
-        rows = min(self.step, self.n - first)
-        return rows, rows * self.dtype.itemsize
-
-    def missing(self):
-        """Bytes that are still to be computed."""
-        return sum(self.size(first)[1] for first, file in self.files.items() if not file.exists())
+        rows = [(self.maps[i // self.step], i % self.step) for i in indices]
+        return tuple(torch.stack([file[name][i] for file, i in rows]) for name in "xy")
 
     def build(self, what, make):
-        """Compute what is missing -> self. make(first, last) yields x, y of the rows `first` to
-        `last` - 1, in batches. They are not written through a memory map, because a full disk would
-        then be a signal that kills the process. InputError if the disk has no room."""
-        need, folder = self.missing(), self.files[0].parent
-        if need > (free := shutil.disk_usage(folder).free):
-            raise InputError(f"{folder}: {need / 1e6:,.1f} MB are needed and {free / 1e6:,.1f} MB "
-                             f"are free; make room, or give another --out")
-        if need and RANK == 0:
-            print(f"{what} {self.n} images, kept in {folder}: {need / 1e6:,.1f} MB")
+        """Compute what is missing -> self. make(first, last) yields batches x, y of the rows `first`
+        to `last` - 1. InputError if the disk has no room."""
+        folder = self.files[0].parent
+        if self.missing > (free := shutil.disk_usage(folder).free):
+            raise InputError(f"{folder}: {self.missing / 1e6:,.1f} MB are needed, {free / 1e6:,.1f} "
+                             f"MB are free; make room, or give another --out")
+        if self.missing and RANK == 0:
+            print(f"{what} {self.n} images, kept in {folder}: {self.missing / 1e6:,.1f} MB")
         mine = [first for first in list(self.files)[RANK::WORLD] if not self.files[first].exists()]
-        with tqdm(total=sum(self.size(first)[0] for first in mine), desc=what, dynamic_ncols=True,
-                  mininterval=1, disable=not mine or RANK > 0) as bar:
-            for first in mine:
-                rows = self.size(first)[0]
-                with whole_file(self.files[first]) as file:
-                    np.lib.format.write_array_header_1_0(file, dict(
-                        descr=self.dtype.descr, fortran_order=False, shape=(rows,)))
-                    for x, y in make(first, first + rows):
-                        part = np.empty(len(y), self.dtype)
-                        part["x"], part["y"] = x, y
-                        file.write(part.data)
-                        bar.update(len(y))
+        for first in tqdm(mine, what, dynamic_ncols=True, disable=not mine or RANK > 0):
+            x, y = map(torch.cat, zip(*make(first, min(first + self.step, self.n))))
+            save_checkpoint(self.files[first], x=x, y=y)
         agree(0)                            # waits for the other processes
-        self.maps = [np.load(file, mmap_mode="r") for file in self.files.values()]
+        self.maps = [torch.load(file, weights_only=True, mmap=True) for file in self.files.values()]
         return self
 
 
@@ -1017,21 +990,14 @@ RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1
 class InputError(ValueError):
     """The user gave something that cannot be used. The message is one sentence that says what."""
 
-def one_line_warnings():
-    """Show a warning as one line, without the place in the code."""
-    warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
-
 def cli(main):
     """Run a script's main. What the user got wrong ends as one line and exit status 1."""
-    one_line_warnings()
+    warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
     try:
         main()
     except (InputError, OSError) as error:
-        # From a DataLoader worker the message arrives below the worker's traceback.
-        text = str(error).strip().splitlines()[-1].removeprefix("vmae.InputError: ")
-        if getattr(error, "filename", None):
-            text = f"{shown(str(error.filename))}: {error.strerror}"
-        sys.exit(f"error: {text}")
+        named = getattr(error, "filename", None)           # by the system: "full", for example
+        sys.exit(f"error: {shown(str(named))}: {error.strerror}" if named else f"error: {error}")
     except torch.OutOfMemoryError:
         sys.exit("error: the device is out of memory; give a smaller --batch")
     except KeyboardInterrupt:
