@@ -25,6 +25,7 @@ import warnings
 from itertools import chain
 from pathlib import Path
 
+import vmae                                 # before torch, see there
 import numpy as np
 import scipy.linalg
 import torch
@@ -36,7 +37,6 @@ from tqdm import tqdm
 
 import ldm
 import sample
-import vmae
 from vmae import InputError, psnr
 
 # ---- InceptionV3 (Szegedy 2016) in the form FID is defined on: TensorFlow's weights of 2015 ---

@@ -16,13 +16,13 @@ import re
 import zipfile
 from pathlib import Path
 
+import vmae                                 # before torch, see there
 import numpy as np
 import torch
 from PIL import Image
 from tqdm import tqdm
 
 import ldm
-import vmae
 from vmae import RANK, WORLD, InputError
 
 SAMPLER_OPTIONS = {name: text for _, _, own in ldm.SAMPLERS.values() for name, text in own.items()}

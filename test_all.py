@@ -32,6 +32,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
+import vmae                                 # before torch, see there
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -43,7 +44,6 @@ import ldm
 import sample
 import train_ldm
 import train_vmae
-import vmae
 from vmae import VMAE, Faces, Gaussian, ImageFolder, InputError
 
 HERE = Path(__file__).absolute().parent

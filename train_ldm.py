@@ -11,12 +11,12 @@ import argparse
 import hashlib
 import os
 
+import vmae                                 # before torch, see there
 import numpy as np
 import torch
 
 import ldm
 import sample
-import vmae
 from train_vmae import (Log, ahead, autocast, begin, common_options, learning_rate, micro_batches,
                         optimiser, parse, resume, update, use_recipe)
 from vmae import RANK, InputError

@@ -22,11 +22,11 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 
+import vmae                                 # before torch, see there
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-import vmae
 from vmae import RANK, WORLD, InputError
 
 # ---- Plumbing, shared with train_ldm.py -------------------------------------------------------
