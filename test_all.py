@@ -170,7 +170,8 @@ def test_readme_names_what_exists():
         first, *path = name.split(".")
         functools.reduce(getattr, path, modules[first])    # AttributeError if it is not there
     options = "".join((HERE / f"{name}.py").read_text() for name in (*modules, "sample"))
-    for option in set(re.findall(r"(?<![\w-])--([a-z][a-z-]+)", text)) - {"help", "nproc-per-node"}:
+    for option in set(re.findall(r"(?<![\w-])--([a-z][a-z-]+)", text)) - {
+            "help", "nproc-per-node", "nnodes", "rdzv-backend", "rdzv-endpoint"}:          # torchrun's
         assert f'"--{option}"' in options or f'"{option}":' in options or \
             option in sample.SAMPLER_OPTIONS or option in evaluate.HELP, option
 
@@ -1127,7 +1128,13 @@ class TinyNet(torch.nn.Module):
     def forward(self, images):
         return self.outputs(images)[0]
 
-tiny_inception = patch(evaluate, "load_inception", lambda *_: TinyNet())
+def tiny_net(path, resize, fast):
+    """In place of evaluate.load_inception."""
+    net = TinyNet()
+    net.resize = resize
+    return net
+
+tiny_inception = patch(evaluate, "load_inception", tiny_net)
 
 def test_scores_are_means_over_images_and_rfid_is_of_sets():
     a, b = (torch.randint(0, 256, (10, 3, 16, 16), dtype=torch.uint8) for _ in range(2))
@@ -1275,7 +1282,7 @@ def test_fid_from_every_source():
     def fid(options):
         """The row of the table; beside it, what a FID has to be read with."""
         return measured("fid", f"{options} --batch 8", "under 2,048", "tiny", "pytorch-fid")[0]
-    row = fid("--real real --fake fake --save-stats new/stats.npz")
+    row = fid("--real real --fake fake --save-stats new/stats")
     mu, sigma = moments(real.mean((1, 2)))
     close(row["FID"], evaluate.frechet_distance(mu, sigma, *moments(fake.mean((1, 2)))), 1e-4)
     assert (row["N real"], row["N fake"]) == (20, 21)      # without grid.png
@@ -1300,10 +1307,15 @@ def test_fid_from_every_source():
         "--fake fake --real faces --n 1": "one image has no", "--fake fake --real no": "no such",
         "--fake fake --real no.npz": "no.npz", "--fake new/stats.npz --real faces": "arr_0",
         "--fake fake --real odd.npz": "odd.npz: mu and sigma",
+        "--fake fake --real new/stats.npz --resize clean": "was made with resize pytorch-fid",
         "--fake fake --real faces --n 0": "--n"}, "fid --out nowhere")
 
 def test_pictures_are_drawn():
     evaluate.plot("a.png", {"one": [(0, 1), (1, 3)], "two": [(0, 2), (1, 2)]}, "x", "y")
+    evaluate.plot("one.png", {"a/" * 99: [(0.2, 31.0)]}, "x", "y")         # one value, a long name
+    args = SimpleNamespace(out="out", nets=(None, None), function=evaluate.fid)
+    evaluate.report(args, "title", [{"a": math.nan, "b": 1.0}])
+    assert json.loads(Path("out/fid.json").read_text())["rows"] == [{"a": None, "b": 1.0}]
     evaluate.radar("b.png", ["a", "b", "c"], {"one": [0, 1, 0.5], "two": [1, 0, 1]})
     for name in ("a.png", "b.png"):
         picture = np.array(Image.open(name))[:330].reshape(-1, 3)          # above the names
@@ -1623,6 +1635,53 @@ def test_sampling_depends_on_the_seed_alone_and_refuses_what_does_not_fit():
                              f"{go} 3 --resume --schedule cosine": "the run in on has linear",
                              "--size 24 --out none": "--size"})
     assert load("on/last.pt")["schedule"]["kind"] == "linear"  # --init's
+
+def test_nothing_given_is_ignored_and_nothing_trained_is_overwritten():
+    both_stages()
+    new, go = "--out new --size 16 --steps 9", "--steps 9 --resume"
+    refuses(train_vmae.main, {                             # the same line again, or another one
+        "--data data --size 16": "holds step 2", f"{go} --preset vmae --arch conv": "--arch conv: the",
+        f"{go} --lambda-adv 0.1": "the run in runs/vmae has 0.0", f"{go} --seed 1": "--seed 1",
+        f"{new} --val data": "give --data as well", f"{new} --init runs/vmae --model base": "--init",
+        f"{new} --init runs/vmae/last.pt --arch conv": "decides the shape",
+        "--data data/left --out runs/vmae --init runs/vmae --size 16": "holds step 2"})
+    refuses(train_ldm.main, {"": "holds step 2", f"{go} --vmae runs/ldm": "--vmae",
+                             f"{go} --no-classes": "the run in runs/ldm has False"})
+    assert Path(load("runs/ldm/last.pt")["train_args"]["data"]) == Path("data").resolve()
+    os.rename("data/right", "data/front")                  # labels would change their meaning
+    refuses(train_ldm.main, {go: "name them as they were"})
+    os.rename("data/front", "data/right")
+    text = runs(train_ldm.main, "--init runs/ldm --data data --steps 1 --batch 4 --out same")
+    os.rename("data/left", "data/west")
+    other = runs(train_ldm.main, "--init runs/ldm --data data --steps 1 --batch 4 --out other")
+    assert "starts anew" not in text and "starts anew" in other
+    trained("--seed 1", "runs/other"), trained("--size 24", "runs/large")
+    trained("--init runs/vmae --tune decoder", "runs/tuned")
+    refuses(sample.main, {"--vmae runs/other": "another latent space"}, "--out new")
+    runs(sample.main, "--vmae runs/tuned --ckpt runs/ldm --n 2 --steps 1")  # the same encoder
+    refuses(evaluate.main, {
+        "reconstruct --ckpt runs/vmae runs/large": "do not compare",
+        "compare runs/vmae runs/gone": "runs/gone: no such",
+        "fid --fake gone --real faces": "gone: no such"})
+    ae = trained("--preset ae --init runs/vmae", "ae")     # a point, whatever it began as
+    assert (ae.encode(random_images()).logvar == -30).all()
+
+def test_a_folder_says_what_surprises_and_never_holds_our_own_output():
+    both_stages()
+    shutil.move("runs", "data/runs")
+    runs(sample.main, "--ckpt data/runs/ldm --n 2 --steps 1 --out data/samples")
+    data = ImageFolder("data", 16)
+    assert len(data) == 24 and data.classes == ["left", "right"]
+    assert len(ImageFolder("data/samples", 16)) == 2       # asked for by name they are data
+    said = {}
+    os.makedirs("deep"), shutil.copytree("data", "deep/data", symlinks=True)
+    Image.new("RGB", (20, 20)).save("data/beside.jfif")
+    for root in ("data", "deep", "deep/data"):
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            vmae.open_images(root, 16)
+        said[root] = out.getvalue()
+    assert "24 images lie beside" not in said["data"] and "1 images lie beside" in said["data"]
+    assert "name that one with --data" in said["deep"] and not said["deep/data"]
 
 def test_bad_input_is_one_line():
     save_images("data", 4), save_images("empty", 0), save_images("pixel", 1, size=1)

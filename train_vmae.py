@@ -57,38 +57,33 @@ def common_options(parser, out, recipes, default_model, inherited="default: "):
     add("--resume", action="store_true", help="go on from last.pt in --out, with its options")
     add("--compile", action="store_true", help="torch.compile: faster after a slow first step")
 
-# What a resumed run may change; all other options stay as the run had them.
-FREE = ("resume", "out", "data", "val", "steps", "lr", "micro", "save_every", "device", "precision",
-        "compile", "no_cache", "vgg_weights")
+# A resumed run may change these options; all others stay as the run had them.
+FREE = ("resume", "out", "device", "compile", "data", "val", "steps", "lr", "micro", "save_every",
+        "precision", "no_cache", "vgg_weights")
 
 def parse(parser):
-    """The command line -> (checked options, the checkpoint to go on from, or None).
-
-    With --resume and no checkpoint the run begins; if the run is complete, the script ends here.
-    InputError if an option contradicts the run, or without --resume if --out holds a run."""
-    first = parser.parse_args()
-    last, saved, first.steps = os.path.join(first.out, "last.pt"), None, 0
+    """The command line -> (checked options, the checkpoint to go on from, or None). With --resume
+    and no checkpoint the run begins; if the run is complete, the script ends here. InputError if an
+    option contradicts the run, or without --resume if --out holds a run."""
+    args, saved, old = parser.parse_args(), None, {}
+    last = os.path.join(args.out, "last.pt")
     if os.path.exists(last):
         saved = vmae.read_checkpoint(last, "train_args", "step")
-        if not first.resume:
+        if not args.resume:
             raise InputError(f"{last} holds step {saved['step']} of a run; go on with --resume, or "
                              f"begin another one with --out")
-        old = {k: v for k, v in saved["train_args"].items() if k in first and k not in (
-            "resume", "out", "device", "compile")}         # those of the machine
-        parser.set_defaults(**old)
-    elif first.resume and vmae.RANK == 0:
+        old = {k: v for k, v in saved["train_args"].items() if k in args and k not in FREE[:4]}
+        parser.set_defaults(**old)          # an option that then differs was given
+    elif args.resume and RANK == 0:
         print(f"{last}: no checkpoint yet, so the run begins")
     args = vmae.check(parser.parse_args())
-    for name in ("data", "val"):            # so that --resume works from any folder
-        path = getattr(args, name)
-        setattr(args, name, path and os.path.abspath(path))
-    for name, value in old.items() if saved else ():
+    for name, value in old.items():
         if name not in FREE and getattr(args, name) != value:
-            raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: the run in {args.out} has "
-                             f"{value}; leave the option out, or begin another run with --out")
+            raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: the run in {args.out} "
+                             f"has {value}; leave the option out, or begin another one with --out")
+    args.data, args.val = (path and os.path.abspath(path) for path in (args.data, args.val))
     if saved and saved["step"] >= args.steps:
-        print(f"{last}: complete, at step {saved['step']} of {args.steps}")
-        sys.exit()
+        sys.exit(print(f"{last}: complete, at step {saved['step']} of {args.steps}"))
     return args, saved
 
 def use_recipe(args, recipes):
@@ -244,9 +239,8 @@ class Log:
     the device, and are read every 50 steps and at each save only."""
 
     def __init__(self, args, start, device):
-        self.args, self.start, self.last = args, start, start
+        self.args, self.start, self.last, self.clock = args, start, start, time.perf_counter()
         self.seen, self.held_out, self.caught = {}, {}, []
-        self.clock = time.perf_counter()
         self.row = self.longest = self.skipped = torch.zeros((), device=device)
         if RANK == 0:
             path = Path(args.out, "log.jsonl")
@@ -262,28 +256,25 @@ class Log:
             self.caught.append(number)
             signal.signal(number, signal.SIG_DFL)          # a second one stops at once
 
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, catch)
+        self.usual = {n: signal.signal(n, catch) for n in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def __exit__(self, kind, error, trace):
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        for number, handler in self.usual.items():
+            signal.signal(number, handler)
         if RANK == 0:
             self.bar.close()
             self.file.close()
         if kind is torch.OutOfMemoryError:
-            less = self.args.micro // 2
-            raise InputError(f"out of memory with {self.args.micro} images at once; give "
-                             f"{f'--micro {less}' if less else 'a smaller --size'}") from None
+            less = f"--micro {self.args.micro // 2}" if self.args.micro > 1 else "a smaller --size"
+            raise InputError(f"out of memory with {self.args.micro} images at once; give {less}")
 
     def add(self, terms, share):
         """Losses of a micro-batch that is this share of the batch. What is not finite is left out
         of their means."""
         for name, value in terms.items():
-            value, fine = value.detach(), value.detach().isfinite()
-            zero, one = torch.zeros_like(value), torch.ones_like(value)
-            row = torch.stack([value.where(fine, zero), fine, one])
+            fine = value.detach().isfinite()
+            row = torch.stack([value.detach().nan_to_num(0, 0, 0), fine, torch.ones_like(value)])
             self.seen[name] = self.seen.get(name, 0) + share * row         # (3,)
 
     def step(self, step, fine, lr):
@@ -301,16 +292,15 @@ class Log:
         sums = torch.stack(list(self.seen.values()))       # (terms, 3)
         if WORLD > 1:
             dist.all_reduce(sums)
-        means = dict(zip(self.seen, sums.tolist()))
+        sums = dict(zip(self.seen, sums.tolist()))
         if self.longest >= min(10, step - self.start):
-            broken = [k for k, (_, good, all_) in means.items() if good < 0.999 * all_]
+            broken = [name for name, (_, good, all_) in sums.items() if good < 0.999 * all_]
             raise InputError(f"step {step}: {' and '.join(broken) or 'the gradient'} infinite or "
                              f"NaN, ten times in a row; go on from the last checkpoint with "
                              f"--resume, a lower --lr")
         speed = (step - self.last) * self.args.batch / (time.perf_counter() - self.clock)
-        self.line = {"step": step, "lr": lr, "images_per_s": round(speed, 1)}
-        for name, (total, good, _) in means.items():
-            self.line[name] = round(total / good, 5) if good else None
+        self.line = {"step": step, "lr": lr, "images_per_s": round(speed, 1), **{
+            name: round(total / good, 5) if good else None for name, (total, good, _) in sums.items()}}
         if self.skipped > 0:                # bad batches since the start or --resume
             self.line["skipped"] = int(self.skipped)
         if not saving:
@@ -435,23 +425,19 @@ def new_model(args, init):
 
 def perceptual(args, device):
     """Set args.lambda_p, if it is None -> the LPIPS network, or None if that weight is 0."""
-    asked_for = args.lambda_p is not None or args.vgg_weights
+    asked_for, net = args.lambda_p is not None or args.vgg_weights, None
     if args.lambda_p is None:               # on the small faces VGG would cost more than the rest
         args.lambda_p = 10.0 if args.tune else (0.5 if args.data else 0.0)
-    if args.lambda_p == 0:
-        return None
-    net = None
     try:
-        if RANK == 0:                       # which downloads them
+        if RANK == 0 and args.lambda_p > 0:                # process 0 downloads them for all
             net = vmae.load_lpips(args.vgg_weights)
     except InputError as error:
         if asked_for:
             raise
         print(f"warning: training without L_P, so images will be blurred; {error}")
-    if not vmae.agree(int(RANK > 0 or net is not None)):   # the same loss in all processes
         args.lambda_p = 0.0
-        return None
-    return (net or vmae.load_lpips(args.vgg_weights)).to(device)
+    args.lambda_p = vmae.agree(args.lambda_p)              # the same loss in all processes
+    return (net or vmae.load_lpips(args.vgg_weights)).to(device) if args.lambda_p > 0 else None
 
 def is_whole(step, share):
     """Whether this step sees whole images: every other one for 0.5, every fourth for 0.25."""

@@ -1035,11 +1035,12 @@ def start(name):
     return device
 
 def agree(value):
-    """The smallest of all processes' values, which each of them gets, when all have come here."""
-    value = torch.tensor(value)             # on the CPU, so that no process waits for its GPU
+    """The smallest of all processes' values, which each of them gets, when all have come here. By
+    way of the CPU, so that no process waits for its GPU."""
+    smallest = torch.tensor(value, dtype=torch.float64)
     if WORLD > 1:
-        dist.all_reduce(value, dist.ReduceOp.MIN)
-    return value.item()
+        dist.all_reduce(smallest, dist.ReduceOp.MIN)
+    return type(value)(smallest.item())
 
 def from_first(function):
     """What function() returns in process 0, for all processes."""
