@@ -999,21 +999,28 @@ class InputError(ValueError):
 def cli(main):
     """Run a script's main. What the user got wrong ends as one line and exit status 1."""
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+    status = None
     try:
         main()
     except (InputError, OSError) as error:
         named = getattr(error, "filename", None)           # by the system: "full", for example
-        sys.exit(f"error: {shown(str(named))}: {error.strerror}" if named else f"error: {error}")
+        status = f"error: {shown(str(named))}: {error.strerror}" if named else f"error: {error}"
     except torch.OutOfMemoryError:
-        sys.exit("error: the device is out of memory; give a smaller --batch")
+        status = "error: the device is out of memory; give a smaller --batch"
     except KeyboardInterrupt:
-        sys.exit("stopped")
+        status = "stopped"
+    except SystemExit as stop:
+        status = stop.code
     except RuntimeError as error:
         if WORLD == 1 or not re.search("gloo|nccl|peer|store", str(error), re.IGNORECASE):
             raise
-        sys.exit(f"process {RANK} stops, because another one did")         # which has said why
-    if WORLD > 1:
-        dist.destroy_process_group()
+        status = f"process {RANK} stops, because another one did"          # which has said why
+    if WORLD > 1:                           # without tidying up, in which gloo's threads may abort
+        if isinstance(status, str):
+            print(status, file=sys.stderr)
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(int(bool(status)))
+    sys.exit(status)
 
 def start(name):
     """--device -> torch.device. Nothing here touches CUDA if the user asks for the CPU. Under
