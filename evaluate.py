@@ -12,16 +12,7 @@
 
 Each is a function whose docstring defines what it measures. It prints a Markdown table, writes it
 as JSON, and most draw a picture. All metrics take images as uint8, as they are saved."""
-import argparse
-import hashlib
-import inspect
-import json
-import math
-import os
-import re
-import sys
-import timeit
-import warnings
+import argparse, hashlib, inspect, json, math, os, re, sys, timeit, warnings
 from itertools import chain
 from pathlib import Path
 
@@ -159,7 +150,6 @@ def load_inception(path=None, resize="pytorch-fid", fast=False):
                          f"1000, this {len(weights['fc.bias'])}); take {INCEPTION_URL}") from None
     net.hash = hashlib.sha256(file.read_bytes()).hexdigest()[:8]
     return net
-
 
 # ---- Metrics; psnr is in vmae.py --------------------------------------------------------------
 
@@ -371,7 +361,6 @@ class Features:
         p = self.p / self.pool.n                           # p(y), (1008,)
         return math.exp(torch.special.entr(p).sum().item() - self.entropy / self.pool.n)
 
-
 # ---- The images, models and weights that the options name -------------------------------------
 
 def optional_nets(args):
@@ -477,7 +466,6 @@ def read_npz(path, *needed):
     except Exception as error:              # zipfile, pickle and numpy have errors of their own
         raise InputError(f"{path}: not a .npz that can be used here ({error})") from None
 
-
 # ---- Tables and pictures ----------------------------------------------------------------------
 
 COLOURS = "#4477aa #ee6677 #228833 #ccbb44 #66ccee #aa3377 #999999 #222222 #ee7733 #009988".split()
@@ -571,7 +559,6 @@ def radar(path, axes, shapes):
         side = {-1: "r", 0: "m", 1: "l"}[round(math.cos(angle))]           # away from the middle
         texts.append((place, name, side + "m"))
     chart(path, 880, grid, texts, {name: ring(values) for name, values in shapes.items()})
-
 
 # ---- Sub-commands -----------------------------------------------------------------------------
 
@@ -916,7 +903,6 @@ def neighbours(args):
     report(args, f"Distance to the nearest of {len(train)} training images, median", rows)
     names = [f"nearest {k} by {space}" for space in spaces for k in range(1, 6)]
     picture(shown, ["samples", *names], f"{args.out}/neighbours.png")
-
 
 # ---- The command line -------------------------------------------------------------------------
 

@@ -15,10 +15,7 @@ The letters are those of vmae.py, but a patch is P x P latent cells, so N = hw /
 diffusion steps, t the time, alpha_bar the share of the signal in z_t's variance, y a class, w the
 guidance weight (in shapes the grid's width).
 """
-import copy
-import math
-import os
-import re
+import copy, math, os, re
 
 import torch
 import torch.nn as nn
@@ -35,7 +32,6 @@ def normalise(z, mean, std):
 def denormalise(z, mean, std):
     """The inverse of normalise, before the decoder."""
     return z * std.view(1, -1, 1, 1) + mean.view(1, -1, 1, 1)
-
 
 # ---- Noise schedule and the loss --------------------------------------------------------------
 
@@ -136,7 +132,6 @@ def loss_flow(model, z_0, y=None, generator=None):
     velocity = model(share * z_0 + (1 - share) * eps, t, y).float()        # (B, d, h, w)
     return F.mse_loss(velocity, z_0 - eps)
 
-
 # ---- Guidance and samplers. model: (z_t, t, y) -> output; for w != 1 it needs a y_embedder ----
 
 def guided(model, z_t, t, y, w):
@@ -234,7 +229,6 @@ def fitting_samplers(objective):
 def sampler_for(schedule):
     """The sampler to use unless another is asked for."""
     return SAMPLERS[fitting_samplers(schedule.objective)[0]][0]
-
 
 # ---- Diffusion transformer: DiT (Peebles 2023) with the parts of LightningDiT (Yao 2025) ------
 
@@ -439,7 +433,6 @@ def dit_args(size, grid, latent_dim, num_classes):
     if grid <= 16 or grid % 2:              # patches of 2 would save little, or do not fit
         args["patch_size"] = 1
     return args
-
 
 # ---- EMA, checkpoints -------------------------------------------------------------------------
 

@@ -9,11 +9,7 @@
 
 Each image is written when it is drawn; the same command again goes on after an interruption.
 """
-import argparse
-import json
-import os
-import re
-import zipfile
+import argparse, json, os, re, zipfile
 from pathlib import Path
 
 import vmae                                 # before torch, see there

@@ -7,9 +7,7 @@
 Each image and its mirror image are encoded once, into moments_*.npy in --out; training reads only
 these. Also writes last.pt, log.jsonl and preview_*.png, samples of the EMA weights.
 """
-import argparse
-import hashlib
-import os
+import argparse, hashlib, os
 
 import vmae                                 # before torch, see there
 import numpy as np
@@ -25,7 +23,6 @@ from vmae import RANK, InputError
 RECIPES = {"tiny": dict(batch=32, steps=3000, lr=1.5e-3),
            "small": dict(batch=256, steps=100_000, lr=2e-4),
            "base": dict(batch=256, steps=100_000, lr=2e-4)}
-
 
 # ---- The cache of moments ---------------------------------------------------------------------
 
@@ -56,7 +53,6 @@ def statistics(rows):
     mean, square = mu.mean((0, 2, 3)), (mu**2 + logvar.exp()).mean((0, 2, 3))
     return mean, (square - mean**2).sqrt()
 
-
 # ---- Stage two --------------------------------------------------------------------------------
 
 def options():
@@ -75,7 +71,10 @@ def options():
         "Nichol 2021 (default: that of --init, otherwise cosine)")
     add("--drop", type=float, default=0.1, help="share of labels replaced by the null class, which "
         "guidance needs (default: %(default)s)")
-    return parse(parser)
+    args, saved = parse(parser)
+    if args.stats and not args.init:
+        raise InputError("--stats: are those of published weights; name these with --init")
+    return args, saved
 
 def fill_in(args, stage_one, cuda):
     """Choose the options that were not given. Data, held-out folder and size are those of stage

@@ -11,13 +11,7 @@ Writes into --out: last.pt; log.jsonl, one JSON object per line; preview_*.png, 
 original, the input (masked or noisy) and the reconstruction; of a folder images.json, its list, and
 images_*.npy, its decoded images. train_ldm.py shares the plumbing.
 """
-import argparse
-import json
-import math
-import os
-import signal
-import sys
-import time
+import argparse, json, math, os, signal, sys, time
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
@@ -323,7 +317,6 @@ class Log:
         if self.stopping:
             text = f"stopped after step {self.last}, which is saved; --resume goes on from there"
             sys.exit(text if RANK == 0 else 1)
-
 
 # ---- Stage one --------------------------------------------------------------------------------
 

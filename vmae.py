@@ -11,18 +11,7 @@ that the paper compares VMAE with come last; a reader of the method can leave th
     vmae = load_vmae("runs/vmae/last.pt")                loads it, in a notebook for instance
     z = vmae.encode(x).mode(); x_hat = vmae.decode(z)    (B, 3, H, W) -> (B, d, h, w) -> back
 """
-import argparse
-import contextlib
-import hashlib
-import json
-import math
-import os
-import re
-import shutil
-import sys
-import time
-import warnings
-import zlib
+import argparse, contextlib, hashlib, json, math, os, re, shutil, sys, time, warnings, zlib
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -50,7 +39,6 @@ from tqdm import tqdm
 #
 #   x image in [-1, 1]   x_v, x_m its visible and its masked patches   x_hat reconstruction
 #   z latent             q(z|x_v) posterior, made by the encoder       p(x|z) likelihood of x
-
 
 # ---- Patches and masks ------------------------------------------------------------------------
 
@@ -84,7 +72,6 @@ def random_mask(B, h, w, mask_ratio, generator=None, device="cpu"):
     keep = noise.flatten(1).argsort(1)[:, :V].sort(1).values               # (B, V)
     mask = torch.ones(B, N, device=device).scatter(1, keep, 0.0)           # (B, N)
     return keep, mask
-
 
 # ---- The Gaussians q(z|x_v) and p(x|z) --------------------------------------------------------
 
@@ -130,7 +117,6 @@ class Gaussian:
         mu, logvar = self.mu.float(), self.logvar.float()
         kl = logvar.exp() - 1 - logvar + (mu**2 if mean == "zero" else 0)
         return 0.5 * kl.sum(1).mean()
-
 
 # ---- The losses L_R, L_M and L_P, and the sum L_VMAE; L_reg is Gaussian.kl, above -------------
 
@@ -181,7 +167,6 @@ def loss_VMAE(x, p, q, mask, P, lambda_M=0.1, lambda_P=0.0, lambda_reg=1e-4, kl_
         terms["L_reg"] = q.kl(kl_mean)
         loss = loss + lambda_reg * terms["L_reg"]
     return loss, terms
-
 
 # ---- The transformer --------------------------------------------------------------------------
 
@@ -267,7 +252,6 @@ class Head(nn.Module):
     def forward(self, tokens, H, W):
         patches = self.linear_pred(tokens)                                 # (B, N, P*P*3)
         return self.conv_smoother(unpatchify(patches, self.P, H, W))       # (B, 3, H, W)
-
 
 # ---- VMAE: the variational masked autoencoder -------------------------------------------------
 
@@ -361,7 +345,6 @@ class VMAE(nn.Module):
     def last_layer(self):
         """The weight nearest to the pixels, on which the adversarial loss is scaled."""
         return self.decoder_pred.conv_smoother.weight
-
 
 # ---- Sizes, positions, checkpoints ------------------------------------------------------------
 
@@ -505,13 +488,13 @@ def load_vmae(path, num_heads=12):
     """A checkpoint of either stage, or published weights -> the autoencoder, in eval mode."""
     return build_vmae(read_stage_one(path, num_heads))
 
-
 # ---- Images: a folder -------------------------------------------------------------------------
 
 EXTENSIONS = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm",
               ".pgm")
 SKIPPED = (".", "grid.png", "trajectory.png")          # hidden files, and sample.py's overviews
-OUTPUT = {"log.jsonl", "samples.json"}  # a folder below --data with one of these is not data
+OUTPUT = {"log.jsonl", "samples.json", "reconstruct.json", "smoothness.json", "separability.json",
+          "compare.json", "neighbours.json"}           # who writes these, writes pictures as well
 MIN_SIDE = 8           # pixels; anything smaller is a placeholder, not a photograph
 MAX_UNREADABLE = 0.01  # share of the files; a collected folder often has a few broken ones
 warnings.filterwarnings("ignore", module="PIL")        # what it minds we accept, or refuse below
@@ -551,7 +534,7 @@ def read_image(path, size, draft=False):
 
 def list_images(root):
     """Folder -> sorted paths of the images below it, relative to it. Left out are the files in
-    SKIPPED, and the folders that our own scripts wrote. OSError for a folder that is closed to us."""
+    SKIPPED, and folders that our own scripts wrote (OUTPUT). OSError for a folder that is closed to us."""
     def stop(error):
         raise error
 
@@ -759,7 +742,6 @@ class Rows(torch.utils.data.Dataset):
         self.maps = [torch.load(file, weights_only=True, mmap=True) for file in self.files.values()]
         return self
 
-
 # ---- Images: the built-in faces ---------------------------------------------------------------
 
 # The paper's three levels, which are known of each face:
@@ -937,7 +919,6 @@ def save_grid(rows, path, gap=2):
     with whole_file(path) as file:
         picture.save(file, "png")
 
-
 # ---- LPIPS, and where its weights come from ---------------------------------------------------
 
 VGG_URL = "https://download.pytorch.org/models/vgg16-397923af.pth"
@@ -986,7 +967,6 @@ def import_lpips():
             declared[0].define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         import lpips
     return lpips
-
 
 # ---- What the scripts share -------------------------------------------------------------------
 
@@ -1096,7 +1076,6 @@ def has_bfloat16(device):
             taken.append(time.perf_counter() - start)
         seconds[dtype] = min(taken)         # what others on this machine do only adds to it
     return seconds[torch.bfloat16] < 0.8 * seconds[torch.float32]
-
 
 # ---- The convolutional autoencoder of the paper's AE, DAE, VAE and SD-VAE, with a discriminator -
 
