@@ -1276,6 +1276,52 @@ def test_what_inception_adds_to_the_figures():
         list(evaluate.draw_samples(ckpt, args, 3.0))
     assert labels == [0, 1, 0, 1, 0, 1, 0, 1, 0] and weights == {3.0}      # the classes in turn
 
+def test_the_judge_tells_a_perfect_generator_from_a_blind_and_a_repeating_one():
+    with patch(Faces, "__len__", lambda self: 1536):       # a tenth of its training is enough here
+        evaluate.load_judge()
+    [kept] = Path("runs").glob("judge_*.pt")
+    stamp, val = kept.stat().st_mtime_ns, Faces(32, "val")
+    kind = val.render(range(400, 800))[1]
+    turns = torch.stack([torch.where(kind == k)[0][:16] for k in range(4)], 1).flatten() + 400
+    drawn = {"perfect": val.batch(turns)[0],               # fresh faces, the kinds in turn
+             "blind": torch.randint(0, 256, (64, 3, 32, 32), dtype=torch.uint8),
+             "same": val.batch(turns[:1])[0].expand(64, -1, -1, -1)}
+    run = SimpleNamespace(trained={"data": None}, model=SimpleNamespace(img_size=32),
+                          again=lambda x: x)
+    for name in drawn:
+        Path(name).touch()
+    with (patch(evaluate, "Run", lambda path, args: run),
+          patch(evaluate, "draw_samples", lambda path, args, w: drawn[path].split(32)),
+          patch(vmae, "read_checkpoint", lambda path: {"classes": list(vmae.OBJECTS)})):
+        rows = measured("faces", f"--ckpt {' '.join(drawn)} --n 64")
+    assert kept.stat().st_mtime_ns == stamp                # read, not trained again
+    assert [row["images"] for row in rows[:4]] == ["held out", "reconstructed", "samples, w = 1.0",
+                                                   "samples, w = 1.5"]
+    held_out, perfect, blind, same_face = rows[0], rows[2], rows[6], rows[10]
+    assert min(held_out["requested"], perfect["requested"]) > 0.9 and blind["requested"] < 0.6
+    assert same_face["requested"] == 0.25                  # right in one turn of four
+    assert max(held_out["distance"], perfect["distance"]) < 0.2 * blind["distance"]
+    assert perfect["distance"] < 0.3 * same_face["distance"]
+    assert perfect["recall"] > 0.5 and blind["precision"] == 0 and same_face["recall"] < 0.2
+    run.trained["data"] = "photographs"
+    with patch(evaluate, "Run", lambda path, args: run):
+        refuses(evaluate.main, {"faces --ckpt perfect --n 64": "not on the faces"})
+    run.trained["data"], stripes = None, torch.arange(32).repeat(64, 3, 32, 1)
+    drawn["few"], drawn["many"] = (stripes.where(stripes < 5, 0).byte() for stripes in (
+        stripes - 32 * (torch.arange(32).view(-1, 1) > 1), stripes))       # 2 or 32 pixels of each
+    class Judge(torch.nn.Module):
+        """Sees part k where a pixel is k."""
+        def forward(self, x):
+            return x.float().mean((2, 3)), x[:, 0, :2, 0], x[:, 0, 0], F.one_hot(
+                x[:, 0].long().clamp(max=4), 5).permute(0, 3, 1, 2)
+    Path("few").touch(), Path("many").touch()
+    with (patch(evaluate, "Run", lambda path, args: run), patch(evaluate, "load_judge", Judge),
+          patch(evaluate, "draw_samples", lambda path, args, w: drawn[path].split(32)),
+          patch(evaluate, "frechet_distance", lambda *args: 0.0),
+          patch(vmae, "read_checkpoint", lambda path: {"classes": []})):
+        rows = measured("faces", "--ckpt few many --n 64")
+    assert [row["complete"] for row in rows if "samples" in row["images"]] == [0, 1]
+
 @tiny_inception
 def test_fid_from_every_source():
     real, fake = save_images("real", 20, 16), save_images("fake", 21, 16, seed=1)
