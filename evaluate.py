@@ -300,8 +300,9 @@ class Judge(nn.Module):
 def load_judge(folder="runs"):
     """The Judge, from a file in `folder`, or trained now, on each training face once, and kept there.
     The file's name is a hash of what makes it: its code and the faces."""
-    made_by = "".join(map(inspect.getsource, (Judge, load_judge))) + vmae.Faces(32).fingerprint()
-    path = Path(folder, f"judge_{hashlib.sha256(made_by.encode()).hexdigest()[:8]}.pt")
+    made_by = "".join(map(inspect.getsource, (Judge, load_judge))).encode()
+    key = hashlib.sha256(made_by + vmae.Faces(32).fingerprint()).hexdigest()[:8]
+    path = Path(folder, f"judge_{key}.pt")
     with torch.random.fork_rng():           # weights of a seed of its own
         torch.manual_seed(0)
         judge, faces = Judge().to(memory_format=torch.channels_last), vmae.Faces(32)
@@ -379,15 +380,11 @@ def optional_nets(args):
             net("InceptionV3", INCEPTION_URL, "inception-weights",
                 lambda path: load_inception(path, args.resize, args.fast)))
 
-def load(data, indices, args):
-    """A dataset and the indices (n,) of images -> batches of uint8 (B, 3, S, S) and labels (B,)."""
-    for part in indices.split(args.batch):
-        yield data.batch(part.tolist())
-
 def shuffled(data, args):
-    """--n images of a dataset, always the same -> their number, and batches as those of `load`."""
-    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[:args.n]
-    return len(order), load(data, order, args)
+    """--n images of a dataset, always the same -> their number, and batches of uint8 (B, 3, S, S)
+    and labels (B,)."""
+    numbers = data.some(args.n)
+    return len(numbers), data.batches(numbers, args.batch)
 
 class Run:
     """The autoencoder of a checkpoint of either stage, or of published weights. Takes and returns
@@ -894,7 +891,7 @@ def neighbours(args):
     if net:
         spaces["Inception"] = lambda x: torch.cat([net(part).cpu() for part in x.split(args.batch)])
     for name, space in spaces.items():
-        batches = tqdm(load(train, torch.arange(len(train)), args), name)
+        batches = tqdm(train.batches(torch.arange(len(train)), args.batch), name)
         d, index = nearest(space(both), (space(y) for y, _ in batches), 5)     # (2n, 5) each
         near, usual = d[:len(x), 0].median().item(), d[len(x):, 0].median().item()
         rows.append({"space": name, "samples": near, "held-out": usual,
@@ -926,7 +923,7 @@ INCEPTION = {"resize": "pytorch-fid", "fast": False, "inception-weights": "", "d
 NETS, FIRST, SECOND = {**INCEPTION, "vgg-weights": ""}, ["runs/vmae/last.pt"], ["runs/ldm/last.pt"]
 COMMANDS = {  # sub-command: its options, each with its default, which also gives its type
     reconstruct: {"ckpt": FIRST, "data": "", "n": 1000, **NETS},
-    smoothness: {"ckpt": FIRST, "data": "", "n": 256, "eps": [0, .01, .05, .1, .2, .3], **NETS},
+    smoothness: {"ckpt": FIRST, "data": "", "n": 256, "eps": [0.0, .01, .05, .1, .2, .3], **NETS},
     separability: {"ckpt": FIRST, "data": "", "n": 512},
     efficiency: {"size": 256, "time": False, "batch": 1},
     faces: {"ckpt": SECOND, "n": 512},
@@ -945,11 +942,12 @@ def main():
         for name, default in {"batch": 64, "device": "auto", "out": "", **own}.items():
             choices = ("pytorch-fid", "clean") if name == "resize" else None
             flag, nargs = (name, "*") if name == "runs" else (f"--{name}", "+")
-            kind = dict(type=type(default), choices=choices)
-            if isinstance(default, bool):
+            of = type((default or [""])[0]) if isinstance(default, list) else type(default)
+            kind = dict(type=vmae.checkpoint if name in ("ckpt", "fake") else of, choices=choices)
+            if isinstance(default, list):
+                kind["nargs"] = nargs
+            elif isinstance(default, bool):
                 kind = dict(action="store_true")
-            elif isinstance(default, list):
-                kind = dict(type=float if name == "eps" else str, nargs=nargs)
             note = " (default: %(default)s)" if default and default is not True else ""
             command.add_argument(flag, default=default, help=HELP[name] + note, **kind)
     everything = not sys.argv[1:]           # all that needs no download or Inception, slow on a CPU

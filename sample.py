@@ -27,13 +27,14 @@ def options():
     """The command line -> checked options."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], usage="%(prog)s [options]")
     add = parser.add_argument
-    add("--ckpt", default="runs/ldm/last.pt", help="stage-two checkpoint (default: %(default)s)")
+    add("--ckpt", type=vmae.checkpoint, default="runs/ldm/last.pt", help="stage-two checkpoint "
+        "(default: %(default)s)")
     add("--n", type=int, default=64, help="number of images (default: %(default)s)")
-    add("--vmae", help="stage-one checkpoint (default: the one inside --ckpt)")
+    add("--vmae", type=vmae.checkpoint, help="stage-one checkpoint (default: that inside --ckpt)")
     add("--stats", help="file of latent statistics that comes with the authors' weights")
     add("--steps", type=int, default=50, help="network calls per image (default: %(default)s)")
     usual = ", ".join(f"{o} {ldm.fitting_samplers(o)[0]}" for o in ("eps", "v", "flow"))
-    add("--sampler", choices=ldm.SAMPLERS, help=f"default by the objective: {usual}")
+    add("--sampler", choices=ldm.SAMPLERS, help=f"from noise to latents (default: {usual})")
     add("--cfg", type=float, help="guidance weight w, 1: none (default: 1.5 with classes, else 1)")
     for name, text in SAMPLER_OPTIONS.items():
         users = ", ".join(s for s, (_, _, own) in ldm.SAMPLERS.items() if name in own)
@@ -85,21 +86,30 @@ def pick_sampler(args, schedule):
             raise InputError(f"--{option}: the sampler {name} has no such option; leave it out")
     return function, given
 
-def stage_one(args, ckpt):
-    """The autoencoder of --vmae, or the one inside the checkpoint. InputError if its latents are
-    not those of --ckpt: they need an encoder with the same weights; the decoder may be another."""
-    if args.vmae is None and "vmae" not in ckpt:
-        raise InputError(f"{args.ckpt}: published weights hold no stage one; name it with --vmae")
-    ae = vmae.load_vmae(args.vmae) if args.vmae else vmae.build_vmae(ckpt["vmae"])
+def check_latents(path, ckpt, vmae_path, ae):
+    """InputError unless the latents of the autoencoder `ae` are those of the stage-two checkpoint:
+    of the same shape and, if the checkpoint holds a stage one, from an encoder that encodes alike.
+    The decoder may be another."""
     d, side = ckpt["model_args"]["in_channels"], ckpt["model_args"]["input_size"]
     if (ae.latent_dim, ae.grid) != (d, side):
-        raise InputError(f"--vmae {args.vmae}: its latents have {ae.latent_dim} channels on a "
-                         f"side of {ae.grid}, those of {args.ckpt} have {d} on {side}")
-    x = torch.linspace(-1, 1, 3 * ae.img_size**2).view(1, 3, ae.img_size, ae.img_size)
-    if "vmae" in ckpt and not torch.allclose(
-            ae.encode(x).mu, vmae.build_vmae(ckpt["vmae"]).encode(x).mu, atol=1e-3):
-        raise InputError(f"--vmae {args.vmae}: has another encoder than the stage one of {args.ckpt}, "
-                         f"and so another latent space; leave --vmae out")
+        raise InputError(f"--vmae {vmae_path}: its latents have {ae.latent_dim} channels on a "
+                         f"side of {ae.grid}, those of {path} have {d} on {side}")
+    if "vmae" in ckpt:
+        theirs = vmae.build_vmae(ckpt["vmae"]).to(ae.logvar_x.device)
+        x = torch.linspace(-1, 1, 3 * ae.img_size**2, device=ae.logvar_x.device)
+        x = x.view(1, 3, ae.img_size, ae.img_size)
+        if not torch.allclose(ae.encode(x).mu, theirs.encode(x).mu, atol=1e-3):
+            raise InputError(f"--vmae {vmae_path}: has another encoder than the stage one inside "
+                             f"{path}, and so other latents; name that one, or leave --vmae out")
+
+def stage_one(args, ckpt):
+    """The autoencoder of --vmae, or the one inside the checkpoint."""
+    if args.vmae is None and "vmae" not in ckpt:
+        raise InputError(f"{args.ckpt}: published weights hold no stage one; name it with --vmae")
+    if args.vmae is None:
+        return vmae.build_vmae(ckpt["vmae"])
+    ae = vmae.load_vmae(args.vmae)
+    check_latents(args.ckpt, ckpt, args.vmae, ae)
     return ae
 
 def decode(z_0, ae, ckpt):
@@ -112,10 +122,11 @@ def draw(index, y, model, ae, schedule, ckpt, sampler, seed=0, w=1.0, **options)
     """The images with the numbers index (B,) of a seed and the labels y (B,) or None -> uint8
     (B, 3, H, W) on the CPU. ae: the autoencoder; w: guidance; options: steps and the sampler's."""
     shape, device = (ae.latent_dim, ae.grid, ae.grid), model.pos_embed.device
-    # One generator per image, on the CPU: an image depends neither on its batch nor on the device.
+    # One generator per image, on the CPU: the noise depends neither on the batch nor on the device,
+    # and then the images differ by rounding only.
     generators = [vmae.seeded(seed, i) for i in index.tolist()]
 
-    def noise(_=None):
+    def noise(_=None):                      # the samplers pass z, for its shape
         return torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
 
     # On a CPU in float32: the rounding of bfloat16 would make an image depend on its batch.
@@ -127,17 +138,17 @@ def draw(index, y, model, ae, schedule, ckpt, sampler, seed=0, w=1.0, **options)
 
 def begin(out, args, settings):
     """Make the folder `out` -> the names of its images that this same command drew before it was
-    interrupted. Those of another command go, and so does what was made of them."""
+    interrupted. Images of another command are deleted, and so are the files made from them."""
     files = {name: getattr(args, name) for name in ("ckpt", "vmae", "stats") if getattr(args, name)}
     settings |= {name: [os.path.abspath(path), os.path.getsize(path), os.stat(path).st_mtime_ns]
                  for name, path in files.items()}
-    settings |= {name: getattr(args, name) for name in ("seed", "steps", *SAMPLER_OPTIONS)}
+    settings |= {name: getattr(args, name) for name in ("seed", "steps", "batch", *SAMPLER_OPTIONS)}
     note, text = out / "samples.json", json.dumps(settings)
     same = note.exists() and note.read_text() == text
     out.mkdir(parents=True, exist_ok=True)
     found = {p.name for p in out.iterdir() if re.fullmatch(r"sample_\d{6}\.png", p.name)}
     kept = {name for name in found if same and int(name[7:13]) < args.n}
-    for name in (found - kept) | {"samples.npz", "trajectory.png"}:
+    for name in (found - kept) | {"grid.png", "samples.npz", "trajectory.png"}:
         (out / name).unlink(missing_ok=True)
     with vmae.whole_file(note) as file:
         file.write(text.encode())
@@ -175,8 +186,8 @@ def main():
     out, settings = Path(args.out), dict(w=w, labels=labels.tolist(), sampler=sampler.__name__)
     done = vmae.from_first(lambda: begin(out, args, settings))
     files = [out / f"sample_{i:06d}.png" for i in range(args.n)]
-    # Whole batches, also after an interruption: an image depends a little on how many are drawn at
-    # once, so the files are then the same for any number of processes.
+    # Whole batches, also after an interruption: rounding depends a little on how many images are
+    # drawn at once, so the files are then the same for any number of processes.
     parts = [part for part in torch.arange(args.n).split(args.batch)
              if not done.issuperset(files[i].name for i in part)][RANK::WORLD]
     for part in tqdm(parts, "sampling", dynamic_ncols=True, disable=RANK > 0):

@@ -158,8 +158,8 @@ def test_the_method_comes_first():
     assert inspect.getsourcelines(vmae.random_mask)[1] <= 100 and ends(vmae.loss_VMAE) <= 200
     assert ends(VMAE) <= 400                               # then what surrounds the method
     order = (vmae.patchify, vmae.random_mask, Gaussian, vmae.loss_R, vmae.loss_M, vmae.loss_P,
-             vmae.loss_VMAE, VMAE, vmae.load_vmae, ImageFolder, Faces, vmae.load_lpips,
-             InputError, vmae.ConvAutoencoder, vmae.discriminator)
+             vmae.loss_VMAE, VMAE, InputError, vmae.load_vmae, ImageFolder, Faces, vmae.load_lpips,
+             vmae.cli, vmae.ConvAutoencoder, vmae.discriminator)
     assert sorted(order, key=ends) == list(order)
 
 def test_readme_names_what_exists():
@@ -499,7 +499,7 @@ def test_folder_is_decoded_once_and_its_headers_are_read_once():
         assert opened.call_count == 1
     with contextlib.redirect_stdout(io.StringIO()) as said:
         vmae.open_images("data", 32)
-    assert "30 of 30 images are smaller than --size 32" in said.getvalue()
+    assert "30 of 30 images are smaller than 32 pixels" in said.getvalue()
     fresh = ImageFolder("data", 16, "train")
     for i in range(len(fresh)):
         close(vmae.to_float(x[i]), fresh[i][0], 0)
@@ -514,7 +514,7 @@ def test_folder_is_decoded_once_and_its_headers_are_read_once():
             other.keep_pixels("run", allowed)
             assert other.draft and other.rows is None
             if allowed:
-                rows = vmae.Rows("run", "images", "key", 9, 192)
+                rows = vmae.Rows("run", "images", b"key", 9, 192)
                 assert "make room" in raises(InputError, rows.build, "decoding", None)
     with patch(vmae, "read_image", side_effect=OSError("damaged")):
         assert "over 1 %" in raises(InputError, changed.read, 0)
@@ -530,13 +530,13 @@ def test_rows_are_kept_in_files_that_are_whole_and_go_on():
             raise KeyboardInterrupt
         yield torch.arange(half, last).view(-1, 1), torch.arange(half, last) % 10
     def rows():
-        return vmae.Rows(".", "images", "key", 9, 2**21)   # 8 rows in 16 MB
+        return vmae.Rows(".", "images", b"key", 9, 2**21)  # 8 rows in 16 MB
     Path("images_old_0.pt").touch()
     stop = 8
     raises(KeyboardInterrupt, rows().build, "counting", make)
-    assert os.listdir() == ["images_key_0.pt"] and rows().missing == 2**21
+    assert len(os.listdir()) == 1 and rows().missing == 2**21  # not even the old one
     stop = None
-    x, y = rows().build("counting", make)[[0, 7, 8]]
+    x, y = rows().build("counting", make).batch([0, 7, 8])
     assert made == [0, 8, 8]                               # what was whole is not made again
     assert x.tolist() == [[0], [7], [8]] and y.tolist() == [0, 7, 8]
 
@@ -714,8 +714,8 @@ def test_cache_equals_fresh_encoding_and_is_never_stale():
     rows, data = moments(), ImageFolder("data", 16)
     for i in (0, 8, 16):
         q = model.encode(torch.stack([data[i][0], data[i][0].flip(-1)]))   # image, mirror
-        close(rows[[2 * i, 2 * i + 1]][0], torch.cat([q.mu, q.logvar], 1), 0.01)  # float16
-    every, y = rows[list(range(len(rows)))]
+        close(rows.batch([2 * i, 2 * i + 1])[0], torch.cat([q.mu, q.logvar], 1), 0.01)  # float16
+    every, y = rows.batch(range(len(rows)))
     assert every.dtype == torch.float16 and y.tolist() == [0] * 18 + [1] * 16
     draws = torch.cat([Gaussian(*every.float().chunk(2, 1)).sample() for _ in range(200)])
     mean, std = train_ldm.statistics(rows)
@@ -801,15 +801,15 @@ def test_bad_batches_are_skipped_and_ten_in_a_row_stop_the_run():
 
 def test_speed_in_the_log_leaves_saves_out():
     args, fine = SimpleNamespace(steps=20, batch=4, save_every=10, out="."), torch.tensor(True)
-    with (patch(train_vmae.time, "perf_counter", side_effect=[0, 5, 60, 100, 110]),
-          train_vmae.Log(args, 0, "cpu") as log):          # at 0 s
-        log.add({"L_R": torch.ones(())}, 1)
-        assert [log.step(i, fine, 0.1) for i in range(1, 11)][-1]          # at 5 s
-        log.write({"PSNR_val": 30.0}), log.saved()         # from 60 to 100 s
-        log.add({"L_R": torch.ones(())}, 1)
-        assert [log.step(i, fine, 0.1) for i in range(11, 21)][-1]         # at 110 s
+    with (patch(train_vmae.time, "perf_counter", side_effect=[0, 5, 60, 100, 110, 120, 120]),
+          train_vmae.Log(args, 0, "cpu") as log):          # begins at 0 s
+        for step in range(1, 21):
+            log.add({"L_R": torch.ones(())}, 1)
+            if log.step(step, fine, 0.1):                  # at 5 s, and at 110 s
+                log.save(lambda path: {"PSNR_val": 30.0}, {})              # from 60 to 100 s
     assert log.line["images_per_s"] == 10 * 4 / 10
-    assert [line["images_per_s"] for line in log_of(".")] == [10 * 4 / 5]
+    assert [line["images_per_s"] for line in log_of(".")] == [10 * 4 / 5, 10 * 4 / 10]
+    assert load("last.pt")["step"] == 20
 
 def test_two_micro_batches_equal_one_and_memory_is_named():
     half = np.random.default_rng(0).integers(0, 256, (12, 16, 8, 3), dtype=np.uint8)
@@ -889,8 +889,8 @@ def test_measuring_held_out_images_leaves_the_run_alone():
     assert "PSNR_m_val" not in log_of("ae")[-1]            # which masks nothing
     for objective in ("eps", "v", "flow"):
         go = f"--steps 2 --batch 8 --objective {objective} --out"
-        draws = objective == "v" and train_ldm.preview or mock.Mock()      # 32 samples take time
-        with patch(train_ldm, "preview", draws):
+        draws = objective == "v" and sample.draw or mock.Mock(return_value=torch.zeros(32, 3, 8, 8))
+        with patch(sample, "draw", draws):                 # 32 samples take time
             for out, every in (("often", 1), ("rarely", 2)):
                 shutil.rmtree(out, ignore_errors=True)
                 runs(train_ldm.main, f"{go} {out} --save-every {every}")
@@ -1402,7 +1402,7 @@ def same(a, b, tolerance=0):
 CHAIN = f"""
 import os, random, time
 import train_vmae, train_ldm, ldm, sample, vmae
-train_ldm.preview, ldm.sizes["tiny"] = lambda *args: None, {small}
+train_ldm.measure, ldm.sizes["tiny"] = lambda *args: {{}}, {small}
 def main(script, line):
     sys.argv = ["script.py", *line.split()]
     script.main()
@@ -1419,7 +1419,7 @@ def test_two_processes_are_one_run():
     threads = torch.get_num_threads()
     torch.set_num_threads(1)                               # sums depend on their number
     for script, line in (lines[0], (train_ldm, f"{go} other --vmae vmae"), *lines[1:]):
-        with patch(train_ldm, "preview"):
+        with patch(train_ldm, "measure", return_value={}):
             runs(script.main, line)
     torch.set_num_threads(threads)
     names = [path for path in Path().rglob("*") if path.suffix in (".pt", ".png")
@@ -1513,7 +1513,7 @@ def test_hostile_images_are_named_once_and_harm_nothing():
     go = f"{TINY_RUN} --steps 30 --batch {40 if LONG else 8} --save-every 99 --size 20 --out"
     said = [in_child(code, f"{go} kept"),                  # two processes, which share the list
             in_child(code, f"{go} read --no-cache --micro 4", torchrun=2)]
-    kept, read = ({json.loads(line)[0] for line in open(f"{run}/unreadable.jsonl")}
+    kept, read = ({json.loads(line) for line in open(f"{run}/unreadable.jsonl")}
                   for run in ("kept", "read"))             # two threads may both enter a name
     for text, names in zip(said, (kept, read)):
         assert len(names) == text.count("warning: skipped"), text
@@ -1592,7 +1592,7 @@ def test_a_full_disk_is_one_line_at_every_write_and_loses_nothing():
              (evaluate, "reconstruct --out table", 9, "reconstruct.json"),
              (evaluate, "reconstruct --out table", 500, "reconstruct.png")]
     for script, line, size, word in cases:
-        with files_up_to(size), patch(train_ldm, "preview"):
+        with files_up_to(size), patch(train_ldm, "measure", return_value={}):
             text = runs(script.main, line, status=1)
         last = text.splitlines()[-1].split("\r")[-1]
         assert word in last and "File too large" in last and "Traceback" not in text, text
@@ -1677,8 +1677,7 @@ def test_sampling_depends_on_the_seed_alone_and_refuses_what_does_not_fit():
     runs(train_ldm.main, f"{go} 1"), runs(train_ldm.main, f"{go} 2 --resume")
     refuses(train_ldm.main, {"--init flat/last.pt --schedule cosine --no-classes --out new": "linear",
                              "--steps 3 --out flat --resume --objective v": "the run in flat has eps",
-                             f"{go} 3 --resume --schedule cosine": "the run in on has linear",
-                             "--size 24 --out none": "--size"})
+                             f"{go} 3 --resume --schedule cosine": "the run in on has linear"})
     assert load("on/last.pt")["schedule"]["kind"] == "linear"  # --init's
 
 def test_nothing_given_is_ignored_and_nothing_trained_is_overwritten():
@@ -1702,7 +1701,8 @@ def test_nothing_given_is_ignored_and_nothing_trained_is_overwritten():
     assert "starts anew" not in text and "starts anew" in other
     trained("--seed 1", "runs/other"), trained("--size 24", "runs/large")
     trained("--init runs/vmae --tune decoder", "runs/tuned")
-    refuses(sample.main, {"--vmae runs/other": "another latent space"}, "--out new")
+    refuses(sample.main, {"--vmae runs/other": "has another encoder"}, "--out new")
+    refuses(train_ldm.main, {"--init runs/ldm --vmae runs/other": "has another encoder"}, "--out new")
     runs(sample.main, "--vmae runs/tuned --ckpt runs/ldm --n 2 --steps 1")  # the same encoder
     refuses(evaluate.main, {
         "reconstruct --ckpt runs/vmae runs/large": "do not compare",

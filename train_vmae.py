@@ -2,18 +2,18 @@
 
     python train_vmae.py                                the built-in faces, on a laptop
     python train_vmae.py --data path --mask 0.6         a folder of images
-    python train_vmae.py --data path --resume           go on from runs/vmae/last.pt
+    python train_vmae.py --data path --resume           the same, as often as it is interrupted
     python train_vmae.py --preset sdvae                 another autoencoder, into runs/sdvae
-    python train_vmae.py --init runs/vmae/last.pt --tune decoder --size 256    into runs/tuned
+    python train_vmae.py --init runs/vmae --tune decoder --size 256    into runs/tuned
     torchrun --nproc-per-node 4 train_vmae.py --data path    several GPUs
 
 Writes into --out: last.pt; log.jsonl, one JSON object per line; preview_*.png, whose rows are the
-original, the input (masked or noisy) and the reconstruction; of a folder images.json, its list, and
-images_*.npy, its decoded images. train_ldm.py shares the plumbing.
+original, the input (masked or noisy) and the reconstruction. Of a folder also: images.json, the
+list of its files, unreadable.jsonl, and images_*.pt, its decoded images. train_ldm.py shares the
+plumbing.
 """
-import argparse, json, math, os, signal, sys, time
+import argparse, functools, itertools, json, math, os, signal, sys, time
 from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
 from pathlib import Path
 
 import vmae                                 # before torch, see there
@@ -26,17 +26,19 @@ from vmae import RANK, WORLD, InputError
 # ---- Plumbing, shared with train_ldm.py -------------------------------------------------------
 
 def default(table, key, *others):
-    """What the rows of a table of defaults have for an option, for its help."""
+    """The text "(default: ...)" for the help of an option: what the rows of a table have for it."""
     known = [f"{name} {row[key]}" for name, row in table.items() if key in row]
     return f"(default: {', '.join([*known, *others])})"
 
-def common_options(parser, out, recipes, default_model, inherited="default: "):
-    """The options of both trainers, with the same names, order and meaning."""
+def common_options(parser, out, recipes, default_model, inherited=None):
+    """The options of both trainers, with the same names, order and meaning. inherited: what stage
+    two has for --data and --val if they are not given."""
     add = parser.add_argument
-    add("--data", help=f"folder of images, sub-folders are classes ({inherited}the built-in faces)")
-    add("--val", help=f"folder of held-out images ({inherited}one in twenty of --data, by path)")
-    add("--size", type=int, help=f"pixels ({inherited}faces 32; a folder 256 on CUDA, else 64)")
-    add("--model", choices=recipes, help=f"row of the sizes table (default: {default_model})")
+    add("--data", help="folder of images, whose sub-folders are classes (default: "
+        f"{inherited or 'the built-in faces'})")
+    add("--val", help="folder of held-out images (default: "
+        f"{inherited or 'one in twenty of --data, chosen by its path'})")
+    add("--model", choices=recipes, help=f"size of the network (default: {default_model})")
     add("--batch", type=int, help=f"images per optimiser step {default(recipes, 'batch')}")
     add("--micro", type=int, help="images at once; the gradients of a batch's parts are summed "
         "(default: what fits into the device's memory)")
@@ -44,40 +46,46 @@ def common_options(parser, out, recipes, default_model, inherited="default: "):
     add("--lr", type=float, help=f"peak learning rate {default(recipes, 'lr')}")
     add("--save-every", type=int, default=1000, help="steps between checkpoints (default: 1000)")
     add("--out", default=out, help="run folder (default: %(default)s)")
-    add("--seed", type=int, default=0, help="of weights, order, masks and noise (default: 0)")
+    add("--seed", type=int, default=0, help="sets weights, order, masks and noise (default: 0)")
     add("--device", default="auto", help="cuda, cpu, mps... (default: cuda if there is one)")
-    add("--precision", choices=("auto", "float32", "bfloat16"), default="auto", help="of matrix "
-        "products; auto: bfloat16 on CUDA from Ampere on, and where a CPU is faster with it")
-    add("--resume", action="store_true", help="go on from last.pt in --out, with its options")
+    add("--precision", choices=("auto", "float32", "bfloat16"), default="auto", help="numbers in "
+        "matrix products; auto: bfloat16 on CUDA from Ampere on, and where a CPU is faster with it")
+    add("--resume", action="store_true", help="go on from last.pt in --out, or begin if there is "
+        "none; the options that change the run stay as they were")
     add("--compile", action="store_true", help="torch.compile: faster after a slow first step")
 
-# A resumed run may change these options; all others stay as the run had them.
-FREE = ("resume", "out", "device", "compile", "data", "val", "steps", "lr", "micro", "save_every",
-        "precision", "no_cache", "vgg_weights")
+# Options that a resumed run does not take over from its checkpoint, and those that may change.
+FRESH = ("resume", "out", "device", "compile")
+FREE = (*FRESH, "data", "val", "steps", "lr", "micro", "save_every", "precision", "no_cache",
+        "vgg_weights")
 
-def parse(parser):
+def parse(parser, stage):
     """The command line -> (checked options, the checkpoint to go on from, or None). With --resume
     and no checkpoint the run begins; if the run is complete, the script ends here. InputError if an
-    option contradicts the run, or without --resume if --out holds a run."""
+    option contradicts the run, or without --resume if --out holds a run. stage: 1 or 2."""
     args, saved, old = parser.parse_args(), None, {}
     last = os.path.join(args.out, "last.pt")
     if os.path.exists(last):
-        saved = vmae.read_checkpoint(last, "train_args", "step")
+        saved = vmae.read_checkpoint(last, "train_args", "step", "model_args", "model")
+        saved["path"] = last
         if not args.resume:
             raise InputError(f"{last} holds step {saved['step']} of a run; go on with --resume, or "
                              f"begin another one with --out")
-        old = {k: v for k, v in saved["train_args"].items() if k in args and k not in FREE[:4]}
-        parser.set_defaults(**old)          # an option that then differs was given
-    elif args.resume and RANK == 0:
-        print(f"{last}: no checkpoint yet, so the run begins")
+        if ("vmae" in saved) != (stage == 2):              # stage two's contain stage one
+            raise InputError(f"{last}: is a run of the other stage; give another --out")
+        old = {k: v for k, v in saved["train_args"].items() if k in args and k not in FRESH}
+        parser.set_defaults(**old)
+    elif args.resume:
+        vmae.say(f"{last}: no checkpoint yet, so the run begins")
     args = vmae.check(parser.parse_args())
-    for name, value in old.items():
-        if name not in FREE and getattr(args, name) != value:
-            raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: the run in {args.out} "
-                             f"has {value}; leave the option out, or begin another one with --out")
     args.data, args.val = (path and os.path.abspath(path) for path in (args.data, args.val))
+    for name, value in old.items():         # now the defaults: what differs was given
+        if name not in FREE and getattr(args, name) != value:
+            raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: the run in "
+                             f"{args.out} has {value}; leave it out, or begin another with --out")
     if saved and saved["step"] >= args.steps:
-        sys.exit(print(f"{last}: complete, at step {saved['step']} of {args.steps}"))
+        vmae.say(f"{last}: complete, at step {saved['step']} of {args.steps}")
+        sys.exit()
     return args, saved
 
 def use_recipe(args, recipes):
@@ -85,7 +93,7 @@ def use_recipe(args, recipes):
     for name, value in recipes[args.model].items():
         setattr(args, name, getattr(args, name) or value)
 
-def autocast(args, device):
+def matmul_precision(args, device):
     """Choose --precision, if it is auto -> a context in which matrix products have it."""
     if args.precision == "auto":
         fast = vmae.agree(int(vmae.has_bfloat16(device)))
@@ -129,48 +137,40 @@ def micro_batches(args, device, model, forward):
         free = free_memory(device) - 3 * weights
         image = saved_bytes(lambda: forward(2)) - saved_bytes(lambda: forward(1))
         fits = vmae.agree(max(1, int(2 / 3 * free / image)))
-        args.micro = math.ceil(args.batch / math.ceil(args.batch / WORLD / fits) / WORLD)
+        passes = math.ceil(args.batch / WORLD / fits)      # of each process, in one step
+        args.micro = math.ceil(args.batch / passes / WORLD)
     parts = math.ceil(args.batch / args.micro)             # the last one may be smaller
     if parts < WORLD:
         raise InputError(f"--batch {args.batch} --micro {args.micro}: {parts} parts are too few "
                          f"for {WORLD} processes; give --micro {max(1, args.batch // WORLD)}")
     return range(RANK, parts, WORLD)
 
-def endless(n, seed, first):
-    """Numbers below n without end, shuffled anew in each epoch. Position p is place p % n of epoch
-    p // n, so that --resume can start at any position, `first`."""
-    position, epoch = first, None
-    while True:
-        if position // n != epoch:
-            epoch = position // n
-            order = torch.randperm(n, generator=vmae.seeded(seed, epoch)).tolist()
-        yield order[position % n]
-        position += 1
-
 def shares(n, args, start, parts):
-    """The images of this process's parts of each batch, from step `start` on, without end: lists of
-    numbers below n, sorted, because a file is read faster from front to back."""
-    numbers = endless(n, args.seed, start * args.batch)
-    while True:
-        batch = list(islice(numbers, args.batch))
+    """The numbers below n that make this process's parts of each batch, from step `start` on,
+    without end. Position p of all batches is place p % n of epoch p // n, which is shuffled anew.
+    Each list is sorted, because a file is read faster from front to back."""
+    @functools.lru_cache(2)
+    def order(epoch):
+        return torch.randperm(n, generator=vmae.seeded(args.seed, epoch)).tolist()
+
+    for step in itertools.count(start):
+        places = range(step * args.batch, (step + 1) * args.batch)
+        batch = [order(p // n)[p % n] for p in places]
         for part in parts:
             yield sorted(batch[part * args.micro:(part + 1) * args.micro])
 
 def ahead(data, args, start, parts, device):
-    """Endless iterator over what this process trains on, data[list] for each list of `shares`. A
-    thread draws the next batch while a GPU works on this one, into memory that a GPU can copy from
-    by itself (pinned). On a CPU it would only take the cores from the training."""
-    batches = (data[numbers] for numbers in shares(len(data), args, start, parts))
+    """Iterator without end over what this process trains on, data.batch(list) for each list of
+    `shares`. A thread draws the next batch while a GPU works on this one, into memory that a GPU
+    can copy from by itself (pinned). On a CPU it would only take the cores from the training."""
+    batches = map(data.batch, shares(len(data), args, start, parts))
     if device.type != "cuda":
         yield from batches
-
-    def draw():
-        return [v.pin_memory() for v in next(batches)]
-
+    batches = ([v.pin_memory() for v in batch] for batch in batches)
     with ThreadPoolExecutor(1) as pool:
-        following = pool.submit(draw)
+        following = pool.submit(next, batches)
         while True:
-            batch, following = following.result(), pool.submit(draw)
+            batch, following = following.result(), pool.submit(next, batches)
             yield batch
 
 def learning_rate(step, steps, peak):
@@ -182,9 +182,11 @@ def optimiser(model):
     """AdamW as in the authors' recipes, with betas (.9, .95). Weight decay acts on matrices, not on
     norms, biases and what else has one side of 1, which have no reason to shrink."""
     trained = [p for p in model.parameters() if p.requires_grad]           # not a frozen encoder
-    matrix = {p: p.ndim > 1 and min(p.shape) > 1 for p in trained}
-    groups = [{"params": [p for p in matrix if matrix[p]], "weight_decay": 0.05},
-              {"params": [p for p in matrix if not matrix[p]], "weight_decay": 0.0}]
+    decays = {True: [], False: []}
+    for p in trained:
+        decays[p.ndim > 1 and min(p.shape) > 1].append(p)
+    groups = [{"params": decays[True], "weight_decay": 0.05},
+              {"params": decays[False], "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)        # one kernel per step
 
 def update(opt, model, lr):
@@ -208,37 +210,34 @@ def update(opt, model, lr):
 
 def resume(args, ckpt, model_args, parts):
     """Load the state of `parts`, by name, from the checkpoint `ckpt` -> step, 0 without one."""
-    if ckpt is None:
-        return 0
-    for name, part in parts.items():
+    for name, part in parts.items() if ckpt else ():
         try:
-            if ckpt["model_args"] != model_args:
-                raise ValueError(f"model_args, {ckpt['model_args']}")
             part.load_state_dict(ckpt[name])    # with AdamW's moments, without which the loss jumps
         except (KeyError, ValueError, RuntimeError) as error:
-            raise InputError(f"{args.out}/last.pt: does not fit these options, because of "
-                             f"{str(error).splitlines()[-1].strip()}; give another --out") from None
-    return ckpt["step"]
+            raise InputError(f"{args.out}/last.pt: its {name} does not fit these options "
+                             f"({vmae.reason(error)}); give another --out") from None
+    return ckpt["step"] if ckpt else 0
 
 def begin(args, model, what):
     """Make the run folder and print what will run."""
     os.makedirs(args.out, exist_ok=True)
-    if RANK == 0:
-        count = sum(p.numel() for p in model.parameters()) / 1e6
-        print(f"{what}, {count:.2f} M parameters\n", *(f"{k}={v}" for k, v in vars(args).items()))
+    count = sum(p.numel() for p in model.parameters()) / 1e6
+    options = " ".join(f"{name}={value}" for name, value in vars(args).items())
+    vmae.say(f"{what}, {count:.2f} M parameters\n{options}")
 
 class Log:
-    """The bar on the screen and log.jsonl in the run folder, written by process 0. It also says
-    when to save, and stops the run after a step that SIGTERM or Ctrl-C interrupts. All sums stay on
-    the device, and are read every 50 steps and at each save only."""
+    """The bar on the screen, log.jsonl and last.pt in the run folder, which process 0 writes. It
+    also says when to save, and ends the run after a step that SIGTERM or Ctrl-C interrupts. All
+    sums stay on the device, and are read every 50 steps and at each save only."""
 
     def __init__(self, args, start, device):
-        self.args, self.start, self.last, self.clock = args, start, start, time.perf_counter()
-        self.seen, self.held_out, self.caught = {}, {}, []
+        self.args, self.logged, self.since = args, start, time.perf_counter()  # step, and when
+        self.sums, self.held_out, self.signals = {}, {}, []
+        # Bad batches in a row up to now, the longest such row, and all since the start.
         self.row = self.longest = self.skipped = torch.zeros((), device=device)
         if RANK == 0:
             path = Path(args.out, "log.jsonl")
-            lines = path.read_text().splitlines() if start else []
+            lines = path.read_text().splitlines() if start and path.exists() else []
             with vmae.whole_file(path) as file:            # without steps that will run again
                 file.writelines(f"{line}\n".encode() for line in lines
                                 if line.endswith("}") and json.loads(line)["step"] <= start)
@@ -247,8 +246,9 @@ class Log:
 
     def __enter__(self):
         def catch(number, _):
-            self.caught.append(number)
-            signal.signal(number, signal.SIG_DFL)          # a second one stops at once
+            self.signals.append(number)
+            if WORLD == 1:                  # a second one stops at once; torchrun sees to that
+                signal.signal(number, signal.SIG_DFL)
 
         self.usual = {n: signal.signal(n, catch) for n in (signal.SIGINT, signal.SIGTERM)}
         return self
@@ -268,54 +268,63 @@ class Log:
         of their means."""
         for name, value in terms.items():
             fine = value.detach().isfinite()
-            row = torch.stack([value.detach().nan_to_num(0, 0, 0), fine, torch.ones_like(value)])
-            self.seen[name] = self.seen.get(name, 0) + share * row         # (3,)
+            row = torch.stack([value.detach().nan_to_num(0, 0, 0), fine, ~fine])
+            self.sums[name] = self.sums.get(name, 0) + share * row         # sum, good, bad share
 
     def step(self, step, fine, lr):
-        """To be called after each step -> whether it is time to save: then call `write`, save, and
-        call `saved`. fine: whether the gradient was finite, a tensor. InputError after ten bad
-        steps in a row."""
-        self.row = (self.row + 1) * ~fine                  # bad steps up to now, without a good one
+        """To be called after each step -> whether it is time to save. fine: whether the gradient
+        was finite, a tensor. InputError after ten bad steps in a row."""
+        self.row = (self.row + 1) * ~fine
         self.longest, self.skipped = self.longest.maximum(self.row), self.skipped + ~fine
-        self.stopping = vmae.agree(-len(self.caught)) < 0  # all processes after the same step
+        self.stopping = not vmae.agree(int(not self.signals))      # all after the same step
         saving = self.stopping or step % self.args.save_every == 0 or step == self.args.steps
         if RANK == 0:
             self.bar.update()
         if not saving and step % 50 > 0:
             return False
-        sums = torch.stack(list(self.seen.values()))       # (terms, 3)
+        sums = torch.stack(list(self.sums.values()))       # (terms, 3)
         if WORLD > 1:
             dist.all_reduce(sums)
-        sums = dict(zip(self.seen, sums.tolist()))
-        if self.longest >= min(10, step - self.start):
-            broken = [name for name, (_, good, all_) in sums.items() if good < 0.999 * all_]
+        sums = dict(zip(self.sums, sums.tolist()))
+        if self.longest >= 10:
+            broken = [name for name, (_, _, bad) in sums.items() if bad > 0]
             raise InputError(f"step {step}: {' and '.join(broken) or 'the gradient'} infinite or "
                              f"NaN, ten times in a row; go on from the last checkpoint with "
-                             f"--resume, a lower --lr")
-        speed = (step - self.last) * self.args.batch / (time.perf_counter() - self.clock)
-        self.line = {"step": step, "lr": lr, "images_per_s": round(speed, 1), **{
-            name: round(total / good, 5) if good else None for name, (total, good, _) in sums.items()}}
-        if self.skipped > 0:                # bad batches since the start or --resume
+                             f"--resume and a lower --lr")
+        speed = (step - self.logged) * self.args.batch / (time.perf_counter() - self.since)
+        self.line = {"step": step, "lr": lr, "images_per_s": round(speed, 1)}
+        for name, (total, good, _) in sums.items():
+            self.line[name] = round(total / good, 5) if good else None
+        if self.skipped > 0:
             self.line["skipped"] = int(self.skipped)
         if not saving:
             self.write({})
         return saving
 
     def write(self, held_out):
-        """One line in the log, with what a save has measured on held-out images. It comes before
-        the checkpoint: a run that goes on from there then has all lines up to it."""
+        """One line in the log, with what a save has measured on held-out images."""
         if RANK == 0:
             print(json.dumps({**self.line, **held_out}), file=self.file, flush=True)
             self.held_out = held_out or self.held_out      # the bar keeps the last ones
             shown = {k: v for k, v in self.line.items() if k not in ("step", "lr")}
             self.bar.set_postfix(**shown, **self.held_out, refresh=False)
-        self.clock, self.last, self.seen = time.perf_counter(), self.line["step"], {}
+        self.logged, self.since, self.sums = self.line["step"], time.perf_counter(), {}
 
-    def saved(self):
-        """The time of a save does not count as training."""
-        self.clock = time.perf_counter()
+    def save(self, measure, parts, **entries):
+        """Process 0: measure(path of a picture) -> what to log of held-out images; then last.pt,
+        from the state of `parts` and `entries`. The line comes before the checkpoint, so that a run
+        that goes on from there has all lines up to it. Then end the run, if it was interrupted."""
+        step = self.line["step"]
+        picture = os.path.join(self.args.out, f"preview_{step:06d}.png")
+        self.write(measure(picture) if RANK == 0 else {})
+        if RANK == 0:
+            vmae.save_checkpoint(os.path.join(self.args.out, "last.pt"), step=step,
+                                 train_args=vars(self.args), **entries,
+                                 **{name: part.state_dict() for name, part in parts.items()})
+        self.since = time.perf_counter()    # a save does not count as training
         if self.stopping:
-            text = f"stopped after step {self.last}, which is saved; --resume goes on from there"
+            vmae.agree(0)                   # until process 0 has saved
+            text = f"stopped after step {step}, which is saved; --resume goes on from there"
             sys.exit(text if RANK == 0 else 1)
 
 # ---- Stage one --------------------------------------------------------------------------------
@@ -344,16 +353,21 @@ def options():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], usage="%(prog)s [options]")
     common_options(parser, "runs/vmae", RECIPES, "tiny to 32 px; above, base on CUDA, else small")
     add = parser.add_argument
-    add("--preset", choices=PRESETS, default="vmae", help="an autoencoder of the paper; sets the "
-        "defaults of --out, to runs/NAME, and of the options below (default: %(default)s)")
+    add("--size", type=int, help="pixels (default: that of --init; faces 32; a folder 256 on CUDA, "
+        "else 64)")
+    add("--preset", choices=PRESETS, default="vmae", help="an autoencoder of the paper; its row in "
+        "PRESETS has the defaults of some options below, and --out is runs/NAME (default: "
+        "%(default)s)")
     add("--arch", choices=("vit", "conv"), help="VMAE's transformer or SD-VAE's convolutions")
-    add("--init", help="checkpoint to start from: ours, or a published VMAE or SD3-style VAE")
+    add("--init", type=vmae.checkpoint, help="checkpoint to start from: ours, or a published VMAE "
+        "or SD3-style VAE")
     add("--tune", choices=("decoder",), help="train the decoder of --init and leave its encoder as "
         "it is, without a mask and with LPIPS at 10: the authors' last stage; into runs/tuned")
     add("--mask", type=float, help=f"masked share of x {default(PRESETS, 'mask', 'others 0')}")
-    # Held-out PSNR on the faces after 2,200 steps: 31.0 dB. With --whole 0 it is 28.3, because the
-    # encoder is used on whole images. With --lambda-m 1, the authors' balance, it is 28.6, because
-    # the masked patches have much larger errors than the visible ones and dominate the sum.
+    # With the defaults of --whole and --lambda-m, the faces reach a held-out PSNR of 31.0 dB after
+    # 2,200 steps. With --whole 0 it is 28.3, because the encoder is used on whole images. With
+    # --lambda-m 1, the authors' balance, it is 28.6: the masked patches have much larger errors
+    # than the visible ones and dominate the sum.
     add("--whole", type=float, default=0.5, help="share of steps without a mask (default: 0.5)")
     add("--noise", type=float, help=f"noise's deviation {default(PRESETS, 'noise', 'others 0')}")
     add("--lambda-m", type=float, default=0.1, help="weight of L_M (default: %(default)s)")
@@ -368,12 +382,12 @@ def options():
     add("--vgg-weights", help="local copy of torchvision's vgg16-397923af.pth, for LPIPS")
     add("--no-cache", action="store_true", help="decode images in each epoch anew; by default a "
         "folder's decoded images are kept in --out, 3 * size^2 bytes each, if the disk has room")
-    parser.set_defaults(adv_start=None)     # half of --steps at the start; --resume keeps to it
+    parser.set_defaults(adv_start=None)     # no option: `fill_in` sets it, --resume keeps it
     given, _ = parser.parse_known_args()    # a first look, for --preset and --tune
     tuned = dict(mask=0.0, lambda_p=None) if given.tune else {}
     parser.set_defaults(out=f"runs/{'tuned' if given.tune else given.preset}",
                         **{**AE, **PRESETS[given.preset], **tuned})
-    args, saved = parse(parser)
+    args, saved = parse(parser, 1)
     if args.init and (given.arch or given.model):
         raise InputError("--arch, --model: --init decides the shape of the model; leave them out")
     if args.tune and not args.init:
@@ -382,11 +396,12 @@ def options():
         raise InputError("--compile: cannot be given with an adversarial loss (--lambda-adv)")
     return args, saved
 
-def fill_in(args, cuda, init):
-    """Choose the options that were not given. The shape of the model is that of --init, if any."""
-    if init is not None:
-        args.size = args.size or init["model_args"]["img_size"]
-        args.arch = "conv" if "channels" in init["model_args"] else "vit"
+def fill_in(args, cuda, known):
+    """Choose the options that were not given. known: the checkpoint of --resume or --init, whose
+    model it then is, or None."""
+    if known is not None:
+        args.size = args.size or known["model_args"]["img_size"]
+        args.arch = "conv" if "channels" in known["model_args"] else "vit"
     if args.arch == "conv" and args.mask > 0:
         raise InputError(f"--mask {args.mask}: convolutions cannot skip patches; give --mask 0")
     args.size = args.size or (32 if args.data is None else 256 if cuda else 64)
@@ -397,18 +412,20 @@ def fill_in(args, cuda, init):
     # Late (Esser 2021): an early x_hat is too easy to tell from x.
     args.adv_start = args.steps // 2 if args.adv_start is None else args.adv_start
 
-def new_model(args, init):
-    """Options -> (model, arguments of its constructor), with the weights of --init if it is given.
+def new_model(args, known):
+    """Options -> (model, arguments of its constructor), with the weights of `known`, see fill_in.
     InputError names --size and --mask if they do not fit the model."""
     rows = vmae.sizes if args.arch == "vit" else vmae.conv_sizes
-    model_args = dict(init["model_args"] if init else rows[args.model], img_size=args.size)
+    model_args = dict(known["model_args"] if known else rows[args.model], img_size=args.size)
     try:
         model = vmae.build(model_args)
         vmae.random_mask(1, model.grid, model.grid, args.mask)     # raises if nothing stays visible
     except ValueError as error:
         raise InputError(f"--size {args.size} --mask {args.mask}: {error}") from None
-    if init is not None:
-        model.load_state_dict(vmae.resize_positions(init["model"], model))
+    if known is not None:
+        weights = vmae.resize_positions(known["model"], model)
+        model = vmae.build_vmae(dict(known, model_args=model_args, model=weights))
+        model.train().requires_grad_(True)
     if args.lambda_reg == 0:
         vmae.drop_variance(model)
     if args.tune == "decoder":              # the encoder is frozen, so the latents stay as they are
@@ -418,7 +435,8 @@ def new_model(args, init):
 
 def perceptual(args, device):
     """Set args.lambda_p, if it is None -> the LPIPS network, or None if that weight is 0."""
-    asked_for, net = args.lambda_p is not None or args.vgg_weights, None
+    asked_for = args.lambda_p is not None or args.vgg_weights
+    net = None
     if args.lambda_p is None:               # on the small faces VGG would cost more than the rest
         args.lambda_p = 10.0 if args.tune else (0.5 if args.data else 0.0)
     try:
@@ -445,12 +463,11 @@ def validate(model, x_val, args, path):
     for x in (part.to(device) for part in x_val.split(8)):                 # (8, 3, H, W)
         a = vmae.to_uint8(x).cpu()                         # psnr is in float64, unknown to MPS
         whole.append(vmae.psnr(a, vmae.to_uint8(model.decode(model.encode(x).mode())).cpu()))
-        if args.mask > 0 or not rows:
-            x_in = x + args.noise * torch.randn(x.shape, generator=generator, device=device)
-            p, _, mask = model(x_in, args.mask, generator)                 # as in training
-            seen = vmae.patchify(x_in, P) * (1 - mask[..., None])          # grey where masked
-            rows = rows or [x, vmae.unpatchify(seen, P, *x.shape[2:]), p.mode()]
-        if mask.any():
+        x_in = x + args.noise * torch.randn(x.shape, generator=generator, device=device)
+        p, _, mask = model(x_in, args.mask, generator)     # as in training
+        seen = vmae.patchify(x_in, P) * (1 - mask[..., None])              # grey where masked
+        rows = rows or [x, vmae.unpatchify(seen, P, *x.shape[2:]), p.mode()]
+        if args.mask > 0:                   # as many in each image: a long row of pixels for psnr
             pair, hidden = (a, vmae.to_uint8(p.mode()).cpu()), mask.cpu() == 1
             pair = [vmae.patchify(v, P)[hidden].view(len(x), 1, 1, -1) for v in pair]
             masked.append(vmae.psnr(*pair))                # (B,)
@@ -459,7 +476,7 @@ def validate(model, x_val, args, path):
     return {name: round(torch.cat(values).mean().item(), 2) for name, values in found.items()}
 
 def trial_loss(n, size, model, lambda_p, lpips_net, disc, low_precision):
-    """A loss of n grey images, with all that a step of the options computes: for micro_batches."""
+    """The loss of n grey images, with every part that the options switch on, for micro_batches."""
     x = torch.zeros(n, 3, size, size, device=model.logvar_x.device)
     with low_precision():
         p, q, mask = model(x, 0.0)          # whole images need more memory than masked ones
@@ -470,11 +487,11 @@ def trial_loss(n, size, model, lambda_p, lpips_net, disc, low_precision):
 def main():
     args, saved = options()
     device = vmae.start(args.device)        # cuda, cpu or mps
-    init = vmae.read_stage_one(args.init) if args.init else None           # ours or published
-    fill_in(args, device.type == "cuda", init)
-    train, val = vmae.open_images(args.data, args.size, args.val, args.out)
+    known = saved or (vmae.read_stage_one(args.init) if args.init else None)
+    fill_in(args, device.type == "cuda", known)            # args are complete from here on
     torch.manual_seed(args.seed)            # the same weights on every process
-    model, model_args = new_model(args, init)
+    model, model_args = new_model(args, known)
+    train, val = vmae.open_images(args.data, args.size, args.val, args.out)
     # Convolutions are faster if the channels of a pixel lie side by side in memory.
     layout = torch.channels_last if args.arch == "conv" else torch.contiguous_format
     model = model.to(device, memory_format=layout)
@@ -484,8 +501,8 @@ def main():
     if disc is not None:
         parts.update(disc=disc, disc_opt=optimiser(disc))  # and SD-VAE's discriminator
     start = resume(args, saved, model_args, parts)
-    saved = init = None                     # their memory is free again
-    low_precision = autocast(args, device)
+    saved = known = None                    # their memory is free again
+    low_precision = matmul_precision(args, device)
     mine = micro_batches(args, device, model, lambda n: trial_loss(
         n, args.size, model, args.lambda_p, lpips_net, disc, low_precision))
     begin(args, model, f"{len(train)} images to train on, {len(val)} held out")
@@ -496,8 +513,7 @@ def main():
         for half in halves:
             setattr(model, half, torch.compile(getattr(model, half), dynamic=False))
     batches = ahead(train, args, start, mine, device)
-    shown = torch.randperm(len(val), generator=torch.Generator().manual_seed(0))[:64].tolist()
-    x_val = torch.stack([val[i][0] for i in shown])                        # (64, 3, H, W)
+    x_val = vmae.to_float(val.batch(val.some(64).tolist())[0])             # (64, 3, H, W)
 
     # x -> x_v -> q(z|x_v) -> z -> p(x|z) -> L_VMAE. dae adds noise to x, sdvae an adversary.
     with Log(args, start, device) as log:
@@ -535,14 +551,9 @@ def main():
             if adversary:
                 fine = fine & update(parts["disc_opt"], disc, lr)
 
-            if log.step(step + 1, fine, lr):               # time to save
-                picture = os.path.join(args.out, f"preview_{step + 1:06d}.png")
-                log.write(validate(model, x_val, args, picture) if RANK == 0 else {})
-                if RANK == 0:
-                    vmae.save_checkpoint(
-                        os.path.join(args.out, "last.pt"), model_args=model_args, step=step + 1,
-                        train_args=vars(args), **{k: v.state_dict() for k, v in parts.items()})
-                log.saved()
+            if log.step(step + 1, fine, lr):
+                log.save(lambda path: validate(model, x_val, args, path), parts,   # PSNR, in dB
+                         model_args=model_args)
 
 if __name__ == "__main__":
     vmae.cli(main)

@@ -11,13 +11,13 @@ that the paper compares VMAE with come last; a reader of the method can leave th
     vmae = load_vmae("runs/vmae/last.pt")                loads it, in a notebook for instance
     z = vmae.encode(x).mode(); x_hat = vmae.decode(z)    (B, 3, H, W) -> (B, d, h, w) -> back
 """
-import argparse, contextlib, hashlib, json, math, os, re, shutil, sys, time, warnings, zlib
+import argparse, contextlib, hashlib, json, math, os, re, shutil, sys, timeit, warnings, zlib
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 
-# While torch's threads wait for each other they spin, for so long that a second training on the same
+# While torch's threads wait for each other they spin, so long that a second training on the same
 # cores slows both down fifty-fold. 1,000 rounds cost nothing alone, and leave both 45 % of their
 # speed (2 CPU cores). To be set before torch is loaded, so the scripts import this file first.
 if "OMP_WAIT_POLICY" not in os.environ:
@@ -346,6 +346,34 @@ class VMAE(nn.Module):
         """The weight nearest to the pixels, on which the adversarial loss is scaled."""
         return self.decoder_pred.conv_smoother.weight
 
+# ---- Errors, processes ------------------------------------------------------------------------
+
+class InputError(ValueError):
+    """The user gave something that cannot be used. The message is one sentence that says what."""
+
+# One process per GPU under torchrun, which sets these; otherwise process 0 of 1.
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+def say(text):
+    """Print, in process 0 only."""
+    if RANK == 0:
+        print(text)
+
+def agree(value):
+    """Wait for all processes, then give each the smallest of their values. By way of the CPU, so
+    that no process waits for its GPU."""
+    smallest = torch.tensor(value, dtype=torch.float64)
+    if WORLD > 1:
+        dist.all_reduce(smallest, dist.ReduceOp.MIN)
+    return type(value)(smallest.item())
+
+def from_first(function):
+    """What function() returns in process 0, for all processes."""
+    box = [function() if RANK == 0 else None]
+    if WORLD > 1:
+        dist.broadcast_object_list(box)
+    return box[0]
+
 # ---- Sizes, positions, checkpoints ------------------------------------------------------------
 
 # Rows of VMAE's arguments; the image size comes from the data. tiny: the default run, 32 px on a
@@ -359,7 +387,7 @@ sizes = {
 def resize_positions(weights, model):
     """Weights of another image size, with the positions of `model`'s grid: the sines and cosines at
     the new places, which the authors' bilinear resize approximates. On faces at twice the training
-    size both give 35.0 dB; counting on beyond the places that the encoder knows gives 23.6 dB."""
+    size both reach 35.0 dB; new places that count on beyond the trained grid reach 23.6 dB."""
     old = weights.get("pos_embed")
     if old is None or old.shape[1] == model.grid**2:       # a convolution has no positions
         return weights
@@ -368,7 +396,8 @@ def resize_positions(weights, model):
 
 def drop_variance(model):
     """For lambda_reg = 0: shrink q(z|x) to its mean, sigma = 3e-7. Gaussian clamps a logvar of -40
-    to -30; below the clamp the gradient is zero, so training leaves these weights alone."""
+    to -30; below the clamp the gradient is zero, so training leaves these weights alone (weight
+    decay acts on the matrix, which is zero, and not on the bias)."""
     last = model.to_latent if isinstance(model, VMAE) else model.encoder.conv_out
     last.weight.data[model.latent_dim:] = 0
     last.bias.data[model.latent_dim:] = -40
@@ -395,7 +424,7 @@ def save_checkpoint(path, **entries):
     with whole_file(path) as file:
         try:
             torch.save(entries, file)
-        except RuntimeError as error:       # torch's own words for what went wrong in the file
+        except RuntimeError as error:       # it hides the system's error, such as a full disk
             raise error.__context__ or error from None
 
 def read_safetensors(path):
@@ -423,14 +452,19 @@ def read_checkpoint(path, *needed):
         ckpt = (read_safetensors(path) if str(path).endswith(".safetensors") else
                 torch.load(path, map_location="cpu", weights_only=True))
         missing = sorted(set(needed) - ckpt.keys())
-        weights = [v for key in ("model", "ema") for v in dict(ckpt.get(key) or {}).values()]
+        weights = [v for w in (ckpt, *map(ckpt.get, ("model", "ema", "state_dict")))
+                   for v in (w or {}).values()]
         nan = not all(v.isfinite().all() for v in weights if torch.is_tensor(v))
     except Exception:
         raise InputError(f"{path}: not a checkpoint, or a damaged one") from None
     if missing or nan:
-        wrong = f"lacks {', '.join(missing)}" if missing else "its weights are infinite or NaN"
-        raise InputError(f"{path}: {wrong}; give one that this script wrote")
+        raise InputError(f"{path}: " + ("has weights that are infinite or NaN" if nan else
+                                        f"lacks {', '.join(missing)}; it is of another kind"))
     return ckpt
+
+def reason(error):
+    """The last line of an error of torch, whose explanations are long."""
+    return (str(error).strip() or repr(error)).splitlines()[-1].strip()
 
 def build(model_args):
     """Arguments of a constructor -> VMAE or ConvAutoencoder, with random weights."""
@@ -443,7 +477,7 @@ def build_vmae(ckpt):
         model.load_state_dict(ckpt["model"])
     except Exception as error:
         raise InputError(f"{ckpt.get('path', 'checkpoint')}: its weights do not fit its model_args "
-                         f"({str(error).splitlines()[-1].strip()})") from None
+                         f"({reason(error)})") from None
     return model.eval().requires_grad_(False)
 
 def published(path, ckpt, num_heads):
@@ -468,21 +502,22 @@ def published(path, ckpt, num_heads):
         missing, left_over = model.load_state_dict(weights, strict=False)
     except (KeyError, ValueError, RuntimeError, AttributeError, IndexError) as error:
         raise InputError(f"{path}: holds neither stage one, nor a published VMAE or SD3-style VAE "
-                         f"({str(error).splitlines()[-1].strip()})") from None
+                         f"({reason(error)})") from None
     if lost := set(missing) - {"mask_token"}:
         raise InputError(f"{path}: lacks {len(lost)} weights of this model, such as {min(lost)}")
-    print(f"{path}: {len(weights) - len(left_over)} tensors read; missing: "
-          f"{', '.join(missing) or 'none'}; left over: {', '.join(left_over) or 'none'}")
+    say(f"{path}: {len(weights) - len(left_over)} tensors read; missing: "
+        f"{', '.join(missing) or 'none'}; left over: {', '.join(left_over) or 'none'}")
     return dict(model_args=args, model=model.state_dict())
 
 def read_stage_one(path, num_heads=12):
-    """Any checkpoint -> stage one's model_args, model, train_args. num_heads: of published ones."""
+    """Any checkpoint -> a dict of stage one's model_args, model and train_args, and the path.
+    num_heads: of published weights, which do not say it, nor what they were trained on."""
     ckpt = read_checkpoint(path)
     ckpt = ckpt.get("vmae", ckpt)           # a checkpoint of stage two holds its stage one
     if not {"model_args", "model"} <= ckpt.keys():
         ckpt = published(path, ckpt, num_heads)
-    faces = dict(data=None, val=None, size=ckpt["model_args"]["img_size"])     # if it is not said
-    return {**ckpt, "path": path, "train_args": {**faces, **ckpt.get("train_args", {})}}
+    trained = {"data": None, "val": None, **ckpt.get("train_args", {})}
+    return dict(model_args=ckpt["model_args"], model=ckpt["model"], train_args=trained, path=path)
 
 def load_vmae(path, num_heads=12):
     """A checkpoint of either stage, or published weights -> the autoencoder, in eval mode."""
@@ -494,10 +529,10 @@ EXTENSIONS = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif",
               ".pgm")
 SKIPPED = (".", "grid.png", "trajectory.png")          # hidden files, and sample.py's overviews
 OUTPUT = {"log.jsonl", "samples.json", "reconstruct.json", "smoothness.json", "separability.json",
-          "compare.json", "neighbours.json"}           # who writes these, writes pictures as well
+          "compare.json", "neighbours.json"}           # such a folder was written by our scripts
 MIN_SIDE = 8           # pixels; anything smaller is a placeholder, not a photograph
 MAX_UNREADABLE = 0.01  # share of the files; a collected folder often has a few broken ones
-warnings.filterwarnings("ignore", module="PIL")        # what it minds we accept, or refuse below
+warnings.filterwarnings("ignore", module="PIL")        # it warns of what we read, or refuse
 
 def shown(path):
     """A path for a message, in one line: with odd characters, such as a newline, escaped."""
@@ -515,7 +550,7 @@ def open_image(path):
 def read_image(path, size, draft=False):
     """File -> uint8 (3, size, size): turned upright as its EXIF says, any mode to RGB, transparent
     parts white, short side resized, centre cropped. draft: decode a JPEG at 1/2, 1/4 or 1/8 of its
-    size if it is still twice as large as wanted, in half the time and at 51 dB of the whole."""
+    size if it is still twice as large as wanted: half the time, and 51 dB against the whole."""
     with open_image(path) as image:
         if draft:
             image.draft(None, (2 * size, 2 * size))
@@ -534,7 +569,7 @@ def read_image(path, size, draft=False):
 
 def list_images(root):
     """Folder -> sorted paths of the images below it, relative to it. Left out are the files in
-    SKIPPED, and folders that our own scripts wrote (OUTPUT). OSError for a folder that is closed to us."""
+    SKIPPED, and folders that our scripts wrote (OUTPUT). OSError for a folder closed to us."""
     def stop(error):
         raise error
 
@@ -561,82 +596,82 @@ class Folder:
     def __init__(self, root, run=None):
         if not os.path.isdir(root):
             raise InputError(f"{root}: no such folder; give a folder of images")
-        paths, known, index = list_images(root), {}, Path(run or ".", "images.json")
+        paths, self.known = list_images(root), {}
         if not paths:
             raise InputError(f"{root}: no images in it (looked for {' '.join(EXTENSIONS)})")
-        if run and index.exists():
-            known = json.loads(index.read_bytes())
-        self.root, self.most = root, MAX_UNREADABLE * len(paths)
-        self.found, self.list = [], None    # [path, who found it] of the unreadable files
+        with contextlib.suppress(OSError, ValueError, TypeError):  # no such file, damaged, no run
+            self.known = dict(json.loads(Path(run, "images.json").read_bytes()))
+        self.root, self.limit = root, MAX_UNREADABLE * len(paths)
+        self.unreadable, self.list = {}, None              # paths, and the file that lists them
 
         def entry(path):
-            """-> the entry of one file, with a side of 0 if it is unreadable."""
-            file, entry = os.path.join(root, path), [0, 0, 0]
+            """-> the entry of one file, or None if it is unreadable."""
+            file = os.path.join(root, path)
             try:
-                entry[:2] = os.stat(file).st_size, os.stat(file).st_mtime_ns
-                if known.get(path, [])[:2] == entry[:2]:
-                    entry = known[path]
-                    self.found += [] if entry[2] else [[path, None]]       # named by an earlier run
-                else:
-                    with open_image(file) as image:
-                        entry[2] = min(image.size)
+                stamp = [os.stat(file).st_size, os.stat(file).st_mtime_ns]
+                if self.known.get(path, [])[:2] == stamp:
+                    return self.known[path]
+                with open_image(file) as image:
+                    return [*stamp, min(image.size)]
             except Exception as error:      # Pillow raises anything for what it was not made for
-                self.unreadable(path, error)
-            return entry
+                self.found_unreadable(path, error)
 
         with ThreadPoolExecutor(16) as pool:    # more than cores, for folders on a network
             bar = tqdm(pool.map(entry, paths), f"headers of {root}", len(paths),
                        disable=len(paths) < 2000)
-            entries = dict(zip(paths, bar))
-        self.files = {path: entry for path, entry in entries.items() if entry[2] > 0}
-        self.entries = entries
+            self.files = {path: entry for path, entry in zip(paths, bar) if entry}
 
     def keep(self, run):
-        """Keep the entries in a run folder, and a list of the unreadable files, to which all
-        processes add what they find."""
+        """Keep the entries in a run folder, so that a later start opens new files only, and a list
+        of the unreadable files, which all processes share."""
         self.list = Path(run, "unreadable.jsonl")
+        with contextlib.suppress(OSError, ValueError):     # those found in an earlier run
+            self.unreadable |= {
+                path: None for path in map(json.loads, self.list.read_text().splitlines())
+                if path in self.files and self.known.get(path) == self.files[path]}
+        agree(0)                            # all have read it
         if RANK == 0:
-            with whole_file(Path(run, "images.json")) as file:
-                file.write(json.dumps(self.entries).encode())
-            with whole_file(self.list) as file:
-                file.writelines(json.dumps(pair).encode() + b"\n" for pair in self.found)
+            for name, lines in (("images.json", [self.files]), (self.list.name, self.unreadable)):
+                with whole_file(Path(run, name)) as file:
+                    file.writelines(json.dumps(line).encode() + b"\n" for line in lines)
         agree(0)
 
-    def unreadable(self, path, error):
+    def found_unreadable(self, path, error):
         """Name and count a file, once whatever the number of processes, threads and epochs."""
-        if path in dict(self.found):
+        for known in self.list.read_text().splitlines() if self.list else ():
+            self.unreadable.setdefault(json.loads(known))  # what the other processes have found
+        if self.unreadable.setdefault(path, error) is not error:   # of several threads, the first
             return
-        mine = [path, os.urandom(8).hex()]
-        self.found.append(mine)
-        if self.list:                       # of several who find the same file, the first counts
-            with open(self.list, "a+") as file:
-                print(json.dumps(mine), file=file, flush=True)
-                file.seek(0)
-                self.found = list(map(json.loads, file))
-        count, why = len(dict(self.found)), (str(error) or repr(error)).splitlines()[0]
+        if self.list:
+            with open(self.list, "a") as file:
+                print(json.dumps(path), file=file)
+        count, why = len(self.unreadable), (str(error) or repr(error)).splitlines()[0]
         what = f"{shown(os.path.join(self.root, path))}: unreadable ({shown(why)})"
-        if count > self.most:
+        if count > self.limit:
             raise InputError(f"{what}; {count} such files are over 1 % of the folder, remove them")
-        if next(pair for pair in self.found if pair[0] == path) == mine:
-            warnings.warn(f"skipped {what}, {count} so far")
+        warnings.warn(f"skipped {what}, {count} so far")
 
 def to_float(x):
     """0..255 -> [-1, 1], any shape. Until they are on the device that computes with them, images
-    are uint8: in memory, between processes, and on their way to a GPU."""
+    are uint8, in memory and on their way to a GPU."""
     return x / 127.5 - 1
 
-class Images(torch.utils.data.Dataset):
+class Images:
     """What ImageFolder and Faces share. data[i] is (x, y): x (3, size, size) in [-1, 1], y the
-    index of its class. Training reads batches, data[[i, j, ...]]: x uint8 (B, 3, size, size) and
-    y (B,)."""
+    index of its class. Training reads data.batch([i, j, ...]): x uint8 (B, 3, size, size), y (B,).
+    """
 
     def __getitem__(self, i):
-        x, y = self.batch(i if isinstance(i, list) else [i])
-        return (x, y) if isinstance(i, list) else (to_float(x[0]), y.item())
+        x, y = self.batch([i])
+        return to_float(x[0]), y.item()
 
-    def in_order(self, first, last):
-        """Yield the batches x, y of images `first` to `last` - 1."""
-        yield from (self.batch(part.tolist()) for part in torch.arange(first, last).split(64))
+    def batches(self, numbers, B=64):
+        """Yield the batches x, y of the images with these numbers, a tensor."""
+        yield from (self.batch(part.tolist()) for part in numbers.split(B))
+
+    def some(self, n):
+        """The numbers (n,) of n images, always the same."""
+        return torch.randperm(len(self), generator=torch.Generator().manual_seed(0))[:n]
 
 class ImageFolder(Images):
     """Images below `root`, recursively.
@@ -651,14 +686,15 @@ class ImageFolder(Images):
         self.files = self.folder.files
         tops = {p.split("/")[0] if "/" in p else "" for p in self.files}   # "": in root itself
         self.classes = sorted(tops) if len(tops) > 1 and "" not in tops else []
-        rank = {p: zlib.crc32(os.fsencode(p)) for p in self.files}     # a random-looking number each
-        held_out = {p for p in rank if rank[p] % 20 == 0} or {min(rank, key=rank.get)}
-        self.paths = [p for p in rank if split == "all" or (split == "val") == (p in held_out)]
+        lot = {p: zlib.crc32(os.fsencode(p)) for p in self.files}  # a random-looking number each
+        held_out = {p for p in lot if lot[p] % 20 == 0} or {min(lot, key=lot.get)}
+        mine = {"all": lot, "val": held_out, "train": lot.keys() - held_out}[split]
+        self.paths = [p for p in lot if p in mine]
         if not self.paths:
             raise InputError(f"{root}: one image is not enough, as one is always held out")
         number = {name: y for y, name in enumerate(self.classes)}
         self.labels = torch.tensor([number.get(p.split("/")[0], 0) for p in self.paths])
-        self.draft, self.rows = False, None
+        self.draft, self.rows = False, None                # decode how, if not kept; kept pixels
 
     def __len__(self):
         return len(self.paths)
@@ -672,14 +708,14 @@ class ImageFolder(Images):
                 return (read_image(os.path.join(self.folder.root, path), self.size, self.draft),
                         self.labels[i])
             except Exception as error:
-                self.folder.unreadable(path, error)
+                self.folder.found_unreadable(path, error)
             i = (i + 1) % len(self)
 
     def batch(self, indices):
-        """B indices -> x uint8 (B, 3, size, size), y (B,). Decoded in threads, for which Pillow sets
-        Python's lock free; unlike processes they need neither shared memory nor copies."""
+        """B indices -> x uint8 (B, 3, size, size), y (B,). Decoded in threads: Pillow releases
+        Python's lock, and processes would need shared memory and copies."""
         if self.rows is not None:
-            return self.rows[indices]
+            return self.rows.batch(indices)
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             x, y = zip(*pool.map(self.read, indices))
         return torch.stack(x), torch.stack(y)
@@ -690,50 +726,52 @@ class ImageFolder(Images):
         self.folder.keep(run)
         kept = Rows(run, "images", self.fingerprint(), len(self), 3 * self.size**2)
         free = shutil.disk_usage(run).free
-        self.draft = not agree(int(allowed and kept.missing <= 0.9 * free))
-        if not self.draft:
-            self.rows = kept.build("decoding", self.in_order)
-        elif RANK == 0:
-            print(f"decoding images when they are needed; a copy of all {len(self)} would take "
-                  f"{kept.missing / 1e6:,.1f} MB, and {run} has {free / 1e6:,.1f} MB free")
+        if agree(int(allowed and kept.missing <= 0.9 * free)):
+            self.rows = kept.build("decoding", lambda a, b: self.batches(torch.arange(a, b)))
+            return
+        self.draft = True
+        say(f"decoding images when they are needed; a copy of all {len(self)} would take "
+            f"{kept.missing / 1e6:,.1f} MB, and {run} has {free / 1e6:,.1f} MB free")
 
     def fingerprint(self):
-        """A string that changes whenever a file is added, removed or edited."""
-        listing = repr([(p, *self.files[p][:2]) for p in self.paths])
-        return hashlib.sha256(f"{self.size} {self.split} {listing}".encode()).hexdigest()
+        """Bytes that change whenever a file is added, removed or edited."""
+        listing = [(p, *self.files[p][:2]) for p in self.paths]
+        return f"{self.size} {self.split} {listing!a}".encode()
 
-class Rows(torch.utils.data.Dataset):
+class Rows:
     """n rows x with labels y, computed once and kept in a run folder, in files of 16 MB of which
     each appears whole or not at all, so that what an interruption left is used. Under torchrun
-    each process computes its share. rows[[i, j, ...]] is (x, y). key: a hash of what the rows are
-    made of; files of another key are deleted."""
+    each process computes its share. made_of: bytes that change with what the rows are made of; the
+    files' names have their hash, and other files of the same kind are deleted."""
 
-    def __init__(self, run, kind, key, n, row_bytes):
-        self.n, self.step = n, 2 * max(1, 2**23 // row_bytes)              # rows per file, even
-        self.files = {first: Path(run, f"{kind}_{key[:16]}_{first}.pt")
+    def __init__(self, run, kind, made_of, n, row_bytes):
+        key = hashlib.sha256(made_of).hexdigest()[:16]
+        self.n, self.step = n, 2 * max(1, 2**23 // row_bytes)      # rows per file: whole pairs
+        self.files = {first: Path(run, f"{kind}_{key}_{first}.pt")
                       for first in range(0, n, self.step)}
         self.missing = row_bytes * sum(min(self.step, n - first) for first, file
                                        in self.files.items() if not file.exists())
-        for old in Path(run).glob(f"{kind}_*") if RANK == 0 else ():
-            if key[:16] not in old.name:
+        if RANK == 0:
+            for old in [p for p in Path(run).glob(f"{kind}_*") if key not in p.name]:
                 old.unlink()
 
     def __len__(self):
         return self.n
 
-    def __getitem__(self, indices):
-        rows = [(self.maps[i // self.step], i % self.step) for i in indices]
-        return tuple(torch.stack([file[name][i] for file, i in rows]) for name in "xy")
+    def batch(self, numbers):
+        """B numbers of rows -> x (B, ...), y (B,)."""
+        rows = [(self.maps[i // self.step], i % self.step) for i in numbers]
+        return tuple(torch.stack([file[name][i] for file, i in rows]) for name in ("x", "y"))
 
     def build(self, what, make):
-        """Compute what is missing -> self. make(first, last) yields batches x, y of the rows `first`
-        to `last` - 1. InputError if the disk has no room."""
+        """Compute what is missing -> self. make(first, last) yields batches x, y of the rows from
+        `first` to `last` - 1. InputError if the disk has no room."""
         folder = self.files[0].parent
         if self.missing > (free := shutil.disk_usage(folder).free):
-            raise InputError(f"{folder}: {self.missing / 1e6:,.1f} MB are needed, {free / 1e6:,.1f} "
-                             f"MB are free; make room, or give another --out")
-        if self.missing and RANK == 0:
-            print(f"{what} {self.n} images, kept in {folder}: {self.missing / 1e6:,.1f} MB")
+            raise InputError(f"{folder}: needs {self.missing / 1e6:,.1f} MB, {free / 1e6:,.1f} MB "
+                             f"are free; make room, or give another --out")
+        if self.missing:
+            say(f"{what} {self.n} images, kept in {folder}: {self.missing / 1e6:,.1f} MB")
         mine = [first for first in list(self.files)[RANK::WORLD] if not self.files[first].exists()]
         for first in tqdm(mine, what, dynamic_ncols=True, disable=not mine or RANK > 0):
             x, y = map(torch.cat, zip(*make(first, min(first + self.step, self.n))))
@@ -764,8 +802,7 @@ class Faces(Images):
 
     def __init__(self, size, split="train", seed=0):
         self.size, self.seed, self.classes = size, seed, list(OBJECTS)
-        self.first = FACES_TRAIN if split == "val" else 0
-        self.count = {"train": FACES_TRAIN, "val": FACES_VAL, "all": FACES_TRAIN + FACES_VAL}[split]
+        self.first, self.count = (0, FACES_TRAIN) if split == "train" else (FACES_TRAIN, FACES_VAL)
 
     def __len__(self):
         return self.count
@@ -776,9 +813,8 @@ class Faces(Images):
         return to_uint8(x), y
 
     def fingerprint(self):
-        """A string that changes whenever the rendered faces change."""
-        pixels = self.render(range(8))[0].numpy().tobytes()
-        return hashlib.sha256(pixels + f"{self.first} {self.count}".encode()).hexdigest()
+        """Bytes that change whenever the rendered faces change."""
+        return self.render(range(8))[0].numpy().tobytes() + f"{self.first} {self.count}".encode()
 
     def render(self, indices):
         """B indices -> x (B, 3, S, S) in [-1, 1], object (B,), pattern (B,), part (B, S, S).
@@ -882,17 +918,18 @@ def open_images(data, size, val=None, run=None):
         return Faces(size, "train"), Faces(size, "val")
     folder = from_first(lambda: Folder(data, run))
     sides = [side for _, _, side in folder.files.values()]
-    if (small := sum(side < size for side in sides)) and RANK == 0:
-        print(f"{data}: {small} of {len(sides)} images are smaller than --size {size} and are "
-              f"enlarged; the smallest has {min(sides)} pixels")
-    held_out = (val, size, "all") if val is not None else (data, size, "val", folder)
+    if small := sum(side < size for side in sides):
+        say(f"{data}: {small} of {len(sides)} images are smaller than {size} pixels and are "
+            f"enlarged; the smallest has {min(sides)}")
     train = ImageFolder(data, size, "all" if val is not None else "train", folder)
     below = sum("/" in path for path in folder.files)
-    if below and not train.classes and RANK == 0:
-        print(f"{data}: no classes, because " + (
+    if below and not train.classes:
+        say(f"{data}: no classes, because " + (
             f"{len(sides) - below} images lie beside its sub-folders" if below < len(sides) else
             "it has only one sub-folder; if the classes are in there, name that one with --data"))
-    return train, ImageFolder(*held_out)
+    if val is not None:
+        return train, ImageFolder(val, size, "all", from_first(lambda: Folder(val)))
+    return train, ImageFolder(data, size, "val", folder)
 
 def random_flip(x, generator=None):
     """Mirror half of the images, the only augmentation in stage one. (B, 3, H, W) -> the same."""
@@ -900,7 +937,7 @@ def random_flip(x, generator=None):
     return torch.where(mirrored, x.flip(-1), x)
 
 def to_uint8(x):
-    """[-1, 1] -> 0..255, rounded, any shape. All images that are saved or measured pass here."""
+    """[-1, 1] -> 0..255, rounded, any shape, for all images that are saved or measured."""
     return (x.float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
 
 def psnr(a, b):
@@ -970,12 +1007,6 @@ def import_lpips():
 
 # ---- What the scripts share -------------------------------------------------------------------
 
-# One process per GPU under torchrun, which sets these; otherwise process 0 of 1.
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-
-class InputError(ValueError):
-    """The user gave something that cannot be used. The message is one sentence that says what."""
-
 def cli(main):
     """Run a script's main. What the user got wrong ends as one line and exit status 1."""
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
@@ -983,10 +1014,10 @@ def cli(main):
     try:
         main()
     except (InputError, OSError) as error:
-        named = getattr(error, "filename", None)           # by the system: "full", for example
+        named = getattr(error, "filename", None)           # the system then says why in strerror
         status = f"error: {shown(str(named))}: {error.strerror}" if named else f"error: {error}"
     except torch.OutOfMemoryError:
-        status = "error: the device is out of memory; give a smaller --batch"
+        status = "error: the device is out of memory; give a smaller --size, --model or --batch"
     except KeyboardInterrupt:
         status = "stopped"
     except SystemExit as stop:
@@ -995,7 +1026,7 @@ def cli(main):
         if WORLD == 1 or not re.search("gloo|nccl|peer|store", str(error), re.IGNORECASE):
             raise
         status = f"process {RANK} stops, because another one did"          # which has said why
-    if WORLD > 1:                           # without tidying up, in which gloo's threads may abort
+    if WORLD > 1:                           # at once: the usual end may abort in gloo's threads
         if isinstance(status, str):
             print(status, file=sys.stderr)
         sys.stdout.flush(), sys.stderr.flush()
@@ -1021,40 +1052,24 @@ def start(name):
         dist.init_process_group("cpu:gloo,cuda:nccl" if nccl else "gloo", timeout=timedelta(days=7))
     return device
 
-def agree(value):
-    """The smallest of all processes' values, which each of them gets, when all have come here. By
-    way of the CPU, so that no process waits for its GPU."""
-    smallest = torch.tensor(value, dtype=torch.float64)
-    if WORLD > 1:
-        dist.all_reduce(smallest, dist.ReduceOp.MIN)
-    return type(value)(smallest.item())
-
-def from_first(function):
-    """What function() returns in process 0, for all processes."""
-    box = [function() if RANK == 0 else None]
-    if WORLD > 1:
-        dist.broadcast_object_list(box)
-    return box[0]
+def checkpoint(path):
+    """The type of options that name a checkpoint: a run folder stands for its last.pt."""
+    last = os.path.join(path, "last.pt")
+    return last if os.path.exists(last) else path
 
 ABOVE_0 = ("size", "batch", "micro", "steps", "lr", "save_every", "n", "clip", "shift")
-AT_MOST = dict(mask=1, whole=1, drop=1, eta=1, interval=1, seed=2**32 - 1)     # torch takes 64 bits
+AT_MOST = dict(mask=1, whole=1, drop=1, eta=1, interval=1, seed=2**32 - 1)
 
 def check(args):
     """Refuse numbers out of range, NaN and infinity -> args. In all scripts the options in ABOVE_0
-    must be above 0, all others at least 0, and those in AT_MOST at most their value there. Where a
-    checkpoint is asked for, a run folder stands for its last.pt."""
-    for name, given in vars(args).items():
-        values = given if isinstance(given, list) else [given]
+    must be above 0, all others at least 0, and those in AT_MOST at most their value there."""
+    for name, values in vars(args).items():
         allowed = "above 0" if name in ABOVE_0 else "at least 0"
         allowed += f" and at most {AT_MOST[name]}" if name in AT_MOST else ""
-        for i, value in enumerate(values):
-            fine = not isinstance(value, (int, float)) or 0 < value <= AT_MOST.get(name, 1e300)
-            if not fine and (value != 0 or name in ABOVE_0):
+        for value in values if isinstance(values, list) else [values]:
+            if isinstance(value, (int, float)) and not (
+                    0 < value <= AT_MOST.get(name, 1e300) or value == 0 and name not in ABOVE_0):
                 raise InputError(f"--{name.replace('_', '-')} must be {allowed}, not {value}")
-            last = os.path.join(str(value), "last.pt")
-            if name in ("ckpt", "vmae", "init", "fake") and os.path.exists(last):
-                values[i] = last
-        setattr(args, name, values if isinstance(given, list) else values[0])
     return args
 
 def seeded(*numbers, device="cpu"):
@@ -1067,15 +1082,12 @@ def has_bfloat16(device):
     cards only imitate it. CPU: measured, as a list of its features cannot tell. Others: no."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    seconds = {torch.float32: 0.0, torch.bfloat16: math.inf}
-    for dtype in seconds if device.type == "cpu" else ():
-        a, taken = torch.ones(512, 512, dtype=dtype), []
-        for _ in range(10):
-            start = time.perf_counter()
-            a @ a
-            taken.append(time.perf_counter() - start)
-        seconds[dtype] = min(taken)         # what others on this machine do only adds to it
-    return seconds[torch.bfloat16] < 0.8 * seconds[torch.float32]
+
+    def seconds(dtype):                     # the best of ten: others on this machine only add
+        a = torch.ones(512, 512, dtype=dtype)
+        return min(timeit.repeat(lambda: a @ a, number=1, repeat=10))
+
+    return device.type == "cpu" and seconds(torch.bfloat16) < 0.8 * seconds(torch.float32)
 
 # ---- The convolutional autoencoder of the paper's AE, DAE, VAE and SD-VAE, with a discriminator -
 
