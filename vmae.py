@@ -990,7 +990,7 @@ def load_lpips(vgg_weights=None):
                              for name in net.net.state_dict()})            # "slice3.10.bias" etc.
     return net.eval().requires_grad_(False)
 
-declared = []                               # torch drops a library's operators with the library
+declared = []          # keeps libraries alive, with which torch would drop their operators
 
 def import_lpips():
     """The lpips package, even beside a torchvision that was built for another torch. Such a
