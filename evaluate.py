@@ -298,8 +298,8 @@ class Judge(nn.Module):
         return features, self.object(whole), self.pattern(whole), self.part(x)
 
 def load_judge(folder="runs"):
-    """The Judge, from a file in `folder`, or trained now, on each training face once, and kept there.
-    The file's name is a hash of what makes it: its code and the faces."""
+    """The Judge, from a file in `folder`; or trained now, on each training face once, and kept. The
+    file's name is a hash of what makes it: its code and the faces."""
     made_by = "".join(map(inspect.getsource, (Judge, load_judge))).encode()
     key = hashlib.sha256(made_by + vmae.Faces(32).fingerprint()).hexdigest()[:8]
     path = Path(folder, f"judge_{key}.pt")
@@ -830,8 +830,8 @@ def compare(args):
         print("skipped generation: it takes stage-two runs, and Inception's weights")
 
 def faces(args):
-    """Generated built-in faces, as the Judge sees them. Rows: held-out faces, the best there can be;
-    their reconstructions by stage one, the best that stage two can reach; samples without guidance
+    """Generated built-in faces, as the Judge sees them. Rows: held-out faces, the best there can
+    be; their reconstructions by stage one, the best that stage two can reach; samples without guidance
     and with sample.py's default.
 
     requested: the share recognised as the kind that was asked for. complete: the share that shows
@@ -840,7 +840,7 @@ def faces(args):
     judge, rows = load_judge().to(args.device), []
 
     def see(batches):
-        """Batches of uint8 -> features (N, 208), kind (N,), and whether all parts are there (N,)."""
+        """Batches of uint8 -> features (N, 208), kind (N,), whether all parts are there (N,)."""
         answers = zip(*(judge(x.to(args.device)) for x in batches))
         features, kind, _, part = (torch.cat(answer).cpu() for answer in answers)
         pixels = F.one_hot(part.argmax(1), len(vmae.PARTS)).sum((1, 2))    # (N, 5)

@@ -173,7 +173,7 @@ def test_readme_names_what_exists():
         functools.reduce(getattr, path, modules[first])    # AttributeError if it is not there
     options = "".join((HERE / f"{name}.py").read_text() for name in (*modules, "sample"))
     for option in set(re.findall(r"(?<![\w-])--([a-z][a-z-]+)", text)) - {
-            "help", "nproc-per-node", "nnodes", "rdzv-backend", "rdzv-endpoint"}:          # torchrun's
+            "help", "nproc-per-node", "nnodes", "rdzv-backend", "rdzv-endpoint"}:  # torchrun's
         assert f'"--{option}"' in options or f'"{option}":' in options or \
             option in sample.SAMPLER_OPTIONS or option in evaluate.HELP, option
 
@@ -1000,7 +1000,7 @@ def test_dit_equals_the_authors_and_samples():
     runs(sample.main, f"{draw} {known} --shift 0.3 --interval 0.1 --cfg 2 --trajectory")
     assert os.path.exists("samples/sample_000001.png")
     text = runs(train_ldm.main, f"--init dit.pt {known} --steps 1 --batch 2 --lr 1e-9")
-    assert "its 3 classes are not the 0 here" in text                     # theirs, and those of data/
+    assert "its 3 classes are not the 0 here" in text                   # theirs, and those of data/
     model, schedule, ckpt = ldm.load_ldm("runs/ldm/last.pt")
     close(model.blocks[0].attn.qkv.weight, v["state_dict"]["blocks.0.attn.qkv.weight"], 1e-6)
     assert schedule.objective == "flow" and ckpt["latent_std"].tolist() == [2.0] * 16
@@ -1467,7 +1467,8 @@ for script, line in zip((train_vmae, train_ldm), {lines}):
     assert fork(script, line.replace("PLACE", "whole")) == 0
     longest, moment = time.time() - start, random.Random(0)
     for _ in range(n := int(sys.argv[1]) // 2):
-        kills += fork(script, line.replace("PLACE", "parts"), moment.uniform(0, 2 * longest / n)) == 9
+        after = moment.uniform(0, 2 * longest / n)
+        kills += fork(script, line.replace("PLACE", "parts"), after) == 9
     assert fork(script, line.replace("PLACE", "parts")) == 0
 print("kills:", kills)
 """, 50 if LONG else 6)
@@ -1536,12 +1537,14 @@ def test_hostile_files_are_one_line_and_execute_nothing():
     wide = dict(ours["model_args"], embed_dim=64)
     bad = {"payload": (Payload(), "not a checkpoint"), "list": ([1], "not a checkpoint"),
            "nan": (changed(model=nan), "NaN"), "less": (changed(model=less), "do not fit"),
-           "more": (changed(model=more), "do not fit"), "wide": (changed(model_args=wide), "do not fit"),
+           "more": (changed(model=more), "do not fit"),
+           "wide": (changed(model_args=wide), "do not fit"),
            "half": ({"model_args": ours["model_args"]}, "neither stage one")}
     for name, (content, _) in bad.items():
         torch.save(content, f"{name}.pt")
     whole = Path("runs/vmae/last.pt").read_bytes()
-    for name, data in (("cut.pt", whole[:-999]), ("empty.pt", b""), ("lie.safetensors", (2**60).to_bytes(8, "little") + b"{}"),
+    for name, data in (("cut.pt", whole[:-999]), ("empty.pt", b""),
+                       ("lie.safetensors", (2**60).to_bytes(8, "little") + b"{}"),
                        ("lie2.safetensors", (60).to_bytes(8, "little") + b'{"a": {"dtype": "F32", '
                         b'"shape": [9], "data_offsets": [0, 99]}}  ')):
         Path(name).write_bytes(data)
@@ -1555,11 +1558,12 @@ def test_hostile_files_are_one_line_and_execute_nothing():
                           ("other", dict(model_args=dict(theirs["model_args"], depth=9)))):
         torch.save({**theirs, **entries}, f"{name}.pt")
         refuses(sample.main, {f"--ckpt {name}.pt": name}, "--out new")
-    for name in ("cut", "payload", "nan", "less", "wide", "half"):         # as the run to go on with
+    for name in ("cut", "payload", "nan", "less", "wide", "half"):        # as the run to go on with
         os.makedirs(f"run_{name}"), shutil.copy(f"{name}.pt", f"run_{name}/last.pt")
         refuses(train_vmae.main, {f"--resume --steps 9 --out run_{name}": f"run_{name}/last.pt"})
     np.savez("objects.npz", arr_0=np.array([Payload()]))
-    for name, images in (("floats", np.zeros((2, 8, 8, 3))), ("oblong", np.zeros((2, 8, 9, 3), "u1"))):
+    for name, images in (("floats", np.zeros((2, 8, 8, 3))),
+                         ("oblong", np.zeros((2, 8, 9, 3), "u1"))):
         np.savez(f"{name}.npz", arr_0=images)
     with tiny_inception:
         refuses(evaluate.main, {"objects.npz": "objects.npz", "floats.npz": "must be uint8",
@@ -1675,18 +1679,21 @@ def test_sampling_depends_on_the_seed_alone_and_refuses_what_does_not_fit():
         "--eta 2": "--eta", "--cfg nan": "--cfg"})
     go = "--init flat/last.pt --no-classes --batch 4 --out on --steps"
     runs(train_ldm.main, f"{go} 1"), runs(train_ldm.main, f"{go} 2 --resume")
-    refuses(train_ldm.main, {"--init flat/last.pt --schedule cosine --no-classes --out new": "linear",
-                             "--steps 3 --out flat --resume --objective v": "the run in flat has eps",
-                             f"{go} 3 --resume --schedule cosine": "the run in on has linear"})
+    refuses(train_ldm.main, {
+        "--init flat/last.pt --schedule cosine --no-classes --out new": "linear",
+        "--steps 3 --out flat --resume --objective v": "the run in flat has eps",
+        f"{go} 3 --resume --schedule cosine": "the run in on has linear"})
     assert load("on/last.pt")["schedule"]["kind"] == "linear"  # --init's
 
 def test_nothing_given_is_ignored_and_nothing_trained_is_overwritten():
     both_stages()
     new, go = "--out new --size 16 --steps 9", "--steps 9 --resume"
     refuses(train_vmae.main, {                             # the same line again, or another one
-        "--data data --size 16": "holds step 2", f"{go} --preset vmae --arch conv": "--arch conv: the",
+        "--data data --size 16": "holds step 2",
+        f"{go} --preset vmae --arch conv": "--arch conv: the",
         f"{go} --lambda-adv 0.1": "the run in runs/vmae has 0.0", f"{go} --seed 1": "--seed 1",
-        f"{new} --val data": "give --data as well", f"{new} --init runs/vmae --model base": "--init",
+        f"{new} --val data": "give --data as well",
+        f"{new} --init runs/vmae --model base": "--init",
         f"{new} --init runs/vmae/last.pt --arch conv": "decides the shape",
         "--data data/left --out runs/vmae --init runs/vmae --size 16": "holds step 2"})
     refuses(train_ldm.main, {"": "holds step 2", f"{go} --vmae runs/ldm": "--vmae",
@@ -1702,7 +1709,8 @@ def test_nothing_given_is_ignored_and_nothing_trained_is_overwritten():
     trained("--seed 1", "runs/other"), trained("--size 24", "runs/large")
     trained("--init runs/vmae --tune decoder", "runs/tuned")
     refuses(sample.main, {"--vmae runs/other": "has another encoder"}, "--out new")
-    refuses(train_ldm.main, {"--init runs/ldm --vmae runs/other": "has another encoder"}, "--out new")
+    refuses(train_ldm.main, {"--init runs/ldm --vmae runs/other": "has another encoder"},
+            "--out new")
     runs(sample.main, "--vmae runs/tuned --ckpt runs/ldm --n 2 --steps 1")  # the same encoder
     refuses(evaluate.main, {
         "reconstruct --ckpt runs/vmae runs/large": "do not compare",
@@ -1750,8 +1758,8 @@ def test_bad_input_is_one_line():
 # ---------------------------------------------------------------------------------------------
 
 def run():
-    """Run the tests whose names hold one of the words given; exit status 1 if any fails. All of them
-    are shared out over two processes with one thread each, which is faster than two threads."""
+    """Run the tests whose names hold one of the words given; exit status 1 if any fails. All of
+    them are shared out over two processes with one thread each, which is faster than two threads."""
     options = [word for word in sys.argv[1:] if word == "--long"]
     words = [word for word in sys.argv[1:] if word != "--long"]
     tests = {name: test for name, test in globals().items() if name.startswith("test_")
