@@ -831,8 +831,8 @@ def compare(args):
 
 def faces(args):
     """Generated built-in faces, as the Judge sees them. Rows: held-out faces, the best there can
-    be; their reconstructions by stage one, the best that stage two can reach; samples without guidance
-    and with sample.py's default.
+    be; their reconstructions by stage one, the best that stage two can reach; samples without
+    guidance and with sample.py's default.
 
     requested: the share recognised as the kind that was asked for. complete: the share that shows
     all five parts, each on 3 of 1,024 pixels or more. distance: the Frechet distance to 4,096

@@ -1759,7 +1759,7 @@ def test_bad_input_is_one_line():
 
 def run():
     """Run the tests whose names hold one of the words given; exit status 1 if any fails. All of
-    them are shared out over two processes with one thread each, which is faster than two threads."""
+    them are shared out over two processes with one thread each, faster than two threads."""
     options = [word for word in sys.argv[1:] if word == "--long"]
     words = [word for word in sys.argv[1:] if word != "--long"]
     tests = {name: test for name, test in globals().items() if name.startswith("test_")
