@@ -855,14 +855,14 @@ def faces(args):
     train = vmae.Faces(32)
     real, _, _ = see(train.batch(part)[0] for part in torch.arange(4096).split(64))
     for path in args.ckpt:
-        run = Run(path, args)
-        if run.trained["data"]:
-            raise InputError(f"{path}: was trained on {run.trained['data']}, not on the faces")
+        run, ckpt = Run(path, args), vmae.read_checkpoint(path)
+        if data := run.trained["data"] or ckpt.get("train_args", {}).get("data"):  # of either stage
+            raise InputError(f"{path}: was trained on {data}, not on the faces")
         held_out = [vmae.Faces(run.model.img_size, "val").batch(part)
                     for part in torch.arange(args.n).split(args.batch)]
         x, y = zip(*held_out)
         sets = {"held out": (x, torch.cat(y)), "reconstructed": (map(run.again, x), torch.cat(y))}
-        if (ckpt := vmae.read_checkpoint(path)).get("classes") is not None:
+        if ckpt.get("classes") is not None:
             kind = torch.arange(args.n) % 4 if ckpt["classes"] else None
             for w in (1.0, *{sample.guidance(None, ckpt["classes"])} - {1.0}):
                 sets[f"samples, w = {w}"] = draw_samples(path, args, w), kind
@@ -971,8 +971,8 @@ def main():
         args.nets = (None, None) if everything else optional_nets(args)
         try:
             args.function(args)
-        except FileNotFoundError as error:  # no generator yet, or only one run
-            if not everything:
+        except (FileNotFoundError, InputError) as error:   # no generator, or no runs to compare
+            if not everything or isinstance(error, InputError) and args.function is not compare:
                 raise
             print(f"skipped {line[0]}: {error}")
     if everything:

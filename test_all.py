@@ -446,6 +446,41 @@ def test_folder_classes_hidden_files_and_hold_out():
     Image.new("RGB", (20, 20)).save("beside.png")
     assert ImageFolder(".", 20).classes == []
 
+def test_caches_belong_to_one_folder_with_its_labels_and_size():
+    save_images("data/a", 30), save_images("data/b", 30), save_images("other/a", 30, seed=1)
+    shutil.copytree("data/b", "other/b")
+    for path in Path().rglob("*.png"):
+        path.write_bytes(path.read_bytes().ljust(2000, b"\0"))
+        os.utime(path, (1, 1))                             # of equal names, sizes and times
+    def prints(root="data", size=16):
+        return ImageFolder(root, size, "train").fingerprint()
+    assert len({prints(), prints("other"), prints(size=20), prints()}) == 3
+    os.mkdir("run")
+    seen = [vmae.open_images(root, 16, run="run")[0] for root in ("data", "other", "data")]
+    for data in seen:
+        data.keep_pixels("run")
+        plain = ImageFolder(data.folder.root, 16, "train")
+        assert torch.equal(data.batch([0, 9])[0], plain.batch([0, 9])[0])
+    labels = prints()
+    beside = next(f"{i}.png" for i in range(99) if zlib.crc32(f"{i}.png".encode()) % 20 == 0)
+    shutil.copy("data/a/000.png", f"data/{beside}")        # held out, but there are no classes now
+    assert prints() != labels
+
+def test_nobody_else_s_file_is_deleted():
+    save_images("data", 30)
+    os.mkdir("run")
+    theirs = ["images_000.png", "images_backup.zip", f"images_{'a' * 16}.pt", "moments_0.pt"]
+    for name in theirs:
+        Path("run", name).touch()
+    Path("run", f"images_{'a' * 16}_0.pt").touch()         # ours, of other data
+    vmae.open_images("data", 16, run="run")[0].keep_pixels("run")
+    names = os.listdir("run")
+    assert set(theirs) < set(names) and len(names) == len(theirs) + 3
+    assert "of the images" in raises(InputError, vmae.open_images, "data", 16, None, "data")
+    os.rename("run", "data/run")
+    for pair in (("data", "data/run"), ("data/run", "data"), ("data", "data")):
+        assert "trained on" in raises(InputError, vmae.open_images, pair[0], 16, pair[1])
+
 def test_folder_skips_a_few_broken_files_and_stops_at_many():
     save_images("data", 200)
     cut = Path("data/100.png")
@@ -464,6 +499,35 @@ def test_folder_skips_a_few_broken_files_and_stops_at_many():
     save_images("bomb", 1)                                 # 400 pixels
     with patch(Image, "MAX_IMAGE_PIXELS", 300):
         assert "over 1 %" in raises(InputError, ImageFolder, "bomb", 16)
+
+def test_the_limit_of_broken_files_holds_over_restarts_and_mended_files_count_again():
+    save_images("data", 200)
+    os.mkdir("run")
+    whole = {name: Path("data", name).read_bytes() for name in ("050.png", "120.png", "199.png")}
+
+    def start():
+        """-> the names listed after all images were read."""
+        data = ImageFolder("data", 16, folder=vmae.Folder("data", "run"))
+        data.folder.keep("run")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            x, _ = data.batch(range(200))
+        assert torch.equal(x[199], x[0]) == ("199.png" in broken)      # the first follows the last
+        return set(map(json.loads, Path("run/unreadable.jsonl").read_text().splitlines()))
+    broken = ["050.png", "199.png"]                        # exactly 1 %: no reason to stop
+    for name in broken:
+        Path("data", name).write_bytes(whole[name][:600])
+    assert start() == start() == set(broken)
+    Path("data/120.png").write_bytes(whole["120.png"][:600])
+    for _ in range(3):                                     # every start stops
+        assert "over 1 %" in raises(InputError, start)
+    for name in ("050.png", "120.png"):
+        Path("data", name).write_bytes(whole[name])
+    broken = ["199.png"]
+    assert start() == set(broken)
+    Path("data/199.png").write_bytes(whole["199.png"])
+    broken = []
+    assert start() == set()
 
 def test_damaged_exif_stops_nothing_and_a_draft_is_close():
     exif, rng = Image.Exif(), np.random.default_rng(0)
@@ -531,7 +595,7 @@ def test_rows_are_kept_in_files_that_are_whole_and_go_on():
         yield torch.arange(half, last).view(-1, 1), torch.arange(half, last) % 10
     def rows():
         return vmae.Rows(".", "images", b"key", 9, 2**21)  # 8 rows in 16 MB
-    Path("images_old_0.pt").touch()
+    Path("images_0123456789abcdef_0.pt").touch()
     stop = 8
     raises(KeyboardInterrupt, rows().build, "counting", make)
     assert len(os.listdir()) == 1 and rows().missing == 2**21  # not even the old one
@@ -539,6 +603,9 @@ def test_rows_are_kept_in_files_that_are_whole_and_go_on():
     x, y = rows().build("counting", make).batch([0, 7, 8])
     assert made == [0, 8, 8]                               # what was whole is not made again
     assert x.tolist() == [[0], [7], [8]] and y.tolist() == [0, 7, 8]
+    first, _ = sorted(Path().glob("images_*.pt"))
+    first.write_bytes(first.read_bytes()[:500])
+    assert first.name in raises(InputError, rows().build, "counting", make)
 
 
 # ---- Noise schedule, loss, samplers -----------------------------------------------------------
@@ -734,12 +801,13 @@ def test_cache_equals_fresh_encoding_and_is_never_stale():
     assert not list(Path().glob("moments_*"))
 
 def test_order_is_endless_resumable_and_shared_out():
-    def first(count, start=0, parts=(0,), batch=1, micro=1):  # of ten images, with seed 3
-        args = SimpleNamespace(seed=3, batch=batch, micro=micro)
+    def first(count, start=0, parts=(0,), batch=1, micro=1, seed=3):  # of ten images
+        args = SimpleNamespace(seed=seed, batch=batch, micro=micro)
         return list(itertools.islice(train_vmae.shares(10, args, start, parts), count))
     whole = sum(first(40), [])
     assert all(sorted(whole[i:i + 10]) == list(range(10)) for i in (0, 10, 20, 30))
     assert whole[:10] != whole[10:20]                      # shuffled anew
+    assert whole != sum(first(40, seed=4), [])
     assert sum(first(20, start=17), []) == whole[17:37]
     a, b = (torch.rand(4, generator=vmae.seeded(*pair)) for pair in ((0, 1), (1, 0)))
     assert not torch.equal(a, b)                           # seeds do not overlap

@@ -77,8 +77,9 @@ def options():
 def fill_in(args, stage_one, cuda):
     """Choose the options that were not given. Data and held-out folder are those of stage one, so
     that what stage one held out is not trained on here."""
-    for name in ("data", "val"):
-        setattr(args, name, getattr(args, name) or stage_one["train_args"][name])
+    data, val = stage_one["train_args"]["data"], stage_one["train_args"]["val"]
+    args.val = args.val or (val if args.data in (None, data) else None)
+    args.data = args.data or data
     args.model = args.model or ("small" if cuda and args.data else "tiny")
     use_recipe(args, RECIPES)
 
@@ -170,7 +171,8 @@ def main():
             lr = learning_rate(step, args.steps, args.lr)  # up, then down a cosine
             for number in mine:             # the micro-batches, whose gradients are summed
                 generator = vmae.seeded(args.seed, step, number, device=device)
-                moments, y = (v.to(device, non_blocking=True) for v in next(batches))
+                moments, y = (
+                    v.to(device, non_blocking=device.type == "cuda") for v in next(batches))
                 z = vmae.Gaussian(*moments.float().chunk(2, 1)).sample(generator)  # anew each time
                 z_0 = ldm.normalise(z, mean, std)                          # (B, d, h, w)
                 y = model.y_embedder.drop(y, args.drop, generator) if classes else None    # (B,)

@@ -55,9 +55,8 @@ def common_options(parser, out, recipes, default_model, inherited=None):
     add("--compile", action="store_true", help="torch.compile: faster after a slow first step")
 
 # Options that a resumed run does not take over from its checkpoint, and those that may change.
-FRESH = ("resume", "out", "device", "compile")
-FREE = (*FRESH, "data", "val", "steps", "lr", "micro", "save_every", "precision", "no_cache",
-        "vgg_weights")
+FRESH = ("resume", "out", "device", "compile", "micro")
+FREE = (*FRESH, "data", "val", "steps", "lr", "save_every", "precision", "no_cache", "vgg_weights")
 
 def parse(parser, stage):
     """The command line -> (checked options, the checkpoint to go on from, or None). With --resume
@@ -78,7 +77,8 @@ def parse(parser, stage):
     elif args.resume:
         vmae.say(f"{last}: no checkpoint yet, so the run begins")
     args = vmae.check(parser.parse_args())
-    args.data, args.val = (path and os.path.abspath(path) for path in (args.data, args.val))
+    for name in {"data", "val", "init", "vmae"} & vars(args).keys():       # wherever we go on
+        setattr(args, name, getattr(args, name) and os.path.abspath(getattr(args, name)))
     for name, value in old.items():         # now the defaults: what differs was given
         if name not in FREE and getattr(args, name) != value:
             raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: the run in "
@@ -138,11 +138,12 @@ def micro_batches(args, device, model, forward):
         image = saved_bytes(lambda: forward(2)) - saved_bytes(lambda: forward(1))
         fits = vmae.agree(max(1, int(2 / 3 * free / image)))
         passes = math.ceil(args.batch / WORLD / fits)      # of each process, in one step
-        args.micro = math.ceil(args.batch / passes / WORLD)
+        args.micro = min(math.ceil(args.batch / passes / WORLD), max(1, args.batch // WORLD))
     parts = math.ceil(args.batch / args.micro)             # the last one may be smaller
     if parts < WORLD:
+        enough = f"--micro {args.batch // WORLD}" if args.batch >= WORLD else "a larger --batch"
         raise InputError(f"--batch {args.batch} --micro {args.micro}: {parts} parts are too few "
-                         f"for {WORLD} processes; give --micro {max(1, args.batch // WORLD)}")
+                         f"for {WORLD} processes; give {enough}")
     return range(RANK, parts, WORLD)
 
 def shares(n, args, start, parts):
@@ -209,14 +210,19 @@ def update(opt, model, lr):
     return fine
 
 def resume(args, ckpt, model_args, parts):
-    """Load the state of `parts`, by name, from the checkpoint `ckpt` -> step, 0 without one."""
+    """Load the state of `parts`, by name, from the checkpoint `ckpt` -> step, 0 without one.
+    InputError if it does not fit, or if the processes do not see the same checkpoint."""
     for name, part in parts.items() if ckpt else ():
         try:
             part.load_state_dict(ckpt[name])    # with AdamW's moments, without which the loss jumps
         except (KeyError, ValueError, RuntimeError) as error:
             raise InputError(f"{args.out}/last.pt: its {name} does not fit these options "
                              f"({vmae.reason(error)}); give another --out") from None
-    return ckpt["step"] if ckpt else 0
+    start = ckpt["step"] if ckpt else 0
+    if vmae.agree(start) != -vmae.agree(-start):           # the least and the greatest
+        raise InputError(f"--out {args.out}: holds step {start} for process {RANK}, another step "
+                         f"for another; all processes need the same folder")
+    return start
 
 def begin(args, model, what):
     """Make the run folder and print what will run."""
@@ -239,10 +245,17 @@ class Log:
             path = Path(args.out, "log.jsonl")
             lines = path.read_text().splitlines() if start and path.exists() else []
             with vmae.whole_file(path) as file:            # without steps that will run again
-                file.writelines(f"{line}\n".encode() for line in lines
-                                if line.endswith("}") and json.loads(line)["step"] <= start)
+                file.writelines(f"{line}\n".encode() for line in lines if self.at(line) <= start)
             self.file = open(path, "a")
             self.bar = tqdm(total=args.steps, initial=start, dynamic_ncols=True, mininterval=1)
+
+    @staticmethod
+    def at(line):
+        """The step of a line of the log; infinite if the line is damaged."""
+        try:
+            return json.loads(line)["step"]
+        except (ValueError, KeyError, TypeError):
+            return math.inf
 
     def __enter__(self):
         def catch(number, _):
@@ -276,7 +289,8 @@ class Log:
         was finite, a tensor. InputError after ten bad steps in a row."""
         self.row = (self.row + 1) * ~fine
         self.longest, self.skipped = self.longest.maximum(self.row), self.skipped + ~fine
-        self.stopping = not vmae.agree(int(not self.signals))      # all after the same step
+        interrupted = not vmae.agree(int(not self.signals))    # all after the same step
+        self.stopping = interrupted and step < self.args.steps
         saving = self.stopping or step % self.args.save_every == 0 or step == self.args.steps
         if RANK == 0:
             self.bar.update()
@@ -392,6 +406,10 @@ def options():
         raise InputError("--arch, --model: --init decides the shape of the model; leave them out")
     if args.tune and not args.init:
         raise InputError("--tune decoder: needs a trained model; name its checkpoint with --init")
+    idle = {"lambda_m": args.mask == 0, "whole": args.mask == 0, "kl_mean": args.lambda_reg == 0,
+            "no_cache": not args.data}
+    for name in [n for n in idle if idle[n] and getattr(args, n) != parser.get_default(n)]:
+        vmae.say(f"--{name.replace('_', '-')}: has no effect here")
     if args.compile and args.lambda_adv > 0:
         raise InputError("--compile: cannot be given with an adversarial loss (--lambda-adv)")
     return args, saved
@@ -439,6 +457,8 @@ def perceptual(args, device):
     net = None
     if args.lambda_p is None:               # on the small faces VGG would cost more than the rest
         args.lambda_p = 10.0 if args.tune else (0.5 if args.data else 0.0)
+    if args.vgg_weights and args.lambda_p == 0:
+        raise InputError("--vgg-weights: L_P has weight 0 here; give --lambda-p as well")
     try:
         if RANK == 0 and args.lambda_p > 0:                # process 0 downloads them for all
             net = vmae.load_lpips(args.vgg_weights)
@@ -524,7 +544,7 @@ def main():
             for number in mine:             # the micro-batches, whose gradients are summed
                 generator = vmae.seeded(args.seed, step, number, device=device)
                 x, _ = next(batches)        # uint8
-                share, x = len(x) / args.batch, vmae.to_float(x.to(device, non_blocking=True))
+                share, x = len(x) / args.batch, vmae.to_float(x.to(device, non_blocking=device.type == "cuda"))
                 x = vmae.random_flip(x, generator)                         # (B, 3, H, W)
                 x_in = x
                 if args.noise > 0:          # only for dae

@@ -599,9 +599,10 @@ class Folder:
         paths, self.known = list_images(root), {}
         if not paths:
             raise InputError(f"{root}: no images in it (looked for {' '.join(EXTENSIONS)})")
+        self.root, self.limit = os.path.abspath(root), MAX_UNREADABLE * len(paths)
         with contextlib.suppress(OSError, ValueError, TypeError):  # no such file, damaged, no run
-            self.known = dict(json.loads(Path(run, "images.json").read_bytes()))
-        self.root, self.limit = root, MAX_UNREADABLE * len(paths)
+            of, known = json.loads(Path(run, "images.json").read_bytes())
+            self.known = dict(known) if of == self.root else {}
         self.unreadable, self.list = {}, None              # paths, and the file that lists them
 
         def entry(path):
@@ -631,10 +632,13 @@ class Folder:
                 if path in self.files and self.known.get(path) == self.files[path]}
         agree(0)                            # all have read it
         if RANK == 0:
-            for name, lines in (("images.json", [self.files]), (self.list.name, self.unreadable)):
+            for name, lines in (("images.json", [(self.root, self.files)]), (self.list.name, self.unreadable)):
                 with whole_file(Path(run, name)) as file:
                     file.writelines(json.dumps(line).encode() + b"\n" for line in lines)
         agree(0)
+        if len(self.unreadable) > self.limit:
+            raise InputError(f"{self.list}: lists {len(self.unreadable)} files, over 1 % of the "
+                             f"folder; remove them from {self.root}")
 
     def found_unreadable(self, path, error):
         """Name and count a file, once whatever the number of processes, threads and epochs."""
@@ -734,9 +738,10 @@ class ImageFolder(Images):
             f"{kept.missing / 1e6:,.1f} MB, and {run} has {free / 1e6:,.1f} MB free")
 
     def fingerprint(self):
-        """Bytes that change whenever a file is added, removed or edited."""
+        """Bytes that change whenever a file is added, removed or edited, or a label changes."""
         listing = [(p, *self.files[p][:2]) for p in self.paths]
-        return f"{self.size} {self.split} {listing!a}".encode()
+        made_of = self.size, self.split, self.folder.root, self.classes, listing
+        return f"{made_of!a}".encode()
 
 class Rows:
     """n rows x with labels y, computed once and kept in a run folder, in files of 16 MB of which
@@ -752,7 +757,8 @@ class Rows:
         self.missing = row_bytes * sum(min(self.step, n - first) for first, file
                                        in self.files.items() if not file.exists())
         if RANK == 0:
-            for old in [p for p in Path(run).glob(f"{kind}_*") if key not in p.name]:
+            ours = re.compile(rf"{kind}_(?!{key})[0-9a-f]{{16}}_\d+\.pt(\.tmp)?")
+            for old in [p for p in Path(run).glob(f"{kind}_*") if ours.fullmatch(p.name)]:
                 old.unlink()
 
     def __len__(self):
@@ -777,7 +783,12 @@ class Rows:
             x, y = map(torch.cat, zip(*make(first, min(first + self.step, self.n))))
             save_checkpoint(self.files[first], x=x, y=y)
         agree(0)                            # waits for the other processes
-        self.maps = [torch.load(file, weights_only=True, mmap=True) for file in self.files.values()]
+        self.maps = []
+        for file in self.files.values():
+            try:
+                self.maps.append(torch.load(file, weights_only=True, mmap=True))
+            except Exception as error:
+                raise InputError(f"{file}: damaged, delete it ({reason(error)})") from None
         return self
 
 # ---- Images: the built-in faces ---------------------------------------------------------------
@@ -916,6 +927,12 @@ def open_images(data, size, val=None, run=None):
             raise InputError("--val: the built-in faces have held-out images of their own; give "
                              "--data as well, or leave --val out")
         return Faces(size, "train"), Faces(size, "val")
+    here = Path(data).resolve()
+    if run and Path(run).resolve() == here:
+        raise InputError(f"--out {run}: is the folder of the images; give it one of its own")
+    if val and (here.is_relative_to(there := Path(val).resolve()) or there.is_relative_to(here)):
+        raise InputError(f"--val {val}: shares images with --data, so these would be trained on; "
+                         f"move one out of the other")
     folder = from_first(lambda: Folder(data, run))
     sides = [side for _, _, side in folder.files.values()]
     if small := sum(side < size for side in sides):
@@ -1009,6 +1026,9 @@ def import_lpips():
 
 def cli(main):
     """Run a script's main. What the user got wrong ends as one line and exit status 1."""
+    for stream in (sys.stdout, sys.stderr):                # a name may hold what they cannot show
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
     status = None
     try:
@@ -1025,7 +1045,7 @@ def cli(main):
     except RuntimeError as error:
         if WORLD == 1 or not re.search("gloo|nccl|peer|store", str(error), re.IGNORECASE):
             raise
-        status = f"process {RANK} stops, because another one did"          # which has said why
+        status = f"process {RANK} stops, probably because another one did ({reason(error)})"
     if WORLD > 1:                           # at once: the usual end may abort in gloo's threads
         if isinstance(status, str):
             print(status, file=sys.stderr)
@@ -1038,6 +1058,8 @@ def start(name):
     torchrun the process also joins its group, and takes one GPU."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda:") and WORLD > 1:
+        raise InputError(f"--device {name}: under torchrun each process takes a GPU; give cuda")
     if name == "cuda" and WORLD > 1:
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
