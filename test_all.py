@@ -897,6 +897,14 @@ def test_two_micro_batches_equal_one_and_memory_is_named():
     args = SimpleNamespace(batch=8, micro=8)
     with patch(train_vmae, "WORLD", 2):
         assert "--micro 4" in raises(InputError, train_vmae.micro_batches, args, "cpu", 0, 0)
+        args = SimpleNamespace(batch=1, micro=1)
+        assert "larger --batch" in raises(InputError, train_vmae.micro_batches, args, "cpu", 0, 0)
+    model, cpu = torch.nn.Linear(4, 4), torch.device("cpu")
+    for world, batch, micro in ((2, 8, 4), (7, 16, 2), (1, 16, 16)):       # with lots of memory
+        args = SimpleNamespace(batch=batch, micro=None)
+        with patch(train_vmae, "WORLD", world):
+            train_vmae.micro_batches(args, cpu, model, lambda n: model(torch.ones(n, 4)).sum())
+        assert args.micro == micro
 
 def test_precision_is_measured_or_asked_of_the_card():
     for capability, answer in (((7, 5), False), ((8, 0), True), ((9, 0), True)):   # T4, A100, H200
@@ -1371,9 +1379,12 @@ def test_the_judge_tells_a_perfect_generator_from_a_blind_and_a_repeating_one():
     assert max(held_out["distance"], perfect["distance"]) < 0.2 * blind["distance"]
     assert perfect["distance"] < 0.3 * same_face["distance"]
     assert perfect["recall"] > 0.5 and blind["precision"] == 0 and same_face["recall"] < 0.2
-    run.trained["data"] = "photographs"
-    with patch(evaluate, "Run", lambda path, args: run):
-        refuses(evaluate.main, {"faces --ckpt perfect --n 64": "not on the faces"})
+    of_photographs = {"data": "photographs"}               # stage two, or stage one
+    for first, second in (({"data": None}, of_photographs), (of_photographs, {})):
+        run.trained = first
+        with (patch(evaluate, "Run", lambda path, args: run),
+              patch(vmae, "read_checkpoint", lambda path: {"train_args": second})):
+            refuses(evaluate.main, {"faces --ckpt perfect --n 64": "not on the faces"})
     run.trained["data"], stripes = None, torch.arange(32).repeat(64, 3, 32, 1)
     drawn["few"], drawn["many"] = (stripes.where(stripes < 5, 0).byte() for stripes in (
         stripes - 32 * (torch.arange(32).view(-1, 1) > 1), stripes))       # 2 or 32 pixels of each
@@ -1754,7 +1765,7 @@ def test_sampling_depends_on_the_seed_alone_and_refuses_what_does_not_fit():
     assert load("on/last.pt")["schedule"]["kind"] == "linear"  # --init's
 
 def test_nothing_given_is_ignored_and_nothing_trained_is_overwritten():
-    both_stages()
+    both_stages(), save_images("extra", 2)
     new, go = "--out new --size 16 --steps 9", "--steps 9 --resume"
     refuses(train_vmae.main, {                             # the same line again, or another one
         "--data data --size 16": "holds step 2",
@@ -1764,6 +1775,17 @@ def test_nothing_given_is_ignored_and_nothing_trained_is_overwritten():
         f"{new} --init runs/vmae --model base": "--init",
         f"{new} --init runs/vmae/last.pt --arch conv": "decides the shape",
         "--data data/left --out runs/vmae --init runs/vmae --size 16": "holds step 2"})
+    refuses(train_vmae.main, {
+        "--resume --out runs/ldm": "the other stage", "--out data --data data": "of the images",
+        f"{new} --vgg-weights vgg.pth": "--lambda-p"})
+    words = "--kl-mean: has no effect|--whole: has no effect|--no-cache: has no effect".split("|")
+    line = "--kl-mean free --whole 0.2 --no-cache --size 16 --steps 1 --batch 2"
+    text = runs(train_vmae.main, f"--preset ae --model tiny {line} --out idle")
+    assert all(word in text for word in words)
+    text = runs(train_vmae.main, f"{line} --data data --lambda-p 0 --out busy")
+    assert not any(word in text for word in words)
+    runs(train_vmae.main, "--resume --save-every 7 --device auto --micro 2 --lr 1e-4 --steps 3 "
+                          "--out busy --val ./data/../extra --data data/left")
     refuses(train_ldm.main, {"": "holds step 2", f"{go} --vmae runs/ldm": "--vmae",
                              f"{go} --no-classes": "the run in runs/ldm has False"})
     assert Path(load("runs/ldm/last.pt")["train_args"]["data"]) == Path("data").resolve()
@@ -1783,6 +1805,7 @@ def test_nothing_given_is_ignored_and_nothing_trained_is_overwritten():
     refuses(evaluate.main, {
         "reconstruct --ckpt runs/vmae runs/large": "do not compare",
         "compare runs/vmae runs/gone": "runs/gone: no such",
+        "compare runs/vmae runs/large": "do not compare",
         "fid --fake gone --real faces": "gone: no such"})
     ae = trained("--preset ae --init runs/vmae", "ae")     # a point, whatever it began as
     assert (ae.encode(random_images()).logvar == -30).all()

@@ -544,7 +544,8 @@ def main():
             for number in mine:             # the micro-batches, whose gradients are summed
                 generator = vmae.seeded(args.seed, step, number, device=device)
                 x, _ = next(batches)        # uint8
-                share, x = len(x) / args.batch, vmae.to_float(x.to(device, non_blocking=device.type == "cuda"))
+                x = vmae.to_float(x.to(device, non_blocking=device.type == "cuda"))
+                share = len(x) / args.batch
                 x = vmae.random_flip(x, generator)                         # (B, 3, H, W)
                 x_in = x
                 if args.noise > 0:          # only for dae

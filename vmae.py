@@ -632,7 +632,8 @@ class Folder:
                 if path in self.files and self.known.get(path) == self.files[path]}
         agree(0)                            # all have read it
         if RANK == 0:
-            for name, lines in (("images.json", [(self.root, self.files)]), (self.list.name, self.unreadable)):
+            kept = {"images.json": [(self.root, self.files)], self.list.name: self.unreadable}
+            for name, lines in kept.items():
                 with whole_file(Path(run, name)) as file:
                     file.writelines(json.dumps(line).encode() + b"\n" for line in lines)
         agree(0)
@@ -1045,7 +1046,8 @@ def cli(main):
     except RuntimeError as error:
         if WORLD == 1 or not re.search("gloo|nccl|peer|store", str(error), re.IGNORECASE):
             raise
-        status = f"process {RANK} stops, probably because another one did ({reason(error)})"
+        gone = re.search("reset|closed|abort", str(error), re.IGNORECASE)  # which has said why
+        status = f"process {RANK} stops, {'because another one did' if gone else reason(error)}"
     if WORLD > 1:                           # at once: the usual end may abort in gloo's threads
         if isinstance(status, str):
             print(status, file=sys.stderr)
