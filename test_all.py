@@ -660,6 +660,21 @@ def test_loss_of_the_true_noise_is_zero_and_of_silence_one():
         close(ldm.loss_LDM(optimal(schedule, 0.7, 0), schedule, z_0), 0, 1e-3)
     close(ldm.loss_LDM(lambda z_t, t, y: 0 * z_t, schedule, z_0), 1, 0.1)  # E eps^2
 
+def test_times_are_uniform_for_eps_and_in_the_middle_for_v_under_any_schedule():
+    z_0, drawn = torch.zeros(40000, 1, 1, 1), []
+    for kind, objective in (("cosine", "eps"), ("linear", "eps"), ("cosine", "v"), ("linear", "v")):
+        schedule = ldm.Schedule(kind, objective=objective)
+        ldm.loss_LDM(lambda z_t, t, y: drawn.append(t) or z_t, schedule, z_0, None,
+                     vmae.seeded(0))
+        assert 0 <= drawn[-1].min() and drawn[-1].max() < 1000
+    uniform, _, cosine, linear = (t.sort().values.float() for t in drawn)
+    close(uniform / 1000, torch.linspace(0, 1, 40000), 0.03)
+    expected = torch.special.ndtri((torch.arange(40000) + 0.5) / 40000) * 0.7 + 0.4
+    close(cosine / 1000, expected.sigmoid(), 0.03)
+    bars = [ldm.Schedule(kind).alpha_bar[t.long()]
+            for kind, t in (("cosine", cosine), ("linear", linear))]
+    close(*bars, 0.01)                                     # as much noise under both
+
 def test_samplers_land_on_a_gaussian_and_small_errors_of_the_network_stay_small():
     z_T, m, s = torch.randn(64, 4, 16, 16), 0.7, 0.5
     for kind, objective in itertools.product(("linear", "cosine"), ("eps", "v")):
@@ -734,8 +749,8 @@ def test_dit_starts_at_zero_and_takes_patches():
     raises(ValueError, ldm.DiT, 4, 3)                      # pieces of 3 in a grid of 4
     base = ldm.DiT(**ldm.sizes["base"])
     assert abs(sum(p.numel() for p in base.parameters()) / 1e6 - 130) < 1  # B/1, 130 M
-    patches = [ldm.dit_args("small", grid, 16, 3)["patch_size"] for grid in (8, 16, 32)]
-    assert patches == [1, 1, 2]                            # S/2 from 32 x 32 on
+    patches = [ldm.dit_args("small", grid, 16, 3)["patch_size"] for grid in (7, 16, 32)]
+    assert patches == [1, 2, 2]                            # 7 is not a multiple of 2
 
 def test_guidance_of_one_is_none_reaches_every_channel_and_spares_the_noise():
     model, widths = tiny_dit(num_classes=3), []
@@ -819,7 +834,7 @@ def test_batches_fit_the_memory_of_common_cards():
     """Saved bytes in bfloat16, counted without computing. A margin of a third is for the rest."""
     def micro(card, model, loss):
         """The default of --micro -> GiB in use: what is saved, weights, gradients, AdamW, EMA."""
-        args = SimpleNamespace(batch=256, micro=None)
+        args = SimpleNamespace(batch=2048, micro=None)
         with patch(train_vmae, "free_memory", lambda device: (card - weights) * 2**30):
             train_vmae.micro_batches(args, torch.device("cpu"), model, loss)
         saved = (train_vmae.saved_bytes(lambda: loss(2)) - train_vmae.saved_bytes(lambda: loss(1)))
