@@ -115,6 +115,11 @@ class Schedule:
         bars = [self.alpha_bar[t].item() for t in ts] + [1.0]
         return list(zip(ts, bars[:-1], bars[1:]))
 
+def logit_normal(z_0, mean, std, generator=None):
+    """A time in (0, 1) for each latent: sigmoid(N(mean, std^2)), (B,) (Esser 2024). Few are near 0
+    or 1, where z_t is nearly z_0 or nearly noise."""
+    return (mean + std * torch.randn(len(z_0), generator=generator, device=z_0.device)).sigmoid()
+
 def loss_LDM(model, schedule, z_0, y=None, generator=None):
     """L_LDM = E || eps - eps_theta(z_t, t, tau_theta(y)) ||^2, Section 3.2; or the same with v.
 
@@ -134,11 +139,6 @@ def loss_LDM(model, schedule, z_0, y=None, generator=None):
     eps = torch.randn(z_0.shape, generator=generator, device=z_0.device)   # (B, d, h, w)
     output = model(schedule.q_sample(z_0, t, eps), t, y).float()           # (B, d, h, w)
     return F.mse_loss(output, schedule.target(z_0, t, eps))
-
-def logit_normal(z_0, mean, std, generator=None):
-    """A time in (0, 1) for each latent: sigmoid(N(mean, std^2)), (B,) (Esser 2024). Few are near 0
-    or 1, where z_t is nearly z_0 or nearly noise."""
-    return (mean + std * torch.randn(len(z_0), generator=generator, device=z_0.device)).sigmoid()
 
 def loss_flow(model, z_0, y=None, generator=None):
     """Rectified flow (Liu 2023): E || (z_0 - eps) - v_theta(z_t, t, tau_theta(y)) ||^2 with
