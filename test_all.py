@@ -749,8 +749,8 @@ def test_dit_starts_at_zero_and_takes_patches():
     raises(ValueError, ldm.DiT, 4, 3)                      # pieces of 3 in a grid of 4
     base = ldm.DiT(**ldm.sizes["base"])
     assert abs(sum(p.numel() for p in base.parameters()) / 1e6 - 130) < 1  # B/1, 130 M
-    patches = [ldm.dit_args("small", grid, 16, 3)["patch_size"] for grid in (7, 16, 32)]
-    assert patches == [1, 2, 2]                            # 7 is not a multiple of 2
+    patches = [ldm.dit_args("small", grid, 16, 3)["patch_size"] for grid in (8, 16, 32)]
+    assert patches == [1, 1, 2]                            # S/2 from 32 x 32 on
 
 def test_guidance_of_one_is_none_reaches_every_channel_and_spares_the_noise():
     model, widths = tiny_dit(num_classes=3), []
