@@ -123,8 +123,9 @@ def logit_normal(z_0, mean, std, generator=None):
 def loss_LDM(model, schedule, z_0, y=None, generator=None):
     """L_LDM = E || eps - eps_theta(z_t, t, tau_theta(y)) ||^2, Section 3.2; or the same with v.
 
-    z_0: normalised latents (B, d, h, w); y: classes (B,) or None. Returns the mean over everything,
-    a scalar in float32. generator: on z_0's device, for a repeatable loss."""
+    z_0: normalised latents (B, d, h, w); y: classes (B,) or None. t is uniform for eps; for v most
+    are in the middle. Returns the mean over everything, a scalar in float32. generator: on z_0's
+    device, for a repeatable loss."""
     if schedule.objective == "flow":
         return loss_flow(model, z_0, y, generator)
     if schedule.objective == "eps":         # t is uniform, as in the paper and in Ho 2020

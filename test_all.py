@@ -1801,6 +1801,10 @@ def test_nothing_given_is_ignored_and_nothing_trained_is_overwritten():
     assert not any(word in text for word in words)
     runs(train_vmae.main, "--resume --save-every 7 --device auto --micro 2 --lr 1e-4 --steps 3 "
                           "--out busy --val ./data/../extra --data data/left")
+    with patch(sys, "argv", "train_vmae.py --resume --steps 9 --out busy".split()):
+        assert train_vmae.options()[0].micro == 2          # kept, as what is drawn depends on it
+        with patch(train_vmae, "WORLD", 2):                # but one part is not enough for two
+            assert train_vmae.options()[0].micro is None
     refuses(train_ldm.main, {"": "holds step 2", f"{go} --vmae runs/ldm": "--vmae",
                              f"{go} --no-classes": "the run in runs/ldm has False"})
     assert Path(load("runs/ldm/last.pt")["train_args"]["data"]) == Path("data").resolve()

@@ -55,8 +55,9 @@ def common_options(parser, out, recipes, default_model, inherited=None):
     add("--compile", action="store_true", help="torch.compile: faster after a slow first step")
 
 # Options that a resumed run does not take over from its checkpoint, and those that may change.
-FRESH = ("resume", "out", "device", "compile", "micro")
-FREE = (*FRESH, "data", "val", "steps", "lr", "save_every", "precision", "no_cache", "vgg_weights")
+FRESH = ("resume", "out", "device", "compile")
+FREE = (*FRESH, "data", "val", "steps", "lr", "micro", "save_every", "precision", "no_cache",
+        "vgg_weights")
 
 def parse(parser, stage):
     """The command line -> (checked options, the checkpoint to go on from, or None). With --resume
@@ -71,7 +72,7 @@ def parse(parser, stage):
             raise InputError(f"{last} holds step {saved['step']} of a run; go on with --resume, or "
                              f"begin another one with --out")
         if ("vmae" in saved) != (stage == 2):              # stage two's contain stage one
-            raise InputError(f"{last}: is a run of the other stage; give another --out")
+            raise InputError(f"{last}: a checkpoint of the other stage; give another --out")
         old = {k: v for k, v in saved["train_args"].items() if k in args and k not in FRESH}
         parser.set_defaults(**old)
     elif args.resume:
@@ -83,6 +84,8 @@ def parse(parser, stage):
         if name not in FREE and getattr(args, name) != value:
             raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: the run in "
                              f"{args.out} has {value}; leave it out, or begin another with --out")
+    if saved and args.micro == old["micro"] and math.ceil(args.batch / args.micro) < WORLD:
+        args.micro = None                   # chosen for fewer processes: micro_batches does it anew
     if saved and saved["step"] >= args.steps:
         vmae.say(f"{last}: complete, at step {saved['step']} of {args.steps}")
         sys.exit()
