@@ -798,7 +798,8 @@ def compare(args):
     smoothness   PSNR between decode(z) and decode(z'), z' = `perturb`(z, .1)
     compression  sigma^2 of the built-in faces' tokens by part (`separation`); low is good
     pixels       PSNR of held-out images; perception: their LPIPS, or SSIM without VGG's weights
-    generation   gFID of --n samples, if all runs are of stage two and Inception can be loaded"""
+    generation   of --n samples, if all runs are of stage two: on the built-in faces the distance of
+                 `faces`, otherwise gFID, if Inception's weights can be had"""
     args.runs = args.runs or [str(path.parent) for path in sorted(Path("runs").glob("*/last.pt"))
                               if "vmae" not in vmae.read_checkpoint(path)]
     if len(args.runs) < 2:
@@ -806,7 +807,10 @@ def compare(args):
     rows, (lpips_net, inception) = [], args.nets
     no_fid = argparse.Namespace(nets=(lpips_net, None), device=args.device)
     runs = {run: f"{run}/last.pt" if os.path.isdir(run) else run for run in args.runs}
-    second = inception and all("vmae" in vmae.read_checkpoint(path) for path in runs.values())
+    ckpts = [vmae.read_checkpoint(path) for path in runs.values()]
+    second = all("vmae" in ckpt for ckpt in ckpts)
+    on_faces = second and not any(ckpt["train_args"]["data"] for ckpt in ckpts)
+    judge = load_judge().to(args.device) if on_faces else None
     perception = "LPIPS" if lpips_net else "SSIM"
     for name, path in runs.items():
         run = Run(path, args)
@@ -817,64 +821,75 @@ def compare(args):
         rows.append({"run": name, "smoothness, dB": psnr(x_hat, moved).mean().item(),
                      "compression, sigma^2": separation(*face_levels(run)["part"])["sigma^2"],
                      "pixels, dB": row["PSNR"], f"perception, {perception}": row[perception]})
-        if second:
-            rows[-1]["generation, gFID"] = generation(run.path, None, args)[0]["gFID"]
+        if judge:
+            batches = draw_samples(path, args, args.cfg)
+            rows[-1]["generation, distance"] = judged(judge, batches, None, args)["distance"]
+        elif second and inception:
+            rows[-1]["generation, gFID"] = generation(path, None, args)[0]["gFID"]
     axes = list(rows[0])[1:]
-    sign = [-1 if axis.endswith(("sigma^2", "LPIPS", "gFID")) else 1 for axis in axes]
-    table = np.array([[row[axis] for axis in axes] for row in rows]) * sign        # high is good
+    low = ("sigma^2", "LPIPS", "gFID", "distance")         # the others: high is good
+    sign = [-1 if axis.endswith(low) else 1 for axis in axes]
+    table = np.array([[row[axis] for axis in axes] for row in rows]) * sign
     table -= table.min(0)                                  # (runs, axes), 0 if all runs are equal
     shapes = dict(zip(runs, (table / np.maximum(table.max(0), 1e-300)).tolist()))
-    report(args, "Comparison (Fig. 2)", rows, args.n if second else None, rescaled=shapes)
+    gfid = "generation, gFID" in axes
+    report(args, "Comparison (Fig. 2)", rows, args.n if gfid else None, rescaled=shapes)
     radar(f"{args.out}/compare.png", axes, shapes)
-    if not second:
-        print("skipped generation: it takes stage-two runs, and Inception's weights")
+    if not (judge or gfid):
+        print("skipped generation: takes runs of stage two, and on photographs Inception's weights")
 
-def faces(args):
-    """Generated built-in faces, as the Judge sees them. Rows: held-out faces, the best there can
-    be; their reconstructions by stage one, the best that stage two can reach; samples without
-    guidance and with sample.py's default.
+def see(judge, batches, args):
+    """Batches of uint8 -> the Judge's features (N, 208), the kind (N,) that it recognises, whether
+    all five parts are there (N,)."""
+    answers = zip(*(judge(x.to(args.device)) for x in batches))
+    features, kind, _, part = (torch.cat(answer).cpu() for answer in answers)
+    pixels = F.one_hot(part.argmax(1), len(vmae.PARTS)).sum((1, 2))        # (N, 5)
+    return features, kind.argmax(1), (pixels >= 3).all(1)
 
-    requested: the share recognised as the kind that was asked for. complete: the share that shows
-    all five parts, each on 3 of 1,024 pixels or more. distance: the Frechet distance to 4,096
-    training faces. precision, recall: against as many training faces as there are images."""
-    judge, rows = load_judge().to(args.device), []
-
-    def see(batches):
-        """Batches of uint8 -> features (N, 208), kind (N,), whether all parts are there (N,)."""
-        answers = zip(*(judge(x.to(args.device)) for x in batches))
-        features, kind, _, part = (torch.cat(answer).cpu() for answer in answers)
-        pixels = F.one_hot(part.argmax(1), len(vmae.PARTS)).sum((1, 2))    # (N, 5)
-        return features, kind.argmax(1), (pixels >= 3).all(1)
-
+def judged(judge, batches, wanted, args):
+    """Batches of uint8, and the kinds (N,) that were asked for, or None -> a row of `faces`."""
     def moments(features):
         """-> mean (208,), covariance (208, 208)."""
         statistics = Statistics()
         statistics.add(features)
         return statistics.moments()
 
-    train = vmae.Faces(32)
-    real, _, _ = see(train.batch(part)[0] for part in torch.arange(4096).split(64))
+    if not hasattr(args, "real"):           # features of 4,096 training faces
+        train = vmae.Faces(32)
+        parts = torch.arange(4096).split(64)
+        args.real, _, _ = see(judge, (train.batch(part)[0] for part in parts), args)
+    features, kind, complete = see(judge, batches, args)
+    precision, recall = precision_recall(args.real[:len(features)], features)
+    return {"N": len(features),
+            "requested": (kind == wanted).double().mean().item() if wanted is not None else "",
+            "complete": complete.double().mean().item(),
+            "distance": frechet_distance(*moments(args.real), *moments(features)),
+            "precision": precision, "recall": recall}
+
+def faces(args):
+    """Generated built-in faces, as the Judge sees them. Rows: held-out faces, the best there can
+    be; their reconstructions by stage one, the best that stage two can reach; samples with each of
+    the guidance weights --cfg.
+
+    requested: the share recognised as the kind that was asked for. complete: the share that shows
+    all five parts, each on 3 of 1,024 pixels or more. distance: the Frechet distance to 4,096
+    training faces. precision, recall: against as many training faces as there are images."""
+    judge, rows = load_judge().to(args.device), []
     for path in args.ckpt:
         run, ckpt = Run(path, args), vmae.read_checkpoint(path)
-        if data := run.trained["data"] or ckpt.get("train_args", {}).get("data"):  # of either stage
+        if data := ckpt.get("train_args", {}).get("data"):     # of a run of stage two: of both
             raise InputError(f"{path}: was trained on {data}, not on the faces")
         held_out = [vmae.Faces(run.model.img_size, "val").batch(part)
                     for part in torch.arange(args.n).split(args.batch)]
         x, y = zip(*held_out)
         sets = {"held out": (x, torch.cat(y)), "reconstructed": (map(run.again, x), torch.cat(y))}
-        if ckpt.get("classes") is not None:
-            kind = torch.arange(args.n) % 4 if ckpt["classes"] else None
-            for w in (1.0, *{sample.guidance(None, ckpt["classes"])} - {1.0}):
-                sets[f"samples, w = {w}"] = draw_samples(path, args, w), kind
+        classes = ckpt.get("classes")       # None: a checkpoint of stage one
+        for w in () if classes is None else args.cfg if classes else [1.0]:
+            kind = torch.arange(args.n) % 4 if classes else None
+            sets[f"samples, w = {w}"] = draw_samples(path, args, w), kind
         for name, (batches, wanted) in sets.items():
-            features, kind, complete = see(tqdm(batches, name, dynamic_ncols=True))
-            precision, recall = precision_recall(real[:len(features)], features)
-            rows.append({
-                "checkpoint": path, "images": name, "N": len(features),
-                "requested": (kind == wanted).double().mean().item() if wanted is not None else "",
-                "complete": complete.double().mean().item(),
-                "distance": frechet_distance(*moments(real), *moments(features)),
-                "precision": precision, "recall": recall})
+            row = judged(judge, tqdm(batches, name, dynamic_ncols=True), wanted, args)
+            rows.append({"checkpoint": path, "images": name, **row})
     report(args, "Built-in faces, by the judge; no FID", rows)
 
 def neighbours(args):
@@ -926,7 +941,7 @@ COMMANDS = {  # sub-command: its options, each with its default, which also give
     smoothness: {"ckpt": FIRST, "data": "", "n": 256, "eps": [0.0, .01, .05, .1, .2, .3], **NETS},
     separability: {"ckpt": FIRST, "data": "", "n": 512},
     efficiency: {"size": 256, "time": False, "batch": 1},
-    faces: {"ckpt": SECOND, "n": 512},
+    faces: {"ckpt": SECOND, "n": 512, "cfg": [1.0, 1.5]},
     neighbours: {"ckpt": SECOND[0], "n": 16, "cfg": 1.0, **INCEPTION},
     compare: {"runs": [], "data": "", "n": 256, "cfg": 1.0, **NETS},
     fid: {**INCEPTION, "fake": SECOND[0], "real": "", "n": 10000, "pairs": 10000, "cfg": 1.0,

@@ -1394,13 +1394,10 @@ def test_the_judge_tells_a_perfect_generator_from_a_blind_and_a_repeating_one():
     assert max(held_out["distance"], perfect["distance"]) < 0.2 * blind["distance"]
     assert perfect["distance"] < 0.3 * same_face["distance"]
     assert perfect["recall"] > 0.5 and blind["precision"] == 0 and same_face["recall"] < 0.2
-    of_photographs = {"data": "photographs"}               # stage two, or stage one
-    for first, second in (({"data": None}, of_photographs), (of_photographs, {})):
-        run.trained = first
-        with (patch(evaluate, "Run", lambda path, args: run),
-              patch(vmae, "read_checkpoint", lambda path: {"train_args": second})):
-            refuses(evaluate.main, {"faces --ckpt perfect --n 64": "not on the faces"})
-    run.trained["data"], stripes = None, torch.arange(32).repeat(64, 3, 32, 1)
+    with (patch(evaluate, "Run", lambda path, args: run),
+          patch(vmae, "read_checkpoint", lambda path: {"train_args": {"data": "photographs"}})):
+        refuses(evaluate.main, {"faces --ckpt perfect --n 64": "not on the faces"})
+    stripes = torch.arange(32).repeat(64, 3, 32, 1)
     drawn["few"], drawn["many"] = (stripes.where(stripes < 5, 0).byte() for stripes in (
         stripes - 32 * (torch.arange(32).view(-1, 1) > 1), stripes))       # 2 or 32 pixels of each
     class Judge(torch.nn.Module):
