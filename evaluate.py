@@ -422,14 +422,16 @@ class Run:
 
 def draw_samples(path, args, cfg):
     """A stage-two checkpoint -> batches of uint8, --n images in all: those of sample.py with seed
-    0, the classes in turn, 50 steps and guidance cfg (None: sample.py's default)."""
+    0, the classes in turn, guidance cfg (None: sample.py's default) and, if the sub-command does
+    not have them as options, its sampler and its 50 steps."""
     model, schedule, ckpt = ldm.load_ldm(path)             # the EMA weights
-    K, sampler = len(ckpt["classes"]), ldm.sampler_for(schedule)
+    how = argparse.Namespace(**{"sampler": None, "steps": 50, **vars(args)})
+    (sampler, _), K = sample.pick_sampler(how, schedule), len(ckpt["classes"])
     model, ae = model.to(args.device), vmae.build_vmae(ckpt["vmae"]).to(args.device)
     w = sample.guidance(cfg, ckpt["classes"])
     for index in torch.arange(args.n).split(args.batch):
         y = index % K if K else None                       # (B,)
-        yield sample.draw(index, y, model, ae, schedule, ckpt, sampler, steps=50, w=w)
+        yield sample.draw(index, y, model, ae, schedule, ckpt, sampler, steps=how.steps, w=w)
 
 def open_source(source, args, size=None):
     """--real or --fake -> (side, number, batches of uint8 (B, 3, side, side)): a folder, "faces"
@@ -838,6 +840,8 @@ def compare(args):
     if not (judge or gfid):
         print("skipped generation: takes runs of stage two, and on photographs Inception's weights")
 
+JUDGED = 4096          # training faces that samples are compared with
+
 def see(judge, batches, args):
     """Batches of uint8 -> the Judge's features (N, 208), the kind (N,) that it recognises, whether
     all five parts are there (N,)."""
@@ -854,9 +858,8 @@ def judged(judge, batches, wanted, args):
         statistics.add(features)
         return statistics.moments()
 
-    if not hasattr(args, "real"):           # features of 4,096 training faces
-        train = vmae.Faces(32)
-        parts = torch.arange(4096).split(64)
+    if not hasattr(args, "real"):           # features of training faces, for all rows
+        train, parts = vmae.Faces(32), torch.arange(JUDGED).split(64)
         args.real, _, _ = see(judge, (train.batch(part)[0] for part in parts), args)
     features, kind, complete = see(judge, batches, args)
     precision, recall = precision_recall(args.real[:len(features)], features)
@@ -869,7 +872,7 @@ def judged(judge, batches, wanted, args):
 def faces(args):
     """Generated built-in faces, as the Judge sees them. Rows: held-out faces, the best there can
     be; their reconstructions by stage one, the best that stage two can reach; samples with each of
-    the guidance weights --cfg.
+    the guidance weights --cfg, by --sampler in --steps.
 
     requested: the share recognised as the kind that was asked for. complete: the share that shows
     all five parts, each on 3 of 1,024 pixels or more. distance: the Frechet distance to 4,096
@@ -928,6 +931,7 @@ HELP = {
     "pairs": "images per side whose features are kept, 8 KB each, for KID, precision, recall",
     "eps": "noise, in standard deviations of a latent channel", "n": "images at most",
     "cfg": "guidance weight of samples, 1: none", "time": "also measure seconds and memory",
+    "steps": "network calls per image", "sampler": "ddim, ddpm or euler (default: as sample.py)",
     "resize": "to Inception's 299 pixels: pytorch-fid, or clean, antialiased as in clean-fid",
     "fast": "Inception in bfloat16: faster, but only two or three digits are right",
     "inception-weights": "a copy of FID's InceptionV3 (default: torch hub's cache)",
@@ -941,7 +945,7 @@ COMMANDS = {  # sub-command: its options, each with its default, which also give
     smoothness: {"ckpt": FIRST, "data": "", "n": 256, "eps": [0.0, .01, .05, .1, .2, .3], **NETS},
     separability: {"ckpt": FIRST, "data": "", "n": 512},
     efficiency: {"size": 256, "time": False, "batch": 1},
-    faces: {"ckpt": SECOND, "n": 512, "cfg": [1.0, 1.5]},
+    faces: {"ckpt": SECOND, "n": 512, "cfg": [1.0, 1.5], "steps": 50, "sampler": ""},
     neighbours: {"ckpt": SECOND[0], "n": 16, "cfg": 1.0, **INCEPTION},
     compare: {"runs": [], "data": "", "n": 256, "cfg": 1.0, **NETS},
     fid: {**INCEPTION, "fake": SECOND[0], "real": "", "n": 10000, "pairs": 10000, "cfg": 1.0,

@@ -80,7 +80,7 @@ def pick_sampler(args, schedule):
     if args.steps > schedule.T and schedule.objective != "flow":
         raise InputError(f"--steps {args.steps}: give at most the {schedule.T} of training")
     function, _, own = ldm.SAMPLERS[name]
-    given = {o: getattr(args, o) for o in SAMPLER_OPTIONS if getattr(args, o) is not None}
+    given = {o: getattr(args, o) for o in SAMPLER_OPTIONS if getattr(args, o, None) is not None}
     for option in given:
         if option not in own:
             raise InputError(f"--{option}: the sampler {name} has no such option; leave it out")

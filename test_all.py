@@ -116,7 +116,7 @@ def refuses(main, table, start=""):
     before = set(Path().rglob("*"))
     for options, words in table.items():
         text = runs(main, f"{start} {options}", status=1)
-        news = r"\s*$|skipped|.*(tensors read|%\|)"        # the last are bars of progress
+        news = r"\s*$|skipped|.*(tensors read|%\||it \[)"   # the last are bars of progress
         lines = [line for line in text.splitlines() if not re.match(news, line)]
         assert len(lines) == 1 and words in lines[0], text
         assert set(Path().rglob("*")) == before
@@ -1360,12 +1360,13 @@ def test_what_inception_adds_to_the_figures():
     same = np.load("samples/samples.npz")["arr_0"].transpose(0, 3, 1, 2)
     close(first, same.astype(float), 1)                    # the images of sample.py
     labels, weights = [], set()
-    def sampler(model, schedule, z, y, w, **options):
-        labels.extend(y.tolist()), weights.add(w)
+    def sampler(model, schedule, z, y, w, steps, **options):
+        labels.extend(y.tolist()), weights.add((w, steps))
         return z
-    with patch(ldm, "sampler_for", lambda schedule: sampler):
+    with mock.patch.dict(ldm.SAMPLERS, ddpm=(sampler, ("v",), {})):
+        args.sampler = "ddpm"
         list(evaluate.draw_samples(ckpt, args, 3.0))
-    assert labels == [0, 1, 0, 1, 0, 1, 0, 1, 0] and weights == {3.0}      # the classes in turn
+    assert labels == [0, 1, 0, 1, 0, 1, 0, 1, 0] and weights == {(3.0, 50)}    # classes in turn
 
 def test_the_judge_tells_a_perfect_generator_from_a_blind_and_a_repeating_one():
     with patch(Faces, "__len__", lambda self: 1536):       # a tenth of its training is enough here
@@ -1412,6 +1413,26 @@ def test_the_judge_tells_a_perfect_generator_from_a_blind_and_a_repeating_one():
           patch(vmae, "read_checkpoint", lambda path: {"classes": []})):
         rows = measured("faces", "--ckpt few many --n 64")
     assert [row["complete"] for row in rows if "samples" in row["images"]] == [0, 1]
+
+def test_generators_of_the_faces_are_compared_by_the_judge():
+    both, few = "runs/two0 runs/two1", "--n 16 --batch 8"
+    judge = evaluate.Judge().eval().requires_grad_(False)  # an untrained one will do
+    with (patch(Faces, "__len__", lambda self: 64), patch(evaluate, "load_judge", lambda: judge),
+          patch(evaluate, "JUDGED", 64)):
+        runs(train_vmae.main, "--steps 2 --batch 4 --size 16 --out runs/one")
+        for seed in (0, 1):
+            runs(train_ldm.main, f"--steps 2 --vmae runs/one --seed {seed} --out runs/two{seed}")
+        rows = measured("faces", f"--ckpt {both} {few} --cfg 1 2")
+        others = measured("faces", f"--ckpt runs/two0 {few} --cfg 1 --steps 3 --sampler ddpm")
+        table = measured("compare", f"{both} {few}")
+        refuses(evaluate.main, {"--sampler euler": "choose from ddim, ddpm",
+                                "--steps 1001": "at most the 1000"}, "faces --ckpt runs/two0 --n 8")
+    at = {(row["checkpoint"][:9], row["images"]): row["distance"] for row in rows}
+    axis = {row["run"]: row["generation, distance"] for row in table}
+    assert axis["runs/two0"] == at["runs/two0", "samples, w = 1.0"] != axis["runs/two1"]
+    assert len({*at.values(), others[2]["distance"]}) == 7     # 2 + 2 + 2 of one stage one, and 1
+    shapes = json.loads(Path("out/compare.json").read_text())["rescaled"]
+    assert shapes[min(axis, key=axis.get)][4] == 1         # a small distance is the outer ring
 
 @tiny_inception
 def test_fid_from_every_source():
