@@ -1119,17 +1119,24 @@ def conv3(c_in, c_out):
     """A 3x3 convolution that keeps the size."""
     return nn.Conv2d(c_in, c_out, 3, padding=1)
 
-def group_norm(C):
-    """GroupNorm (Wu & He 2018) in 32 groups, or in C if there are fewer channels."""
-    return nn.GroupNorm(min(32, C), C, eps=1e-6)
+class GroupNorm(nn.GroupNorm):
+    """GroupNorm (Wu & He 2018) in 32 groups, or in C if there are fewer channels. In float32 also
+    beside products in bfloat16: autocast sees to that on a GPU, but not on a CPU, where the norm in
+    bfloat16 would take two thirds of a training step."""
+
+    def __init__(self, C):
+        super().__init__(min(32, C), C, eps=1e-6)
+
+    def forward(self, x):
+        return super().forward(x.float())
 
 class ResnetBlock(nn.Module):
     """x + conv(silu(norm(conv(silu(norm(x)))))); a 1x1 convolution adapts x to another width."""
 
     def __init__(self, c_in, c_out):
         super().__init__()
-        self.norm1, self.conv1 = group_norm(c_in), conv3(c_in, c_out)
-        self.norm2, self.conv2 = group_norm(c_out), conv3(c_out, c_out)
+        self.norm1, self.conv1 = GroupNorm(c_in), conv3(c_in, c_out)
+        self.norm2, self.conv2 = GroupNorm(c_out), conv3(c_out, c_out)
         self.conv_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
     def forward(self, x):
@@ -1143,7 +1150,7 @@ class MidBlock(nn.Module):
         super().__init__()
         self.resnets = nn.ModuleList([ResnetBlock(C, C), ResnetBlock(C, C)])
         self.attentions = nn.ModuleList([nn.ModuleDict(dict(
-            group_norm=group_norm(C), to_q=nn.Linear(C, C), to_k=nn.Linear(C, C),
+            group_norm=GroupNorm(C), to_q=nn.Linear(C, C), to_k=nn.Linear(C, C),
             to_v=nn.Linear(C, C), to_out=nn.Sequential(nn.Linear(C, C))))])
 
     def forward(self, x):
@@ -1183,14 +1190,14 @@ class ConvAutoencoder(nn.Module):
             conv_in=conv3(3, narrow),   # (B, 128, H, W) in SD3
             down_blocks=nn.Sequential(
                 *(level(*p, 2, downsamplers=down(p[1])) for p in pairs[:-1]), level(*pairs[-1], 2)),
-            mid_block=MidBlock(wide), conv_norm_out=group_norm(wide), silu=nn.SiLU(),
+            mid_block=MidBlock(wide), conv_norm_out=GroupNorm(wide), silu=nn.SiLU(),
             conv_out=conv3(wide, 2 * latent_dim))          # mu | logvar
         pairs = list(zip((wide, *channels[::-1]), channels[::-1]))
         self.decoder = named(
             conv_in=conv3(latent_dim, wide), mid_block=MidBlock(wide),     # (B, 512, h, w) in SD3
             up_blocks=nn.Sequential(
                 *(level(*p, 3, upsamplers=up(p[1])) for p in pairs[:-1]), level(*pairs[-1], 3)),
-            conv_norm_out=group_norm(narrow), silu=nn.SiLU(), conv_out=conv3(narrow, 3))
+            conv_norm_out=GroupNorm(narrow), silu=nn.SiLU(), conv_out=conv3(narrow, 3))
         self.register_buffer("logvar_x", torch.zeros(()), persistent=False)    # as in VMAE
 
     def forward(self, x, mask_ratio=0.0, generator=None):
@@ -1223,7 +1230,7 @@ def discriminator(img_size, width=64):
     net = [nn.Conv2d(3, width, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
     for i, (a, b) in enumerate(zip(widths, widths[1:]), 1):
         conv = nn.Conv2d(a, b, 4, stride=2 if i < layers else 1, padding=1)
-        net += [conv, group_norm(b), nn.LeakyReLU(0.2)]
+        net += [conv, GroupNorm(b), nn.LeakyReLU(0.2)]
     return nn.Sequential(*net, nn.Conv2d(widths[-1], 1, 4, padding=1))     # (B, 1, h', w')
 
 def loss_D(real, fake):
