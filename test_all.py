@@ -960,6 +960,19 @@ def test_an_interrupted_save_leaves_the_last_one_and_resume_continues_the_same_r
     steps = [line["step"] for line in log_of("parts")]
     assert steps == [1, 2, 4] and [line["step"] for line in log_of("whole")] == [2, 4]
 
+def test_what_one_process_lacks_and_what_a_checkpoint_holds_count_for_all():
+    args = SimpleNamespace(lambda_p=None, vgg_weights=None, tune=None, data="data")
+    with (patch(vmae, "load_lpips", lambda path: torch.nn.Identity()),
+          patch(vmae, "agree", lambda value: type(value)(0))):     # another one has no VGG
+        assert train_vmae.perceptual(args, torch.device("cpu")) is None and args.lambda_p == 0
+    save_images("data", 12), trained()
+    runs(train_ldm.main, "--steps 2 --batch 8")
+    ckpt = load("runs/ldm/last.pt")
+    ckpt["latent_mean"] += 1                               # the latents may have changed since
+    torch.save(ckpt, "runs/ldm/last.pt")
+    runs(train_ldm.main, "--steps 3 --resume")
+    close(load("runs/ldm/last.pt")["latent_mean"], ckpt["latent_mean"], 0)
+
 def test_measuring_held_out_images_leaves_the_run_alone():
     save_images("data/left", 24), save_images("data/right", 24, seed=1)
     often, once = trained("--save-every 1"), trained(out="once")
@@ -1749,6 +1762,58 @@ def test_the_whole_chain():
     assert torch.equal(model.state_dict()[name], ckpt["ema"][name])
     assert not torch.equal(ckpt["model"][name], ckpt["ema"][name])
     assert ckpt["ema"][name].abs().max() > 0               # where both started
+
+def readme_commands():
+    """Lines of README's code blocks as bash would run them, loops unrolled: "train_vmae.py --mask
+    0" for example. Of lines that differ in numbers alone, the first."""
+    if not shutil.which("bash"):
+        raise unittest.SkipTest("no bash to read README's code blocks")
+    text = (HERE / "README.md").read_text()
+    script = 'pip() { :; }; python() { echo "$*"; }; torchrun() { echo "$*"; }\n'
+    script += "\n".join(re.findall("```sh\n(.*?)```", text, re.DOTALL))
+    ran = subprocess.run(["bash", "-ec", script], capture_output=True, text=True)
+    assert ran.returncode == 0 and not ran.stderr, ran.stderr
+    lines = re.findall(r"\w+\.py.*", ran.stdout)          # without torchrun's own options
+    return list({re.sub(r"[\d.e-]+", "0", line): line for line in lines[::-1]}.values())[::-1]
+
+@tiny_inception
+@patch(Faces, "__len__", lambda self: 64)
+@patch(evaluate, "JUDGED", 64)
+@mock.patch.dict(ldm.sizes, small=small, base=small)
+def test_every_command_of_the_readme_runs():
+    save_images("path/left", 12), save_images("path/right", 12)
+    save_images("CelebAMask-HQ/CelebA-HQ-img", 24)
+    model = VMAE(16, 4, 48, 1, 12, latent_dim=4)           # the published files, but smaller
+    torch.save(model.state_dict(), "vmae.pth")
+    torch.save({"ema": ldm.DiT(4, **small, in_channels=4).state_dict()}, "lightningdit.pt")
+    torch.save(dict(mean=torch.zeros(1, 4, 1, 1), std=torch.ones(1, 4, 1, 1)), "latents_stats.pt")
+    tiny = {"train_vmae.py": "--steps 2 --batch 4 --size 16 --lambda-p 0 --precision float32",
+            "train_ldm.py": "--steps 2 --batch 8", "sample.py": "--n 4 --steps 3",
+            "evaluate.py faces": "--n 16 --steps 3", "evaluate.py efficiency": "--size 16",
+            "evaluate.py": "", "evaluate.py separability": "--n 16"}
+    ran = set()
+    for line in readme_commands():
+        script, *words = line.split()
+        if script == "test_all.py":         # this one
+            continue
+        words = sum((sorted(map(str, Path().glob(w))) if "*" in w else [w] for w in words), [])
+        if script == "evaluate.py" and words:              # a sub-command
+            script += f" {words.pop(0)}"
+        options = tiny.get(script, "--n 9 --batch 8")
+        name, main = script.split(".py")[0], evaluate.main
+        if name.startswith("train"):
+            main = {"train_vmae": train_vmae, "train_ldm": train_ldm}[name].main
+            preset = words[words.index("--preset") + 1] if "--preset" in words else "vmae"
+            usual = "ldm" if name == "train_ldm" else "tuned" if "--tune" in words else preset
+            out = words[words.index("--out") + 1] if "--out" in words else f"runs/{usual}"
+            if "--resume" not in words:     # another section's run
+                shutil.rmtree(out, ignore_errors=True)
+        elif name == "sample":
+            main = sample.main
+        text = runs(main, f"{script.partition(' ')[2]} {' '.join(words)} {options}")
+        assert "complete" in text or "--resume" in words or Path("runs").exists(), text
+        ran.add(script)
+    assert len(ran) == 11, ran               # three scripts, and evaluate.py with its sub-commands
 
 def test_sampling_depends_on_the_seed_alone_and_refuses_what_does_not_fit():
     both_stages()
