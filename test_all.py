@@ -1824,7 +1824,8 @@ def test_every_command_of_the_readme_runs():
             main = sample.main
         runs(main, f"{script.partition(' ')[2]} {' '.join(words)} {options}")      # to status 0
         ran.add(script)
-    assert len(ran) == 3 + 1 + len(evaluate.COMMANDS), ran   # evaluate.py also without a command
+    assert {*(f"evaluate.py{name}" for name in ("", " faces", " fid", " compare", " smoothness")),
+            "train_vmae.py", "train_ldm.py", "sample.py"} <= ran
 
 def test_sampling_depends_on_the_seed_alone_and_refuses_what_does_not_fit():
     both_stages()
