@@ -88,7 +88,7 @@ def pick_sampler(args, schedule):
 
 def check_latents(path, ckpt, vmae_path, ae):
     """InputError unless the latents of the autoencoder `ae` are those of the stage-two checkpoint:
-    of the same shape and, if the checkpoint holds a stage one, from an encoder that encodes alike.
+    of the same shape and, if stage one is in the checkpoint, from an encoder that encodes alike.
     The decoder may be another."""
     d, side = ckpt["model_args"]["in_channels"], ckpt["model_args"]["input_size"]
     if (ae.latent_dim, ae.grid) != (d, side):

@@ -32,6 +32,7 @@ def cache_moments(model, data, run, device):
     """q(z|x) of each image, row 2i, and of its mirror image, row 2i + 1: mu and logvar, (2d, h, w)
     in float16, as vmae.Rows, made of the stage-one weights and of the data."""
     def encode(first, last):
+        """For vmae.Rows: the rows from `first` to `last` - 1."""
         for x, y in data.batches(torch.arange(first // 2, last // 2)):
             x = vmae.to_float(x.to(device))                                # (B, 3, H, W)
             q = model.encode(torch.stack([x, x.flip(-1)], 1).flatten(0, 1))    # over (2B, d, h, w)
