@@ -1808,7 +1808,7 @@ def test_every_command_of_the_readme_runs():
         script, *words = line.split()
         if script == "test_all.py":         # this one
             continue
-        words = sum((sorted(map(str, Path().glob(w))) if "*" in w else [w] for w in words), [])
+        words = sum((sorted(map(str, Path().glob(w)))[:2] if "*" in w else [w] for w in words), [])
         if script == "evaluate.py" and words:              # a sub-command
             script += f" {words.pop(0)}"
         options = tiny.get(script, "--n 9 --batch 8")
