@@ -324,6 +324,38 @@ def load_judge(folder="runs"):
     vmae.save_checkpoint(path, **judge.state_dict())
     return judge
 
+JUDGED = 4096          # training faces that samples are compared with
+
+def see(judge, batches, device):
+    """Batches of uint8 -> the Judge's features (N, 208), the kind (N,) that it recognises, whether
+    all five parts are there (N,)."""
+    answers = zip(*(judge(x.to(device)) for x in batches))
+    features, kind, _, part = (torch.cat(answer).cpu() for answer in answers)
+    pixels = F.one_hot(part.argmax(1), len(vmae.PARTS)).sum((1, 2))        # (N, 5)
+    return features, kind.argmax(1), (pixels >= 3).all(1)
+
+def judge_and_real(device):
+    """-> the Judge, and its features of the first training faces, (JUDGED, 208)."""
+    judge, train = load_judge().to(device), vmae.Faces(32)
+    parts = torch.arange(JUDGED).split(64)
+    return judge, see(judge, (train.batch(part)[0] for part in parts), device)[0]
+
+def judged(judge, real, batches, wanted, device):
+    """Batches of uint8, and the kinds (N,) that were asked for, or None -> a row of `faces`."""
+    def moments(features):
+        """-> mean (208,), covariance (208, 208)."""
+        statistics = Statistics()
+        statistics.add(features)
+        return statistics.moments()
+
+    features, kind, complete = see(judge, batches, device)
+    precision, recall = precision_recall(real[:len(features)], features)
+    return {"N": len(features),
+            "requested": (kind == wanted).double().mean().item() if wanted is not None else "",
+            "complete": complete.double().mean().item(),
+            "distance": frechet_distance(*moments(real), *moments(features)),
+            "precision": precision, "recall": recall}
+
 class Features:
     """What we keep of a set of images that Inception has seen: running sums, for FID, sFID and IS;
     the features of the first `pairs` images, for the metrics that compare pairs."""
@@ -422,16 +454,16 @@ class Run:
 
 def draw_samples(path, args, cfg):
     """A stage-two checkpoint -> batches of uint8, --n images in all: those of sample.py with seed
-    0, the classes in turn, guidance cfg (None: sample.py's default) and, if the sub-command does
-    not have them as options, its sampler and its 50 steps."""
+    0, the classes in turn, and guidance cfg (None: its default). --sampler and --steps are those of
+    the sub-command, or else sample.py's. What does not fit is refused before the first batch."""
     model, schedule, ckpt = ldm.load_ldm(path)             # the EMA weights
     how = argparse.Namespace(**{"sampler": None, "steps": 50, **vars(args)})
     (sampler, _), K = sample.pick_sampler(how, schedule), len(ckpt["classes"])
     model, ae = model.to(args.device), vmae.build_vmae(ckpt["vmae"]).to(args.device)
     w = sample.guidance(cfg, ckpt["classes"])
-    for index in torch.arange(args.n).split(args.batch):
-        y = index % K if K else None                       # (B,)
-        yield sample.draw(index, y, model, ae, schedule, ckpt, sampler, steps=how.steps, w=w)
+    return (sample.draw(index, index % K if K else None, model, ae, schedule, ckpt, sampler,
+                        steps=how.steps, w=w)              # labels (B,), or None
+            for index in torch.arange(args.n).split(args.batch))
 
 def open_source(source, args, size=None):
     """--real or --fake -> (side, number, batches of uint8 (B, 3, side, side)): a folder, "faces"
@@ -809,10 +841,11 @@ def compare(args):
     rows, (lpips_net, inception) = [], args.nets
     no_fid = argparse.Namespace(nets=(lpips_net, None), device=args.device)
     runs = {run: f"{run}/last.pt" if os.path.isdir(run) else run for run in args.runs}
-    ckpts = [vmae.read_checkpoint(path) for path in runs.values()]
-    second = all("vmae" in ckpt for ckpt in ckpts)
-    on_faces = second and not any(ckpt["train_args"]["data"] for ckpt in ckpts)
-    judge = load_judge().to(args.device) if on_faces else None
+    # (is it of stage two?, the folder it was trained on, None for the faces) of each run
+    kinds = {("vmae" in ckpt, ckpt.get("train_args", {}).get("data"))
+             for ckpt in map(vmae.read_checkpoint, runs.values())}
+    second, on_faces = all(two for two, _ in kinds), kinds == {(True, None)}
+    judge, real = judge_and_real(args.device) if on_faces else (None, None)
     perception = "LPIPS" if lpips_net else "SSIM"
     for name, path in runs.items():
         run = Run(path, args)
@@ -824,8 +857,9 @@ def compare(args):
                      "compression, sigma^2": separation(*face_levels(run)["part"])["sigma^2"],
                      "pixels, dB": row["PSNR"], f"perception, {perception}": row[perception]})
         if judge:
-            batches = draw_samples(path, args, args.cfg)
-            rows[-1]["generation, distance"] = judged(judge, batches, None, args)["distance"]
+            samples = draw_samples(path, args, args.cfg)
+            found = judged(judge, real, samples, None, args.device)
+            rows[-1]["generation, distance"] = found["distance"]
         elif second and inception:
             rows[-1]["generation, gFID"] = generation(path, None, args)[0]["gFID"]
     axes = list(rows[0])[1:]
@@ -840,35 +874,6 @@ def compare(args):
     if not (judge or gfid):
         print("skipped generation: takes runs of stage two, and on photographs Inception's weights")
 
-JUDGED = 4096          # training faces that samples are compared with
-
-def see(judge, batches, args):
-    """Batches of uint8 -> the Judge's features (N, 208), the kind (N,) that it recognises, whether
-    all five parts are there (N,)."""
-    answers = zip(*(judge(x.to(args.device)) for x in batches))
-    features, kind, _, part = (torch.cat(answer).cpu() for answer in answers)
-    pixels = F.one_hot(part.argmax(1), len(vmae.PARTS)).sum((1, 2))        # (N, 5)
-    return features, kind.argmax(1), (pixels >= 3).all(1)
-
-def judged(judge, batches, wanted, args):
-    """Batches of uint8, and the kinds (N,) that were asked for, or None -> a row of `faces`."""
-    def moments(features):
-        """-> mean (208,), covariance (208, 208)."""
-        statistics = Statistics()
-        statistics.add(features)
-        return statistics.moments()
-
-    if not hasattr(args, "real"):           # features of training faces, for all rows
-        train, parts = vmae.Faces(32), torch.arange(JUDGED).split(64)
-        args.real, _, _ = see(judge, (train.batch(part)[0] for part in parts), args)
-    features, kind, complete = see(judge, batches, args)
-    precision, recall = precision_recall(args.real[:len(features)], features)
-    return {"N": len(features),
-            "requested": (kind == wanted).double().mean().item() if wanted is not None else "",
-            "complete": complete.double().mean().item(),
-            "distance": frechet_distance(*moments(args.real), *moments(features)),
-            "precision": precision, "recall": recall}
-
 def faces(args):
     """Generated built-in faces, as the Judge sees them. Rows: held-out faces, the best there can
     be; their reconstructions by stage one, the best that stage two can reach; samples with each of
@@ -879,7 +884,7 @@ def faces(args):
     training faces. precision, recall: against as many training faces as there are images. Each
     machine trains a judge of its own, and rounding sets them apart: the same samples were at 34.5
     and at 37.1. Compare distances by one runs/judge_*.pt only."""
-    judge, rows = load_judge().to(args.device), []
+    (judge, real), rows = judge_and_real(args.device), []
     for path in args.ckpt:
         run, ckpt = Run(path, args), vmae.read_checkpoint(path)
         if data := ckpt.get("train_args", {}).get("data"):     # of a run of stage two: of both
@@ -893,7 +898,8 @@ def faces(args):
             kind = torch.arange(args.n) % 4 if classes else None
             sets[f"samples, w = {w}"] = draw_samples(path, args, w), kind
         for name, (batches, wanted) in sets.items():
-            row = judged(judge, tqdm(batches, name, dynamic_ncols=True), wanted, args)
+            batches = tqdm(batches, name, dynamic_ncols=True)
+            row = judged(judge, real, batches, wanted, args.device)
             rows.append({"checkpoint": path, "images": name, **row})
     report(args, "Built-in faces, by the judge; no FID", rows)
 

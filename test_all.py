@@ -116,7 +116,7 @@ def refuses(main, table, start=""):
     before = set(Path().rglob("*"))
     for options, words in table.items():
         text = runs(main, f"{start} {options}", status=1)
-        news = r"\s*$|skipped|.*(tensors read|%\||it \[)"   # the last are bars of progress
+        news = r"\s*$|skipped|.*(tensors read|%\|)"        # the last are bars of progress
         lines = [line for line in text.splitlines() if not re.match(news, line)]
         assert len(lines) == 1 and words in lines[0], text
         assert set(Path().rglob("*")) == before
@@ -360,6 +360,14 @@ def test_conv_autoencoder_equals_diffusers():
         assert torch.equal(q, p if "weight" in name else p.bfloat16().float())
     Path("cut.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + data[:-9])
     assert "damaged" in raises(InputError, vmae.load_vmae, "cut.safetensors")
+
+def test_norms_of_the_convolutions_are_in_float32_beside_bfloat16():
+    norm, x = vmae.GroupNorm(4), 100 + torch.randn(2, 4, 8, 8)     # 100: bfloat16 has 3 digits
+    with torch.autocast("cpu", torch.bfloat16):
+        close(norm(x), F.group_norm(x, 4, eps=1e-6), 1e-4)
+        assert vmae.conv3(4, 4)(x).dtype == torch.bfloat16 and norm(x.bfloat16()).dtype == x.dtype
+    assert all(isinstance(m, vmae.GroupNorm) for m in vmae.ConvAutoencoder(
+        32, **vmae.conv_sizes["tiny"]).modules() if isinstance(m, torch.nn.GroupNorm))
 
 def test_both_bodies_encode_and_decode_the_whole_grid_and_come_in_the_same_sizes():
     x = random_images()
