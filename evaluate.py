@@ -881,7 +881,7 @@ def faces(args):
 
     requested: the share recognised as the kind that was asked for. complete: the share that shows
     all five parts, each on 3 of 1,024 pixels or more. distance: the Frechet distance to 4,096
-    training faces. precision, recall: against as many training faces as there are images. Each
+    training faces. precision, recall: against as many of these as there are images. Each
     machine trains a judge of its own, and rounding sets them apart: the same samples were at 34.5
     and at 37.1. Compare distances by one runs/judge_*.pt only."""
     (judge, real), rows = judge_and_real(args.device), []

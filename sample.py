@@ -150,6 +150,8 @@ def begin(out, args, settings):
     kept = {name for name in found if same and int(name[7:13]) < args.n}
     for name in (found - kept) | {"grid.png", "samples.npz", "trajectory.png"}:
         (out / name).unlink(missing_ok=True)
+    if found - kept:
+        print(f"{out}: {len(found - kept)} images of another command are replaced")
     with vmae.whole_file(note) as file:
         file.write(text.encode())
     return kept

@@ -1859,8 +1859,9 @@ def test_sampling_depends_on_the_seed_alone_and_refuses_what_does_not_fit():
     runs(sample.main, "--n 2 --steps 1")
     os.remove("samples/sample_2026.png")                   # which was left alone
     assert len(list(Path("samples").glob("sample_*.png"))) == 2            # three older ones gone
-    runs(train_ldm.main, "--data data --no-classes --objective eps --schedule linear --steps 1 "
-         "--batch 4 --out flat")
+    text = runs(train_ldm.main, "--data data --no-classes --objective eps --schedule linear "
+                "--steps 1 --batch 4 --out flat --drop 0.2")
+    assert "--drop: has no effect" in text
     # Still on eps, linear, without classes; and with the stage one that its last.pt holds.
     os.rename("runs/vmae", "gone")
     runs(train_ldm.main, "--steps 2 --out flat --resume")
@@ -1923,7 +1924,9 @@ def test_nothing_given_is_ignored_and_nothing_trained_is_overwritten():
     refuses(sample.main, {"--vmae runs/other": "has another encoder"}, "--out new")
     refuses(train_ldm.main, {"--init runs/ldm --vmae runs/other": "has another encoder"},
             "--out new")
-    runs(sample.main, "--vmae runs/tuned --ckpt runs/ldm --n 2 --steps 1")  # the same encoder
+    line = "--vmae runs/tuned --ckpt runs/ldm --n 2 --steps 1"              # the same encoder
+    text = [runs(sample.main, f"{line} --seed {seed}") for seed in (0, 0, 1)]
+    assert ["2 images of another command are replaced" in t for t in text] == [False, False, True]
     refuses(evaluate.main, {
         "reconstruct --ckpt runs/vmae runs/large": "do not compare",
         "compare runs/vmae runs/gone": "runs/gone: no such",
@@ -1947,7 +1950,9 @@ def test_a_folder_says_what_surprises_and_never_holds_our_own_output():
             vmae.open_images(root, 16)
         said[root] = out.getvalue()
     assert "24 images lie beside" not in said["data"] and "1 images lie beside" in said["data"]
-    assert "name that one with --data" in said["deep"] and not said["deep/data"]
+    assert "name that one with --data" in said["deep"] and "classes" not in said["deep/data"]
+    for name in ("samples", "runs/vmae", "runs/ldm"):
+        assert f"deep/data/{name}: left out, as our scripts wrote it" in said["deep/data"]
 
 def test_bad_input_is_one_line():
     save_images("data", 4), save_images("empty", 0), save_images("pixel", 1, size=1)

@@ -130,6 +130,8 @@ def main():
     ae = vmae.build_vmae(stage_one).to(device)             # the autoencoder, frozen
     data, val = vmae.open_images(args.data, ae.img_size, args.val, args.out)   # as stage one had
     classes = [] if args.no_classes else data.classes
+    if not classes and args.drop != 0.1:
+        vmae.say("--drop: has no effect here, as there are no classes")
     if saved and saved["classes"] != classes:              # labels would change their meaning
         raise InputError(f"{args.data}: has the classes {classes}, the run in {args.out} has "
                          f"{saved['classes']}; name them as they were, or give another --out")

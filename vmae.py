@@ -576,9 +576,11 @@ def list_images(root):
 
     found, seen = [], set()
     for folder, subfolders, files in os.walk(root, onerror=stop, followlinks=True):
-        real = os.path.realpath(folder)
-        if real in seen or folder != root and not OUTPUT.isdisjoint(files):
-            subfolders.clear()              # ours; or a link to a parent, which would never end
+        real, ours = os.path.realpath(folder), folder != root and OUTPUT.intersection(files)
+        if ours:
+            say(f"{shown(folder)}: left out, as our scripts wrote it ({min(ours)} is in it)")
+        if ours or real in seen:            # a link to a parent would never end
+            subfolders.clear()
             continue
         seen.add(real)
         subfolders[:] = sorted(s for s in subfolders if not s.startswith("."))
