@@ -151,7 +151,7 @@ def begin(out, args, settings):
     for name in (found - kept) | {"grid.png", "samples.npz", "trajectory.png"}:
         (out / name).unlink(missing_ok=True)
     if found - kept:
-        print(f"{out}: {len(found - kept)} images of another command are replaced")
+        print(f"{out}: {len(found - kept)} images of another command are deleted")
     with vmae.whole_file(note) as file:
         file.write(text.encode())
     return kept

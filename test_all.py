@@ -1926,7 +1926,7 @@ def test_nothing_given_is_ignored_and_nothing_trained_is_overwritten():
             "--out new")
     line = "--vmae runs/tuned --ckpt runs/ldm --n 2 --steps 1"              # the same encoder
     text = [runs(sample.main, f"{line} --seed {seed}") for seed in (0, 0, 1)]
-    assert ["2 images of another command are replaced" in t for t in text] == [False, False, True]
+    assert ["2 images of another command are deleted" in t for t in text] == [False, False, True]
     refuses(evaluate.main, {
         "reconstruct --ckpt runs/vmae runs/large": "do not compare",
         "compare runs/vmae runs/gone": "runs/gone: no such",

@@ -24,6 +24,7 @@ from vmae import InputError
 RECIPES = {"tiny": dict(batch=16, steps=2000, lr=3e-3),
            "small": dict(batch=256, steps=100_000, lr=2e-4),
            "base": dict(batch=256, steps=100_000, lr=2e-4)}
+DROP = 0.1             # default of --drop; Ho & Salimans 2022 found 0.1 and 0.2 equally good
 
 # ---- The cache of moments ---------------------------------------------------------------------
 
@@ -69,7 +70,7 @@ def options():
         "paper's L_LDM, flow what its experiments used (default: that of --init, otherwise v)")
     add("--schedule", choices=("linear", "cosine"), help="how noise grows with time: linear, Ho "
         "2020; cosine, Nichol 2021 (default: that of --init, otherwise cosine)")
-    add("--drop", type=float, default=0.1, help="share of labels replaced by the null class, which "
+    add("--drop", type=float, default=DROP, help="share of labels replaced by the null class, which "
         "guidance needs (default: %(default)s)")
     args, saved = parse(parser, 2)
     if args.stats and not args.init:
@@ -130,7 +131,7 @@ def main():
     ae = vmae.build_vmae(stage_one).to(device)             # the autoencoder, frozen
     data, val = vmae.open_images(args.data, ae.img_size, args.val, args.out)   # as stage one had
     classes = [] if args.no_classes else data.classes
-    if not classes and args.drop != 0.1:
+    if not classes and args.drop != DROP:
         vmae.say("--drop: has no effect here, as there are no classes")
     if saved and saved["classes"] != classes:              # labels would change their meaning
         raise InputError(f"{args.data}: has the classes {classes}, the run in {args.out} has "

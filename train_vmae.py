@@ -62,7 +62,7 @@ FREE = (*FRESH, "data", "val", "steps", "lr", "micro", "save_every", "precision"
 def parse(parser, stage):
     """The command line -> (checked options, the checkpoint to go on from, or None). With --resume
     and no checkpoint the run begins; if the run is complete, the script ends here. InputError if an
-    option contradicts the run, or if --out has a run and --resume is not given. stage: 1 or 2."""
+    option contradicts the run, or if --out holds a run and --resume is not given. stage: 1 or 2."""
     args, saved, old = parser.parse_args(), None, {}
     last = os.path.join(args.out, "last.pt")
     if os.path.exists(last):
