@@ -283,11 +283,12 @@ class Rope(nn.Module):
         self.register_buffer("freqs_sin", angle.sin())
 
     def forward(self, x):
-        """x (..., N, head_dim) -> the same: (a, b) -> (a cos - b sin, b cos + a sin)."""
+        """x (..., N, head_dim) -> the same: (a, b) -> (a cos - b sin, b cos + a sin); on a CPU in
+        float32, as fused_attention needs it there."""
         pairs = x.float().unflatten(-1, (-1, 2))           # (..., N, head_dim/2, 2)
         if x.device.type == "cpu":          # three times as fast there, but unknown to compilers
             turn = torch.complex(self.freqs_cos[:, ::2], self.freqs_sin[:, ::2])
-            return torch.view_as_real(torch.view_as_complex(pairs) * turn).flatten(-2).to(x.dtype)
+            return torch.view_as_real(torch.view_as_complex(pairs) * turn).flatten(-2)
         swapped = torch.stack([-pairs[..., 1], pairs[..., 0]], -1).flatten(-2)
         return torch.addcmul(x * self.freqs_cos, swapped, self.freqs_sin).to(x.dtype)
 

@@ -416,6 +416,13 @@ def test_faces_repeat_whatever_the_batch_and_have_all_levels():
     image, label = faces[17]
     close(image, x[2], 0.5 / 127.5 + 1e-6), close(label, kind[2], 0)       # rounded to 8 bits
     assert not torch.equal(Faces(32, seed=1).render([5])[0][0], x[0])
+    drawn = vmae.to_uint8(x)
+    with patch(faces, "render", wraps=faces.render) as render:             # each is rendered once
+        close(faces.batch([5, 17, 5])[0], drawn[[0, 2, 0]], 0), close(faces[900][1], kind[1], 0)
+        close(faces.batch(torch.tensor([900, 5]))[0], drawn[[1, 0]], 0)
+        assert [call.args[0] for call in render.mock_calls] == [[5, 5], [900]]     # 17: above
+        with patch(faces, "kept", dict.fromkeys(range(10**5))):            # of 32 px, too many
+            close(faces.batch([17])[0], drawn[[2]], 0)
     x, kind, pattern, part = faces.render(range(64))
     close(x.mean(), 0.26472, 1e-4), close(x.std(), 0.42470, 1e-4)  # the faces of README's numbers
     assert kind.unique().tolist() == [0, 1, 2, 3] and pattern.unique().tolist() == [0, 1, 2]
@@ -811,7 +818,8 @@ def test_cache_equals_fresh_encoding_and_is_never_stale():
     model = VMAE(**TINY_VMAE)
     def moments():
         """The cache of what is in data/ now."""
-        return train_ldm.cache_moments(model, ImageFolder("data", 16), ".", "cpu")
+        return train_ldm.cache_moments(model, ImageFolder("data", 16), ".", "cpu", precision)
+    precision, seen = contextlib.nullcontext, []           # of stage two's matrix products
     rows, data = moments(), ImageFolder("data", 16)
     for i in (0, 8, 16):
         q = model.encode(torch.stack([data[i][0], data[i][0].flip(-1)]))   # image, mirror
@@ -828,7 +836,9 @@ def test_cache_equals_fresh_encoding_and_is_never_stale():
     [other] = moments().files.values()
     assert other != path and not os.path.exists(path)
     save_images("data/b", 8, seed=2)
-    assert list(moments().files.values()) != [other]
+    precision = functools.partial(torch.autocast, "cpu", torch.bfloat16)
+    model.to_latent.register_forward_hook(lambda *of: seen.append(of[2].dtype))
+    assert list(moments().files.values()) != [other] and set(seen) == {torch.bfloat16}
     save_images("data/b", 8, seed=3)
     with patch(model, "encode", side_effect=OSError("full")), patch(model.norm, "eps", 1e-5):
         raises(OSError, moments)                           # a failure leaves nothing behind

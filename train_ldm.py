@@ -29,14 +29,16 @@ DROP = 0.1             # default of --drop; Ho & Salimans 2022 found 0.1 and 0.2
 # ---- The cache of moments ---------------------------------------------------------------------
 
 @torch.no_grad()
-def cache_moments(model, data, run, device):
+def cache_moments(model, data, run, device, low_precision):
     """q(z|x) of each image, row 2i, and of its mirror image, row 2i + 1: mu and logvar, (2d, h, w)
-    in float16, as vmae.Rows, made of the stage-one weights and of the data."""
+    in float16, as vmae.Rows, made of the stage-one weights and of the data. low_precision: the
+    context of stage two's matrix products."""
     def encode(first, last):
         """For vmae.Rows: the rows from `first` to `last` - 1."""
         for x, y in data.batches(torch.arange(first // 2, last // 2)):
             x = vmae.to_float(x.to(device))                                # (B, 3, H, W)
-            q = model.encode(torch.stack([x, x.flip(-1)], 1).flatten(0, 1))    # over (2B, d, h, w)
+            with low_precision():
+                q = model.encode(torch.stack([x, x.flip(-1)], 1).flatten(0, 1))    # (2B, d, h, w)
             yield torch.cat([q.mu, q.logvar], 1).half().cpu(), y.repeat_interleave(2)
 
     weights = b"".join(v.cpu().numpy().tobytes() for v in model.state_dict().values())
@@ -163,7 +165,7 @@ def main():
     begin(args, model, f"{len(data)} images, {len(classes) or 'no'} classes")
     if args.data:
         data.folder.keep(args.out)
-    rows = cache_moments(ae, data, args.out, device)
+    rows = cache_moments(ae, data, args.out, device, low_precision)
     mean, std = (init["latent_mean"], init["latent_std"]) if init else statistics(rows)
     mean, std = mean.to(device), std.to(device)            # (d,) each; those of --init are kept
     saved = init = None                     # their memory is free again
