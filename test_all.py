@@ -861,13 +861,13 @@ def test_order_is_endless_resumable_and_shared_out():
 
 def test_batches_fit_the_memory_of_common_cards():
     """Saved bytes in bfloat16, counted without computing. A margin of a third is for the rest."""
-    def micro(card, model, loss):
+    def micro(card, saved):
         """The default of --micro -> GiB in use: what is saved, weights, gradients, AdamW, EMA."""
         args = SimpleNamespace(batch=2048, micro=None)
-        with patch(train_vmae, "free_memory", lambda device: (card - weights) * 2**30):
-            train_vmae.micro_batches(args, torch.device("cpu"), model, loss)
-        saved = (train_vmae.saved_bytes(lambda: loss(2)) - train_vmae.saved_bytes(lambda: loss(1)))
-        return args.micro * saved / 2**30 + 5 * weights
+        with (patch(train_vmae, "free_memory", lambda device: (card - weights) * 2**30),
+              patch(train_vmae, "saved_bytes", lambda forward: saved[forward()])):
+            train_vmae.micro_batches(args, torch.device("cpu"), model, lambda n: n)
+        return args.micro * (saved[2] - saved[1]) / 2**30 + 5 * weights
 
     def dit_loss(n, model):
         with low():
@@ -886,9 +886,9 @@ def test_batches_fit_the_memory_of_common_cards():
                                      disc=disc, low_precision=low)
             cases += [(vmae.build(dict(row, img_size=256)), loss) for row in rows.values()]
         for model, loss in cases:
-            loss = functools.partial(loss, model=model)
+            saved = {n: train_vmae.saved_bytes(lambda: loss(n, model=model)) for n in (1, 2)}
             weights = sum(p.numel() for p in model.parameters()) * 4 / 2**30
-            assert 5 < micro(24, model, loss) < 20 and 2 < micro(12, model, loss) < 9
+            assert 5 < micro(24, saved) < 20 and 2 < micro(12, saved) < 9
 
 def test_learning_rate_warms_up_and_decays():
     rates = [train_vmae.learning_rate(s, 1000, 1.0) for s in range(1000)]
@@ -1987,21 +1987,25 @@ def test_bad_input_is_one_line():
 
 def run():
     """Run the tests whose names hold one of the words given; exit status 1 if any fails. All of
-    them are shared out over two processes with one thread each, faster than two threads."""
-    options = [word for word in sys.argv[1:] if word == "--long"]
-    words = [word for word in sys.argv[1:] if word != "--long"]
-    tests = {name: test for name, test in globals().items() if name.startswith("test_")
-             and any(word in name for word in words or [""])}
-    if not words:
-        both = [subprocess.Popen([sys.executable, __file__, *options, *list(tests)[i::2]],
-                                 env={**os.environ, "OMP_NUM_THREADS": "1"}) for i in range(2)]
-        sys.exit(max(process.wait() for process in both))
+    them are shared out over two processes with one thread each, faster than two threads: each
+    reads the number of its next test from a pipe."""
+    words = [word for word in sys.argv[1:] if not word.startswith("--")]
+    tests = [name for name in globals() if name.startswith("test_")
+             and any(word in name for word in words or [""])]
+    shared = "--shared" in sys.argv
+    if not words and not shared:
+        numbers, fill = os.pipe()
+        os.write(fill, bytes(range(len(tests)))), os.close(fill)
+        both = [subprocess.Popen([sys.executable, __file__, "--shared", *sys.argv[1:]],
+                                 env={**os.environ, "OMP_NUM_THREADS": "1"}, stdin=numbers)
+                for _ in range(2)]
+        sys.exit(max(abs(process.wait()) for process in both))
     counts = {"passed": 0, "failed": 0, "skipped": 0}
-    for name, test in tests.items():
+    for name in (tests[n[0]] for n in iter(lambda: os.read(0, 1), b"")) if shared else tests:
         start, outcome = time.perf_counter(), "passed"
         try:
             setup_function()
-            test()
+            globals()[name]()
         except unittest.SkipTest as reason:
             outcome = "skipped"
             print(f"        {reason}")
