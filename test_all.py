@@ -1410,6 +1410,7 @@ def test_what_inception_adds_to_the_figures():
         list(evaluate.draw_samples(ckpt, args, 3.0))
     assert labels == [0, 1, 0, 1, 0, 1, 0, 1, 0] and weights == {(3.0, 50)}    # classes in turn
 
+@patch(evaluate, "JUDGED", 1024)
 def test_the_judge_tells_a_perfect_generator_from_a_blind_and_a_repeating_one():
     with patch(Faces, "__len__", lambda self: 1536):       # a tenth of its training is enough here
         evaluate.load_judge()
