@@ -72,8 +72,8 @@ def options():
         "paper's L_LDM, flow what its experiments used (default: that of --init, otherwise v)")
     add("--schedule", choices=("linear", "cosine"), help="how noise grows with time: linear, Ho "
         "2020; cosine, Nichol 2021 (default: that of --init, otherwise cosine)")
-    add("--drop", type=float, default=DROP, help="share of labels replaced by the null class, which "
-        "guidance needs (default: %(default)s)")
+    add("--drop", type=float, default=DROP, help="share of labels replaced by the null class, "
+        "which guidance needs (default: %(default)s)")
     args, saved = parse(parser, 2)
     if args.stats and not args.init:
         raise InputError("--stats: are those of published weights; name these with --init")
