@@ -19,8 +19,8 @@ from pathlib import Path
 
 # While torch's threads wait for each other they spin, so long that a second training on the same
 # cores slows both down fifteen- to fifty-fold. With 3,000 rounds each of the two keeps 43 % of its
-# speed (59 % with 1,000, 27 % with 5,000, 6 % with 50,000), and one alone loses a tenth (Intel
-# Xeon, 2 cores). To be set before torch is loaded, so the scripts import this file first.
+# speed, and one alone loses a tenth; with 1,000 it is 59 % and a sixth (2 cores of an Intel Xeon).
+# To be set before torch is loaded, so the scripts import this file first.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
