@@ -8,12 +8,10 @@ guidance and samplers, the diffusion transformer with tau_theta, EMA, checkpoint
 network predicts v in place of eps (Schedule). Pixel diffusion, L_DM, would be the same code with an
 image x_0 in place of the latent z_0, without vmae.py and normalise.
 
-    python train_ldm.py --vmae runs/vmae/last.pt         trains what this file defines
-    python sample.py --ckpt runs/ldm/last.pt             draws from it
-
 The letters are those of vmae.py, but a patch is P x P latent cells, so N = hw / P^2. In addition: T
 diffusion steps, t the time, alpha_bar the share of the signal in z_t's variance, y a class, w the
-guidance weight (in shapes the grid's width).
+guidance weight (in shapes the grid's width). train_ldm.py trains what this file defines, and
+sample.py draws from it.
 """
 import copy, math, os, re
 
@@ -131,11 +129,10 @@ def loss_LDM(model, schedule, z_0, y=None, generator=None):
     if schedule.objective == "eps":         # t is uniform, as in the paper and in Ho 2020
         t = torch.randint(schedule.T, (len(z_0),), generator=generator, device=z_0.device)  # (B,)
     else:
-        # Shapes and patterns are decided at medium noise. After 1,900 steps of batch 16 on the
-        # faces, with patches of 2, samples at w = 1 were at a distance of 46 with a uniform t, and
-        # of 33 to 36 with five distributions around this one (evaluate.py faces). With eps it is
-        # the other way round, 78 and 454: an eps that is a little off at high noise is a z_0 that
-        # is far off.
+        # Shapes and patterns are decided at medium noise. Samples of the faces at w = 1 were at a
+        # distance of 46 with a uniform t, and of 33 to 36 with five distributions around this one
+        # (1,900 steps of batch 16, patches of 2). With eps it is the other way round, 78 and 454:
+        # an eps that is a little off at high noise is a z_0 that is far off.
         u = logit_normal(z_0, 0.4, 0.7, generator)         # (B,), the cosine schedule's t / T
         t = schedule.nearest((u * math.pi / 2).cos() ** 2)     # (B,)
     eps = torch.randn(z_0.shape, generator=generator, device=z_0.device)   # (B, d, h, w)
@@ -417,18 +414,15 @@ class DiT(nn.Module):
         self.feat_rope = Rope(D // num_heads, size)
         self.blocks = nn.ModuleList(Block(D, num_heads) for _ in range(depth))
         self.final_layer = FinalLayer(D, patch_size**2 * in_channels)
-        self.apply(self._init)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02)
         for layer in [b.adaLN_modulation[1] for b in self.blocks] + [
                 self.final_layer.adaLN_modulation[1], self.final_layer.linear]:
             nn.init.zeros_(layer.weight)    # gates, and the output, start at zero
-
-    @staticmethod
-    def _init(module):
-        if isinstance(module, nn.Linear):
-            nn.init.xavier_uniform_(module.weight)
-            nn.init.zeros_(module.bias)
-        elif isinstance(module, nn.Embedding):
-            nn.init.normal_(module.weight, std=0.02)
 
     def forward(self, z_t, t, y=None):
         """z_t (B, d, h, w), t (B,), y (B,) or None -> output, shaped like z_t. t is in 0..T-1, or
@@ -491,9 +485,9 @@ def read(path):
         raise OSError(f"{path}: not a checkpoint, or a damaged one") from None
 
 def published(path, ckpt):
-    """A checkpoint of the authors' LightningDiT -> a dict as in ours, but without latent_mean,
-    latent_std and vmae. The weights are its "ema" or "model", and their shapes give DiT's
-    arguments. Prints what was left over. OSError for another model, or a part of it."""
+    """A checkpoint of the authors' LightningDiT -> a dict as in ours, without latent_mean,
+    latent_std and vmae. The shapes of the weights give DiT's arguments. Prints what was left over.
+    OSError for another model, or a part of it."""
     weights = ckpt.get("ema") or ckpt.get("model") or ckpt
     weights = {re.sub(r"^(module\.|_orig_mod\.)+", "", k): v for k, v in weights.items()}
     try:

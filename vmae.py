@@ -287,13 +287,10 @@ class VMAE(nn.Module):
         self.decoder_pred = Head(patch_size, D)
         # log sigma^2 of p(x|z), fixed at sigma = 1. To learn it, make it an nn.Parameter.
         self.register_buffer("logvar_x", torch.zeros(()), persistent=False)
-        self.apply(self._init)
-
-    @staticmethod
-    def _init(module):
-        if isinstance(module, nn.Linear):                  # as MAE does
-            nn.init.xavier_uniform_(module.weight)
-            nn.init.zeros_(module.bias)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):              # as MAE does
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
 
     def forward(self, x, mask_ratio, generator=None):
         """Training: x (B, 3, H, W) -> p(x|z), q(z|x_v) over (B, d, V), mask (B, N), 1 = masked."""
