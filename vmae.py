@@ -974,16 +974,15 @@ def psnr(a, b):
     mse = ((a.double() - b.double()) ** 2).mean((1, 2, 3))
     return 10 * torch.log10(255**2 / mse)   # (N,)
 
-def save_grid(rows, path, gap=2):
+def save_grid(rows, path):
     """Save rows of images in [-1, 1], each (K, 3, H, W), as one PNG; short rows end in white."""
-    cells = [torch.cat([F.pad(to_uint8(x.cpu()), (0, gap, 0, gap), value=255) for x in row], 2)
-             for row in rows]                              # each (3, H + gap, K(W + gap))
+    cells = [torch.cat([F.pad(to_uint8(x.cpu()), (0, 2, 0, 2), value=255) for x in row], 2)
+             for row in rows]                              # a gap of 2: (3, H + 2, K(W + 2)) each
     cells = [F.pad(row, (0, cells[0].shape[2] - row.shape[2]), value=255) for row in cells]
-    picture = Image.fromarray(torch.cat(cells, 1).permute(1, 2, 0).numpy()[:-gap, :-gap])
+    picture = Image.fromarray(torch.cat(cells, 1).permute(1, 2, 0).numpy()[:-2, :-2])
     scale = max(1, 64 // rows[0].shape[-1])                # images below 64 px are enlarged
-    picture = picture.resize((picture.width * scale, picture.height * scale), Image.NEAREST)
     with whole_file(path) as file:
-        picture.save(file, "png")
+        ImageOps.scale(picture, scale, Image.NEAREST).save(file, "png")
 
 # ---- LPIPS, and where its weights come from ---------------------------------------------------
 
@@ -1171,11 +1170,6 @@ class MidBlock(nn.Module):
         mixed = attn["to_out"](fused_attention(q, k, v).squeeze(1))        # one head; (B, h*w, C)
         return self.resnets[1](x + mixed.transpose(1, 2).reshape(x.shape))  # (B, C, h, w)
 
-def level(c_in, c_out, blocks, **resize):
-    """Residual blocks at one size, then the step to the next size (downsamplers or upsamplers)."""
-    resnets = [ResnetBlock(c_out if i else c_in, c_out) for i in range(blocks)]
-    return named(resnets=nn.Sequential(*resnets), **resize)
-
 def down(C):
     """Half the size. The padding is below and on the right only, as published weights expect."""
     return nn.Sequential(named(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=nn.Conv2d(C, C, 3, stride=2)))
@@ -1183,6 +1177,15 @@ def down(C):
 def up(C):
     """Twice the size: each pixel is repeated four times, then a convolution smooths."""
     return nn.Sequential(named(nearest=nn.Upsample(scale_factor=2), conv=conv3(C, C)))
+
+def levels(channels, blocks, name, step):
+    """For each width residual blocks, then the step to the next size (down or up) with its name."""
+    rows = []
+    for i, (c_in, c_out) in enumerate(zip((channels[0], *channels), channels), 1):
+        resize = {name: step(c_out)} if i < len(channels) else {}
+        resnets = [ResnetBlock(c_out if j else c_in, c_out) for j in range(blocks)]
+        rows.append(named(resnets=nn.Sequential(*resnets), **resize))
+    return nn.Sequential(*rows)
 
 class ConvAutoencoder(nn.Module):
     """The convolutional autoencoder of Stable Diffusion 3, with VMAE's attributes and methods.
@@ -1196,18 +1199,13 @@ class ConvAutoencoder(nn.Module):
         if img_size % f:
             raise ValueError(f"an image size of {img_size} is not a multiple of {f}")
         self.grid, wide, narrow = img_size // f, channels[-1], channels[0]
-        pairs = list(zip((narrow, *channels), channels))   # (c_in, c_out) of each level
-        self.encoder = named(
-            conv_in=conv3(3, narrow),   # (B, 128, H, W) in SD3
-            down_blocks=nn.Sequential(
-                *(level(*p, 2, downsamplers=down(p[1])) for p in pairs[:-1]), level(*pairs[-1], 2)),
+        self.encoder = named(               # (B, 128, H, W) after conv_in, in SD3
+            conv_in=conv3(3, narrow), down_blocks=levels(channels, 2, "downsamplers", down),
             mid_block=MidBlock(wide), conv_norm_out=GroupNorm(wide), silu=nn.SiLU(),
             conv_out=conv3(wide, 2 * latent_dim))          # mu | logvar
-        pairs = list(zip((wide, *channels[::-1]), channels[::-1]))
         self.decoder = named(
             conv_in=conv3(latent_dim, wide), mid_block=MidBlock(wide),     # (B, 512, h, w) in SD3
-            up_blocks=nn.Sequential(
-                *(level(*p, 3, upsamplers=up(p[1])) for p in pairs[:-1]), level(*pairs[-1], 3)),
+            up_blocks=levels(channels[::-1], 3, "upsamplers", up),
             conv_norm_out=GroupNorm(narrow), silu=nn.SiLU(), conv_out=conv3(narrow, 3))
         self.register_buffer("logvar_x", torch.zeros(()), persistent=False)    # as in VMAE
 
@@ -1232,17 +1230,16 @@ conv_sizes = {                              # the rows of `sizes`, with the same
     "small": dict(channels=(32, 64, 128, 128), latent_dim=16),
     "base": dict(channels=(128, 256, 512, 512), latent_dim=16)}            # SD3's, 83.82 M
 
-def discriminator(img_size, width=64):
+def discriminator(img_size):
     """PatchGAN (Isola 2017): image -> scores (B, 1, h', w'), one per patch of 70 pixels (34 below
     64 px, 16 below 32 px), high if it looks real. With GroupNorm in place of BatchNorm a score does
     not depend on the other images of the batch."""
     layers = 3 if img_size >= 64 else (2 if img_size >= 32 else 1)
-    widths = [width * 2**i for i in range(layers + 1)]
-    net = [nn.Conv2d(3, width, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
-    for i, (a, b) in enumerate(zip(widths, widths[1:]), 1):
-        conv = nn.Conv2d(a, b, 4, stride=2 if i < layers else 1, padding=1)
-        net += [conv, GroupNorm(b), nn.LeakyReLU(0.2)]
-    return nn.Sequential(*net, nn.Conv2d(widths[-1], 1, 4, padding=1))     # (B, 1, h', w')
+    net = [nn.Conv2d(3, 64, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
+    for i, C in enumerate((64, 128, 256)[:layers], 1):
+        conv = nn.Conv2d(C, 2 * C, 4, stride=2 if i < layers else 1, padding=1)
+        net += [conv, GroupNorm(2 * C), nn.LeakyReLU(0.2)]
+    return nn.Sequential(*net, nn.Conv2d(2 * C, 1, 4, padding=1))          # (B, 1, h', w')
 
 def loss_D(real, fake):
     """Hinge loss of the scores of x and x_hat: 1/2 E[max(0, 1 - D(x)) + max(0, 1 + D(x_hat))]."""
