@@ -434,15 +434,12 @@ def read_safetensors(path):
     header as JSON, {name: {"dtype", "shape", "data_offsets"}}, and the numbers."""
     kinds = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16,
              "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8}
-    data = bytearray(Path(path).read_bytes())
-    start = 8 + int.from_bytes(data[:8], "little")
-    if start > len(data):
-        raise ValueError("the header is longer than the file")
-    header = json.loads(data[8:start])
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header, data = json.loads(file.read(length)), bytearray(file.read())
     header.pop("__metadata__", None)
-    return {name: torch.frombuffer(data[start + e["data_offsets"][0]:start + e["data_offsets"][1]],
-                                   dtype=kinds[e["dtype"]]).view(e["shape"])
-            for name, e in header.items()}
+    return {name: torch.frombuffer(data[slice(*e["data_offsets"])], dtype=kinds[e["dtype"]])
+            .view(e["shape"]) for name, e in header.items()}
 
 def read_checkpoint(path, *needed):
     """A checkpoint's dict, on the CPU. InputError if it is missing or damaged, lacks a key or holds
@@ -556,10 +553,8 @@ def read_image(path, size, draft=False):
     with open_image(path) as image:
         if draft:
             image.draft(None, (2 * size, 2 * size))
-        try:
+        with contextlib.suppress(Exception):               # damaged EXIF, but a sound picture
             image = ImageOps.exif_transpose(image)
-        except Exception:                   # damaged EXIF; the picture itself may be sound
-            pass
         if image.mode.startswith("I"):      # 16 bits, which Pillow's own conversion clips at 255
             levels = np.asarray(image).clip(0, 65535) / 257
             image = Image.fromarray(levels.round().astype(np.uint8))
@@ -593,29 +588,30 @@ class Folder:
     """The images below `root`, and which of them cannot be read.
 
     files: {path: [bytes, time, short side in pixels]} of those whose header is sound. All headers
-    are read once, in threads. run: a run folder, whose images.json may have entries of an earlier
-    call; files of the same size and time are not opened again. InputError for a missing or empty
-    folder, or as soon as over 1 % of all files are unreadable."""
+    are read once, in threads. run: a run folder, in which an earlier call may have kept its entries
+    and its list of unreadable files; what has the same size and time is not opened again.
+    InputError for a missing or empty folder, or as soon as over 1 % of all files are unreadable."""
 
     def __init__(self, root, run=None):
         if not os.path.isdir(root):
             raise InputError(f"{root}: no such folder; give a folder of images")
-        paths, self.known = list_images(root), {}
+        paths, known, listed = list_images(root), {}, []
         if not paths:
             raise InputError(f"{root}: no images in it (looked for {' '.join(EXTENSIONS)})")
         self.root, self.limit = os.path.abspath(root), MAX_UNREADABLE * len(paths)
+        self.unreadable, self.list = {}, Path(os.devnull)  # paths, and the file that lists them
         with contextlib.suppress(OSError, ValueError, TypeError):  # no such file, damaged, no run
-            of, known = json.loads(Path(run, "images.json").read_bytes())
-            self.known = dict(known) if of == self.root else {}
-        self.unreadable, self.list = {}, None              # paths, and the file that lists them
+            of, entries = json.loads(Path(run, "images.json").read_bytes())
+            known = dict(entries) if of == self.root else {}
+            listed = list(map(json.loads, Path(run, "unreadable.jsonl").read_text().splitlines()))
 
         def entry(path):
             """-> the entry of one file, or None if it is unreadable."""
             file = os.path.join(root, path)
             try:
                 stamp = [os.stat(file).st_size, os.stat(file).st_mtime_ns]
-                if self.known.get(path, [])[:2] == stamp:
-                    return self.known[path]
+                if known.get(path, [])[:2] == stamp:
+                    return known[path]
                 with open_image(file) as image:
                     return [*stamp, min(image.size)]
             except Exception as error:      # Pillow raises anything for what it was not made for
@@ -625,37 +621,30 @@ class Folder:
             bar = tqdm(pool.map(entry, paths), f"headers of {root}", len(paths),
                        disable=len(paths) < 2000)
             self.files = {path: entry for path, entry in zip(paths, bar) if entry}
+        for path in listed:                 # if sound in its header only, and not mended since
+            if path in self.files and self.files[path] == known.get(path):
+                self.found_unreadable(path, OSError(f"as {run}/unreadable.jsonl says"))
 
     def keep(self, run):
         """Keep the entries in a run folder, so that a later start opens new files only, and a list
         of the unreadable files, which all processes share."""
         self.list = Path(run, "unreadable.jsonl")
-        with contextlib.suppress(OSError, ValueError):     # those found in an earlier run
-            self.unreadable |= {
-                path: None for path in map(json.loads, self.list.read_text().splitlines())
-                if path in self.files and self.known.get(path) == self.files[path]}
-        agree(0)                            # all have read it
-        if RANK == 0:
-            kept = {"images.json": [(self.root, self.files)], self.list.name: self.unreadable}
-            for name, lines in kept.items():
-                with whole_file(Path(run, name)) as file:
-                    file.writelines(json.dumps(line).encode() + b"\n" for line in lines)
-        agree(0)
-        if len(self.unreadable) > self.limit:
-            raise InputError(f"{self.list}: lists {len(self.unreadable)} files, over 1 % of the "
-                             f"folder; remove them from {self.root}")
+        kept = {"images.json": [(self.root, self.files)], self.list.name: self.unreadable}
+        for name, lines in kept.items() if RANK == 0 else ():
+            with whole_file(Path(run, name)) as file:
+                file.writelines(json.dumps(line).encode() + b"\n" for line in lines)
+        agree(0)                            # from here on all processes read the list and add to it
 
     def found_unreadable(self, path, error):
         """Name and count a file, once whatever the number of processes, threads and epochs."""
-        for known in self.list.read_text().splitlines() if self.list else ():
-            self.unreadable.setdefault(json.loads(known))  # what the other processes have found
+        for line in self.list.read_text().splitlines():
+            self.unreadable.setdefault(json.loads(line))   # what the other processes have found
         if self.unreadable.setdefault(path, error) is not error:   # of several threads, the first
             return
-        if self.list:
-            with open(self.list, "a") as file:
-                print(json.dumps(path), file=file)
-        count, why = len(self.unreadable), (str(error) or repr(error)).splitlines()[0]
-        what = f"{shown(os.path.join(self.root, path))}: unreadable ({shown(why)})"
+        with open(self.list, "a") as file:
+            print(json.dumps(path), file=file)
+        count = len(self.unreadable)
+        what = f"{shown(os.path.join(self.root, path))}: unreadable ({shown(reason(error))})"
         if count > self.limit:
             raise InputError(f"{what}; {count} such files are over 1 % of the folder, remove them")
         warnings.warn(f"skipped {what}, {count} so far")
@@ -712,12 +701,11 @@ class ImageFolder(Images):
         """-> pixels, uint8 (3, size, size), and label. If the file has a sound header but damage
         further on, the next image takes its place, with its own label."""
         while True:
-            path = self.paths[i]
+            file = os.path.join(self.folder.root, self.paths[i])
             try:
-                return (read_image(os.path.join(self.folder.root, path), self.size, self.draft),
-                        self.labels[i])
+                return read_image(file, self.size, self.draft), self.labels[i]
             except Exception as error:
-                self.folder.found_unreadable(path, error)
+                self.folder.found_unreadable(self.paths[i], error)
             i = (i + 1) % len(self)
 
     def batch(self, indices):
@@ -1000,10 +988,9 @@ def load_weights(what, url, path, option, key):
         weights = dict(torch.load(file, map_location="cpu", weights_only=True))
         if key not in weights:
             raise ValueError(f"it has no {key}")
-    except Exception as error:              # of torch's long explanations we keep the first line
-        why = (str(error) or repr(error)).splitlines()[0]
-        raise InputError(f"{what}: {file} cannot be read ({why}); download {url} to that path, or "
-                         f"name a copy with {option}") from None
+    except Exception as error:
+        raise InputError(f"{what}: {file} cannot be read ({reason(error)}); download {url} to that "
+                         f"path, or name a copy with {option}") from None
     return file, weights
 
 def load_lpips(vgg_weights=None):
@@ -1018,7 +1005,6 @@ def load_lpips(vgg_weights=None):
                              for name in net.net.state_dict()})            # "slice3.10.bias" etc.
     return net.eval().requires_grad_(False)
 
-declared = []          # keeps libraries alive, with which torch would drop their operators
 
 def import_lpips():
     """The lpips package, even beside a torchvision that was built for another torch. Such a
@@ -1027,9 +1013,8 @@ def import_lpips():
     try:
         import lpips
     except RuntimeError:
-        declared.append(torch.library.Library("torchvision", "DEF"))
-        for name in ("nms", "qnms"):
-            declared[0].define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        for name in ("torchvision::nms", "torchvision::qnms"):
+            torch.library.define(name, "(Tensor dets, Tensor scores, float threshold) -> Tensor")
         import lpips
     return lpips
 
