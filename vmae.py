@@ -524,33 +524,25 @@ def load_vmae(path, num_heads=12):
 
 # ---- Images: a folder -------------------------------------------------------------------------
 
-EXTENSIONS = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm",
-              ".pgm")
+EXTENSIONS = tuple(".jpg .jpeg .jfif .png .webp .bmp .gif .tif .tiff .ppm .pgm".split())
 SKIPPED = (".", "grid.png", "trajectory.png")          # hidden files, and sample.py's overviews
 OUTPUT = {"log.jsonl", "samples.json", "reconstruct.json", "smoothness.json", "separability.json",
           "compare.json", "neighbours.json"}           # such a folder was written by our scripts
 MIN_SIDE = 8           # pixels; anything smaller is a placeholder, not a photograph
 MAX_UNREADABLE = 0.01  # share of the files; a collected folder often has a few broken ones
-warnings.filterwarnings("ignore", module="PIL")        # it warns of what we read, or refuse
+# PIL warns of what we read, or refuse; torchvision of arguments of lpips 0.1.4 that it has renamed.
+warnings.filterwarnings("ignore", module="PIL|torchvision")
 
 def shown(path):
     """A path for a message, in one line: with odd characters, such as a newline, escaped."""
     return path if path.isprintable() else ascii(path)
 
-def open_image(path):
-    """Image.open, which reads the header only. OSError for an image below MIN_SIDE or of over 90
-    million pixels; a damaged file may raise anything."""
-    image = Image.open(path)
-    if min(image.size) >= MIN_SIDE and image.width * image.height <= Image.MAX_IMAGE_PIXELS:
-        return image
-    image.close()
-    raise OSError(f"{image.width}x{image.height} pixels, too small or too large")
 
 def read_image(path, size, draft=False):
     """File -> uint8 (3, size, size): turned upright as its EXIF says, any mode to RGB, transparent
     parts white, short side resized, centre cropped. draft: decode a JPEG at 1/2, 1/4 or 1/8 of its
     size if it is still twice as large as wanted: half the time, and 51 dB against the whole."""
-    with open_image(path) as image:
+    with Image.open(path) as image:
         if draft:
             image.draft(None, (2 * size, 2 * size))
         with contextlib.suppress(Exception):               # damaged EXIF, but a sound picture
@@ -590,7 +582,9 @@ class Folder:
     files: {path: [bytes, time, short side in pixels]} of those whose header is sound. All headers
     are read once, in threads. run: a run folder, in which an earlier call may have kept its entries
     and its list of unreadable files; what has the same size and time is not opened again.
-    InputError for a missing or empty folder, or as soon as over 1 % of all files are unreadable."""
+    classes: the sub-folders of root, sorted by name. There are none if root has fewer than two, or
+    if images lie beside them. InputError for a missing or empty folder, or as soon as over 1 % of
+    all files are unreadable."""
 
     def __init__(self, root, run=None):
         if not os.path.isdir(root):
@@ -612,18 +606,22 @@ class Folder:
                 stamp = [os.stat(file).st_size, os.stat(file).st_mtime_ns]
                 if known.get(path, [])[:2] == stamp:
                     return known[path]
-                with open_image(file) as image:
-                    return [*stamp, min(image.size)]
+                with Image.open(file) as image:            # reads the header only
+                    width, height = image.size
+                if min(width, height) < MIN_SIDE or width * height > Image.MAX_IMAGE_PIXELS:
+                    raise OSError(f"{width}x{height} pixels, too small or too large")
+                return [*stamp, min(width, height)]
             except Exception as error:      # Pillow raises anything for what it was not made for
                 self.found_unreadable(path, error)
 
         with ThreadPoolExecutor(16) as pool:    # more than cores, for folders on a network
-            bar = tqdm(pool.map(entry, paths), f"headers of {root}", len(paths),
-                       disable=len(paths) < 2000)
+            bar = tqdm(pool.map(entry, paths), f"headers of {root}", len(paths), delay=2)
             self.files = {path: entry for path, entry in zip(paths, bar) if entry}
         for path in listed:                 # if sound in its header only, and not mended since
             if path in self.files and self.files[path] == known.get(path):
                 self.found_unreadable(path, OSError(f"as {run}/unreadable.jsonl says"))
+        tops = {p.split("/")[0] if "/" in p else "" for p in self.files}   # "": in root itself
+        self.classes = sorted(tops) if len(tops) > 1 and "" not in tops else []
 
     def keep(self, run):
         """Keep the entries in a run folder, so that a later start opens new files only, and a list
@@ -655,9 +653,8 @@ def to_float(x):
     return x / 127.5 - 1
 
 class Images:
-    """What ImageFolder and Faces share. data[i] is (x, y): x (3, size, size) in [-1, 1], y the
-    index of its class. Training reads data.batch([i, j, ...]): x uint8 (B, 3, size, size), y (B,).
-    """
+    """What ImageFolder and Faces share. data[i] is (x, y): x (3, size, size) in [-1, 1], y its
+    class. Training reads data.batch([i, j, ...]): x uint8 (B, 3, size, size), y (B,)."""
 
     def __getitem__(self, i):
         x, y = self.batch([i])
@@ -672,22 +669,20 @@ class Images:
         return torch.randperm(len(self), generator=torch.Generator().manual_seed(0))[:n]
 
 class ImageFolder(Images):
-    """Images below `root`, recursively.
+    """Images below `root`, recursively, with Folder's classes; y = 0 if there are none.
 
-    The sub-folders of root are the classes (`classes`, sorted by name). There are none, and y = 0,
-    if root has fewer than two sub-folders or if images lie beside them. split: "train" or "val",
-    about one image in twenty, chosen by its path, so that it changes neither with the machine nor
-    with added files; or "all". folder: the Folder of root. InputError as Folder's."""
+    split: "train" or "val", about one image in twenty, chosen by its path, so that it changes
+    neither with the machine nor with added files; or "all". folder: the Folder of root, if it has
+    been read. InputError as Folder's."""
 
     def __init__(self, root, size, split="all", folder=None):
-        self.size, self.split, self.folder = size, split, folder or Folder(root)
-        self.files = self.folder.files
-        tops = {p.split("/")[0] if "/" in p else "" for p in self.files}   # "": in root itself
-        self.classes = sorted(tops) if len(tops) > 1 and "" not in tops else []
+        self.size, self.split = size, split
+        self.folder = folder or from_first(lambda: Folder(root))
+        self.files, self.classes = self.folder.files, self.folder.classes
         lot = {p: zlib.crc32(os.fsencode(p)) for p in self.files}  # a random-looking number each
         held_out = {p for p in lot if lot[p] % 20 == 0} or {min(lot, key=lot.get)}
-        mine = {"all": lot, "val": held_out, "train": lot.keys() - held_out}[split]
-        self.paths = [p for p in lot if p in mine]
+        splits = {"all": lot.keys(), "val": held_out, "train": lot.keys() - held_out}
+        self.paths = sorted(splits[split])
         if not self.paths:
             raise InputError(f"{root}: one image is not enough, as one is always held out")
         number = {name: y for y, name in enumerate(self.classes)}
@@ -740,7 +735,7 @@ class Rows:
     """n rows x with labels y, computed once and kept in a run folder, in files of 16 MB of which
     each appears whole or not at all, so that what an interruption left is used. Under torchrun
     each process computes its share. made_of: bytes that change with what the rows are made of; the
-    files' names have their hash, and other files of the same kind are deleted."""
+    files' names have their hash, and files of the same kind with another hash are deleted."""
 
     def __init__(self, run, kind, made_of, n, row_bytes):
         key = hashlib.sha256(made_of).hexdigest()[:16]
@@ -749,10 +744,9 @@ class Rows:
                       for first in range(0, n, self.step)}
         self.missing = row_bytes * sum(min(self.step, n - first) for first, file
                                        in self.files.items() if not file.exists())
-        if RANK == 0:
-            ours = re.compile(rf"{kind}_(?!{key})[0-9a-f]{{16}}_\d+\.pt(\.tmp)?")
-            for old in [p for p in Path(run).glob(f"{kind}_*") if ours.fullmatch(p.name)]:
-                old.unlink()
+        for file in list(Path(run).iterdir()):
+            if re.fullmatch(rf"{kind}_(?!{key})[0-9a-f]{{16}}_\d+\.pt(\.tmp)?", file.name):
+                file.unlink(missing_ok=True)               # another process may be faster
 
     def __len__(self):
         return self.n
@@ -933,20 +927,19 @@ def open_images(data, size, val=None, run=None):
     if val and (here.is_relative_to(there := Path(val).resolve()) or there.is_relative_to(here)):
         raise InputError(f"--val {val}: shares images with --data, so these would be trained on; "
                          f"move one out of the other")
-    folder = from_first(lambda: Folder(data, run))
+    folder = from_first(lambda: Folder(data, run))         # one process reads the headers
     sides = [side for _, _, side in folder.files.values()]
     if small := sum(side < size for side in sides):
         say(f"{data}: {small} of {len(sides)} images are smaller than {size} pixels and are "
             f"enlarged; the smallest has {min(sides)}")
-    train = ImageFolder(data, size, "all" if val is not None else "train", folder)
     below = sum("/" in path for path in folder.files)
-    if below and not train.classes:
+    if below and not folder.classes:
         say(f"{data}: no classes, because " + (
             f"{len(sides) - below} images lie beside its sub-folders" if below < len(sides) else
             "it has only one sub-folder; if the classes are in there, name that one with --data"))
     if val is not None:
-        return train, ImageFolder(val, size, "all", from_first(lambda: Folder(val)))
-    return train, ImageFolder(data, size, "val", folder)
+        return ImageFolder(data, size, "all", folder), ImageFolder(val, size)
+    return ImageFolder(data, size, "train", folder), ImageFolder(data, size, "val", folder)
 
 def random_flip(x, generator=None):
     """Mirror half of the images, the only augmentation in stage one. (B, 3, H, W) -> the same."""
@@ -997,14 +990,10 @@ def load_lpips(vgg_weights=None):
     """The LPIPS distance of Zhang et al. 2018, frozen, in eval mode so that its dropout is off.
     vgg_weights: a local copy of VGG_URL (default: see load_weights)."""
     _, weights = load_weights("LPIPS needs VGG-16", VGG_URL, vgg_weights, "--vgg-weights", VGG_LAST)
-    lpips = import_lpips()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")     # lpips 0.1.4 uses arguments that torchvision renamed
-        net = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
+    net = import_lpips().LPIPS(net="vgg", pnet_rand=True, verbose=False)
     net.net.load_state_dict({name: weights["features." + name.split(".", 1)[1]]
                              for name in net.net.state_dict()})            # "slice3.10.bias" etc.
     return net.eval().requires_grad_(False)
-
 
 def import_lpips():
     """The lpips package, even beside a torchvision that was built for another torch. Such a
