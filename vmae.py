@@ -30,6 +30,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageOps
+from torch.utils.data import default_collate
 from tqdm import tqdm
 
 # Glossary: the letters in every shape comment of this repository
@@ -687,7 +688,7 @@ class ImageFolder(Images):
             raise InputError(f"{root}: one image is not enough, as one is always held out")
         number = {name: y for y, name in enumerate(self.classes)}
         self.labels = torch.tensor([number.get(p.split("/")[0], 0) for p in self.paths])
-        self.draft, self.rows = False, None                # decode how, if not kept; kept pixels
+        self.draft = False                  # how to decode, see read_image
 
     def __len__(self):
         return len(self.paths)
@@ -706,24 +707,21 @@ class ImageFolder(Images):
     def batch(self, indices):
         """B indices -> x uint8 (B, 3, size, size), y (B,). Decoded in threads: Pillow releases
         Python's lock, and processes would need shared memory and copies."""
-        if self.rows is not None:
-            return self.rows.batch(indices)
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            x, y = zip(*pool.map(self.read, indices))
-        return torch.stack(x), torch.stack(y)
+            return default_collate(list(pool.map(self.read, indices)))
 
     def keep_pixels(self, run, allowed=True):
-        """Decode all images once and keep them in the run folder (Rows). If that is not allowed, or
-        if it takes over nine tenths of the free disk, decode when needed, JPEGs as drafts."""
+        """Decode all images once and keep them in the run folder -> Rows. If that is not allowed,
+        or takes over nine tenths of the free disk -> self, which decodes JPEGs as drafts now."""
         self.folder.keep(run)
-        kept = Rows(run, "images", self.fingerprint(), len(self), 3 * self.size**2)
+        rows = Rows(run, "images", self.fingerprint(), len(self), 3 * self.size**2)
         free = shutil.disk_usage(run).free
-        if agree(int(allowed and kept.missing <= 0.9 * free)):
-            self.rows = kept.build("decoding", lambda a, b: self.batches(torch.arange(a, b)))
-            return
-        self.draft = True
+        if agree(int(allowed and rows.missing <= 0.9 * free)):
+            return rows.build("decoding", lambda a, b: self.batches(torch.arange(a, b)))
         say(f"decoding images when they are needed; a copy of all {len(self)} would take "
-            f"{kept.missing / 1e6:,.1f} MB, and {run} has {free / 1e6:,.1f} MB free")
+            f"{rows.missing / 1e6:,.1f} MB, and {run} has {free / 1e6:,.1f} MB free")
+        self.draft = True
+        return self
 
     def fingerprint(self):
         """Bytes that change whenever a file is added, removed or edited, or a label changes."""
@@ -754,7 +752,7 @@ class Rows:
     def batch(self, numbers):
         """B numbers of rows -> x (B, ...), y (B,)."""
         rows = [(self.maps[i // self.step], i % self.step) for i in numbers]
-        return tuple(torch.stack([file[name][i] for file, i in rows]) for name in ("x", "y"))
+        return default_collate([(file["x"][i], file["y"][i]) for file, i in rows])
 
     def build(self, what, make):
         """Compute what is missing -> self. make(first, last) yields batches x, y of the rows from
@@ -814,8 +812,7 @@ class Faces(Images):
         if new := [i for i in numbers if i not in self.kept]:
             x, y, _, _ = self.render(new)
             self.kept.update(zip(new, zip(to_uint8(x), y)))
-        x, y = zip(*(self.kept[i] for i in numbers))
-        return torch.stack(x), torch.stack(y)
+        return default_collate([self.kept[i] for i in numbers])
 
     def fingerprint(self):
         """Bytes that change whenever the rendered faces change."""
