@@ -363,8 +363,7 @@ def say(text):
         print(text)
 
 def agree(value):
-    """Wait for all processes, then give each the smallest of their values. By way of the CPU, so
-    that no process waits for its GPU."""
+    """Wait for all processes -> the least of their values. On the CPU: none waits for its GPU."""
     smallest = torch.tensor(value, dtype=torch.float64)
     if WORLD > 1:
         dist.all_reduce(smallest, dist.ReduceOp.MIN)
@@ -379,9 +378,9 @@ def from_first(function):
 
 # ---- Sizes, positions, checkpoints ------------------------------------------------------------
 
-# Rows of VMAE's arguments; the image size comes from the data. tiny: the default run, 32 px on a
-# CPU. small: small photographs on a CPU. base: the paper's f8d16 (patches of 8 pixels, d = 16),
-# 11.19 M numbers at 256 px, of which 10.80 M are learned and the rest are fixed positions.
+# VMAE's arguments, but for the size of the images. tiny: the default run, 32 px on a CPU. small:
+# small photographs on a CPU. base: the paper's f8d16 (patches of 8 pixels, d = 16); at 256 px
+# 11.19 M numbers, of which 10.80 M are learned and the rest are fixed positions.
 sizes = {
     "tiny": dict(patch_size=4, embed_dim=128, depth=2, num_heads=4, latent_dim=16),
     "small": dict(patch_size=8, embed_dim=192, depth=3, num_heads=6, latent_dim=16),
@@ -500,7 +499,7 @@ def published(path, ckpt, num_heads):
                         latent_dim=weights["from_latent.weight"].shape[1])
         model = build(args)
         missing, left_over = model.load_state_dict(weights, strict=False)
-    except (KeyError, ValueError, RuntimeError, AttributeError, IndexError) as error:
+    except Exception as error:
         raise InputError(f"{path}: holds neither stage one, nor a published VMAE or SD3-style VAE "
                          f"({reason(error)})") from None
     if lost := set(missing) - {"mask_token"}:
@@ -677,8 +676,7 @@ class ImageFolder(Images):
     been read. InputError as Folder's."""
 
     def __init__(self, root, size, split="all", folder=None):
-        self.size, self.split = size, split
-        self.folder = folder or from_first(lambda: Folder(root))
+        self.size, self.folder = size, folder or from_first(lambda: Folder(root))
         self.files, self.classes = self.folder.files, self.folder.classes
         lot = {p: zlib.crc32(os.fsencode(p)) for p in self.files}  # a random-looking number each
         held_out = {p for p in lot if lot[p] % 20 == 0} or {min(lot, key=lot.get)}
@@ -726,8 +724,7 @@ class ImageFolder(Images):
     def fingerprint(self):
         """Bytes that change whenever a file is added, removed or edited, or a label changes."""
         listing = [(p, *self.files[p][:2]) for p in self.paths]
-        made_of = self.size, self.split, self.folder.root, self.classes, listing
-        return f"{made_of!a}".encode()
+        return ascii((self.size, self.folder.root, self.classes, listing)).encode()
 
 class Rows:
     """n rows x with labels y, computed once and kept in a run folder, in files of 16 MB of which
@@ -954,13 +951,12 @@ def psnr(a, b):
 
 def save_grid(rows, path):
     """Save rows of images in [-1, 1], each (K, 3, H, W), as one PNG; short rows end in white."""
-    cells = [torch.cat([F.pad(to_uint8(x.cpu()), (0, 2, 0, 2), value=255) for x in row], 2)
-             for row in rows]                              # a gap of 2: (3, H + 2, K(W + 2)) each
-    cells = [F.pad(row, (0, cells[0].shape[2] - row.shape[2]), value=255) for row in cells]
-    picture = Image.fromarray(torch.cat(cells, 1).permute(1, 2, 0).numpy()[:-2, :-2])
-    scale = max(1, 64 // rows[0].shape[-1])                # images below 64 px are enlarged
-    with whole_file(path) as file:
-        ImageOps.scale(picture, scale, Image.NEAREST).save(file, "png")
+    cells = nn.utils.rnn.pad_sequence(list(rows), True, 1.0)               # (R, K, 3, H, W)
+    cells = to_uint8(F.pad(cells, (0, 2, 0, 2), value=1.0)).cpu()          # a white gap of 2
+    grid = cells.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)        # (R(H+2), K(W+2), 3)
+    picture = Image.fromarray(grid[:-2, :-2].numpy())
+    with whole_file(path) as file:          # images below 64 px are enlarged
+        ImageOps.scale(picture, max(1, 64 // rows[0].shape[-1]), Image.NEAREST).save(file, "png")
 
 # ---- LPIPS, and where its weights come from ---------------------------------------------------
 
