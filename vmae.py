@@ -397,9 +397,8 @@ def resize_positions(weights, model):
     return {**weights, "pos_embed": new, "decoder_pos_embed": new}
 
 def drop_variance(model):
-    """For lambda_reg = 0: shrink q(z|x) to its mean, sigma = 3e-7. Gaussian clamps a logvar of -40
-    to -30; below the clamp the gradient is zero, so training leaves these weights alone (weight
-    decay acts on the matrix, which is zero, and not on the bias)."""
+    """For lambda_reg = 0: shrink q(z|x) to its mean, for good: Gaussian clamps logvar to -30 (sigma
+    3e-7), below which there is no gradient; weight decay acts on the zero matrix, not the bias."""
     last = model.to_latent if isinstance(model, VMAE) else model.encoder.conv_out
     last.weight.data[model.latent_dim:] = 0
     last.bias.data[model.latent_dim:] = -40
@@ -579,12 +578,11 @@ def list_images(root):
 class Folder:
     """The images below `root`, and which of them cannot be read.
 
-    files: {path: [bytes, time, short side in pixels]} of those whose header is sound. All headers
-    are read once, in threads. run: a run folder, in which an earlier call may have kept its entries
-    and its list of unreadable files; what has the same size and time is not opened again.
-    classes: the sub-folders of root, sorted by name. There are none if root has fewer than two, or
-    if images lie beside them. InputError for a missing or empty folder, or as soon as over 1 % of
-    all files are unreadable."""
+    files: {path: [bytes, time, short side in pixels]} of those whose header is sound, all read in
+    threads. run: a run folder, where an earlier call may have kept these and a list of unreadable
+    files; what has the same size and time is not opened again. classes: the sub-folders of root by
+    name, or none if there are fewer than two or if images lie beside them. InputError for a missing
+    or empty folder, or as soon as over 1 % of all files are unreadable."""
 
     def __init__(self, root, run=None):
         if not os.path.isdir(root):
@@ -648,8 +646,7 @@ class Folder:
         warnings.warn(f"skipped {what}, {count} so far")
 
 def to_float(x):
-    """0..255 -> [-1, 1], any shape. Until they are on the device that computes with them, images
-    are uint8, in memory and on their way to a GPU."""
+    """0..255 -> [-1, 1], any shape. In memory and on their way to a GPU images are uint8."""
     return x / 127.5 - 1
 
 class Images:
@@ -714,7 +711,7 @@ class ImageFolder(Images):
         self.folder.keep(run)
         rows = Rows(run, "images", self.fingerprint(), len(self), 3 * self.size**2)
         free = shutil.disk_usage(run).free
-        if agree(int(allowed and rows.missing <= 0.9 * free)):
+        if agree(allowed and rows.missing <= 0.9 * free):
             return rows.build("decoding", lambda a, b: self.batches(torch.arange(a, b)))
         say(f"decoding images when they are needed; a copy of all {len(self)} would take "
             f"{rows.missing / 1e6:,.1f} MB, and {run} has {free / 1e6:,.1f} MB free")
@@ -789,9 +786,8 @@ def hsv(h, s, v):
     return v - v * s * torch.minimum(k, 4 - k).clamp(0, 1)
 
 class Faces(Images):
-    """Procedural faces; the class is the object. Face number i of a seed is the same everywhere.
-    The first FACES_TRAIN are for training, the next FACES_VAL are held out. `render` also returns
-    pattern and parts."""
+    """Procedural faces; the class is the object. Face i of a seed is the same everywhere: the first
+    FACES_TRAIN to train on, FACES_VAL held out. `render` returns pattern and parts as well."""
 
     def __init__(self, size, split="train", seed=0):
         self.size, self.seed, self.classes, self.kept = size, seed, list(OBJECTS), {}
@@ -910,17 +906,15 @@ def open_images(data, size, val=None, run=None):
     """The options --data and --val -> the datasets (train, val): folders, or the built-in faces if
     data is None. If --val names a folder of its own, nothing of --data is held out. run: see
     Folder. Says what may surprise: images that are enlarged, sub-folders that are no classes."""
+    if data is None and val is not None:
+        raise InputError("--val: the faces hold out their own; give --data as well, or no --val")
     if data is None:
-        if val is not None:
-            raise InputError("--val: the built-in faces have held-out images of their own; give "
-                             "--data as well, or leave --val out")
         return Faces(size, "train"), Faces(size, "val")
     here = Path(data).resolve()
     if run and Path(run).resolve() == here:
         raise InputError(f"--out {run}: is the folder of the images; give it one of its own")
     if val and (here.is_relative_to(there := Path(val).resolve()) or there.is_relative_to(here)):
-        raise InputError(f"--val {val}: shares images with --data, so these would be trained on; "
-                         f"move one out of the other")
+        raise InputError(f"--val {val}: overlaps --data, which is trained on; keep them apart")
     folder = from_first(lambda: Folder(data, run))         # one process reads the headers
     sides = [side for _, _, side in folder.files.values()]
     if small := sum(side < size for side in sides):
@@ -964,9 +958,8 @@ VGG_URL = "https://download.pytorch.org/models/vgg16-397923af.pth"
 VGG_LAST = "features.28.weight"             # its last convolution, by which we know the network
 
 def load_weights(what, url, path, option, key):
-    """Published weights -> (path, state dict): from the local copy `path`; without it from torch
-    hub's cache; otherwise downloaded, with a check of the hash. InputError names URL, path and
-    option if they cannot be had, or if they lack the entry `key`."""
+    """Published weights -> (path, state dict): the local copy `path`, or torch hub's, or downloaded
+    with a check of the hash. InputError names URL, path and option if that fails or lacks `key`."""
     file = Path(path or Path(torch.hub.get_dir(), "checkpoints", Path(url).name))
     try:
         if not path and not file.exists():
@@ -989,9 +982,8 @@ def load_lpips(vgg_weights=None):
     return net.eval().requires_grad_(False)
 
 def import_lpips():
-    """The lpips package, even beside a torchvision that was built for another torch. Such a
-    torchvision has no compiled operators, and its import stops where it describes two of them to
-    torch. lpips uses none, so it is enough to declare that these two exist."""
+    """The lpips package, even beside a torchvision that was built for another torch. The import of
+    such a one stops for want of two compiled operators. lpips uses none, so we declare them."""
     try:
         import lpips
     except RuntimeError:
@@ -1097,9 +1089,8 @@ def conv3(c_in, c_out):
     return nn.Conv2d(c_in, c_out, 3, padding=1)
 
 class GroupNorm(nn.GroupNorm):
-    """GroupNorm (Wu & He 2018) in 32 groups, or in C if there are fewer channels. In float32 also
-    beside products in bfloat16: autocast sees to that on a GPU, but not on a CPU, where the norm in
-    bfloat16 would take two thirds of a training step."""
+    """GroupNorm (Wu & He 2018) in 32 groups, or in C if there are fewer channels. In float32, which
+    autocast sees to on a GPU; in bfloat16 it takes two thirds of a training step on a CPU."""
 
     def __init__(self, C):
         super().__init__(min(32, C), C, eps=1e-6)
