@@ -529,13 +529,11 @@ OUTPUT = {"log.jsonl", "samples.json", "reconstruct.json", "smoothness.json", "s
           "compare.json", "neighbours.json"}           # such a folder was written by our scripts
 MIN_SIDE = 8           # pixels; anything smaller is a placeholder, not a photograph
 MAX_UNREADABLE = 0.01  # share of the files; a collected folder often has a few broken ones
-# PIL warns of what we read, or refuse; torchvision of arguments of lpips 0.1.4 that it has renamed.
-warnings.filterwarnings("ignore", module="PIL|torchvision")
+warnings.filterwarnings("ignore", module="PIL|torchvision")    # of files; of how lpips calls it
 
 def shown(path):
     """A path for a message, in one line: with odd characters, such as a newline, escaped."""
     return path if path.isprintable() else ascii(path)
-
 
 def read_image(path, size, draft=False):
     """File -> uint8 (3, size, size): turned upright as its EXIF says, any mode to RGB, transparent
@@ -591,7 +589,7 @@ class Folder:
         if not paths:
             raise InputError(f"{root}: no images in it (looked for {' '.join(EXTENSIONS)})")
         self.root, self.limit = os.path.abspath(root), MAX_UNREADABLE * len(paths)
-        self.unreadable, self.list = {}, Path(os.devnull)  # paths, and the file that lists them
+        self.unreadable, self.list = {}, Path(os.devnull)  # {path: why}, the file that lists them
         with contextlib.suppress(OSError, ValueError, TypeError):  # no such file, damaged, no run
             of, entries = json.loads(Path(run, "images.json").read_bytes())
             known = dict(entries) if of == self.root else {}
@@ -622,8 +620,7 @@ class Folder:
         self.classes = sorted(tops) if len(tops) > 1 and "" not in tops else []
 
     def keep(self, run):
-        """Keep the entries in a run folder, so that a later start opens new files only, and a list
-        of the unreadable files, which all processes share."""
+        """Keep the entries in a run folder, for a later start, and a list of unreadable files."""
         self.list = Path(run, "unreadable.jsonl")
         kept = {"images.json": [(self.root, self.files)], self.list.name: self.unreadable}
         for name, lines in kept.items() if RANK == 0 else ():
@@ -635,12 +632,12 @@ class Folder:
         """Name and count a file, once whatever the number of processes, threads and epochs."""
         for line in self.list.read_text().splitlines():
             self.unreadable.setdefault(json.loads(line))   # what the other processes have found
-        if self.unreadable.setdefault(path, error) is not error:   # of several threads, the first
+        what = f"{shown(os.path.join(self.root, path))}: unreadable ({shown(reason(error))})"
+        if self.unreadable.setdefault(path, what) is not what:     # of several threads, the first
             return
         with open(self.list, "a") as file:
             print(json.dumps(path), file=file)
         count = len(self.unreadable)
-        what = f"{shown(os.path.join(self.root, path))}: unreadable ({shown(reason(error))})"
         if count > self.limit:
             raise InputError(f"{what}; {count} such files are over 1 % of the folder, remove them")
         warnings.warn(f"skipped {what}, {count} so far")
@@ -1146,9 +1143,8 @@ def levels(channels, blocks, name, step):
     return nn.Sequential(*rows)
 
 class ConvAutoencoder(nn.Module):
-    """The convolutional autoencoder of Stable Diffusion 3, with VMAE's attributes and methods.
-    channels: the width of each level. Each level has half the size of the one before, so that four
-    levels make f8. ValueError if f does not divide the image."""
+    """The autoencoder of Stable Diffusion 3, with VMAE's attributes and methods. channels: width of
+    each level, each half as large as the last: four make f8. ValueError unless f divides images."""
 
     def __init__(self, img_size=256, channels=(128, 256, 512, 512), latent_dim=16):
         super().__init__()
@@ -1189,9 +1185,8 @@ conv_sizes = {                              # the rows of `sizes`, with the same
     "base": dict(channels=(128, 256, 512, 512), latent_dim=16)}            # SD3's, 83.82 M
 
 def discriminator(img_size):
-    """PatchGAN (Isola 2017): image -> scores (B, 1, h', w'), one per patch of 70 pixels (34 below
-    64 px, 16 below 32 px), high if it looks real. With GroupNorm in place of BatchNorm a score does
-    not depend on the other images of the batch."""
+    """PatchGAN (Isola 2017): image -> scores (B, 1, h', w'), high if it looks real, per patch of 70
+    pixels (34 below 64 px, 16 below 32). GroupNorm: a score must not depend on the whole batch."""
     layers = 3 if img_size >= 64 else (2 if img_size >= 32 else 1)
     net = [nn.Conv2d(3, 64, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
     for i, C in enumerate((64, 128, 256)[:layers], 1):
