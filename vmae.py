@@ -670,7 +670,7 @@ class ImageFolder(Images):
     been read. InputError as Folder's."""
 
     def __init__(self, root, size, split="all", folder=None):
-        self.size, self.folder = size, folder or from_first(lambda: Folder(root))
+        self.size, self.folder = size, folder or Folder(root)
         self.files, self.classes = self.folder.files, self.folder.classes
         lot = {p: zlib.crc32(os.fsencode(p)) for p in self.files}  # a random-looking number each
         held_out = {p for p in lot if lot[p] % 20 == 0} or {min(lot, key=lot.get)}
@@ -922,9 +922,10 @@ def open_images(data, size, val=None, run=None):
         say(f"{data}: no classes, because " + (
             f"{len(sides) - below} images lie beside its sub-folders" if below < len(sides) else
             "it has only one sub-folder; if the classes are in there, name that one with --data"))
-    if val is not None:
-        return ImageFolder(data, size, "all", folder), ImageFolder(val, size)
-    return ImageFolder(data, size, "train", folder), ImageFolder(data, size, "val", folder)
+    if val is None:
+        return ImageFolder(data, size, "train", folder), ImageFolder(data, size, "val", folder)
+    held_out = from_first(lambda: Folder(val))
+    return ImageFolder(data, size, "all", folder), ImageFolder(val, size, "all", held_out)
 
 def random_flip(x, generator=None):
     """Mirror half of the images, the only augmentation in stage one. (B, 3, H, W) -> the same."""
