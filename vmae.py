@@ -985,8 +985,8 @@ def import_lpips():
     try:
         import lpips
     except RuntimeError:
-        for name in ("torchvision::nms", "torchvision::qnms"):
-            torch.library.define(name, "(Tensor dets, Tensor scores, float threshold) -> Tensor")
+        for op in ("torchvision::nms", "torchvision::qnms"):
+            torch.library.define(op, "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         import lpips
     return lpips
 
@@ -998,9 +998,8 @@ def cli(main):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
-    status = None
     try:
-        main()
+        status = main()                     # None, for exit status 0
     except (InputError, OSError) as error:
         named = getattr(error, "filename", None)           # the system then says why in strerror
         status = f"error: {shown(str(named))}: {error.strerror}" if named else f"error: {error}"
@@ -1144,8 +1143,9 @@ def levels(channels, blocks, name, step):
     return nn.Sequential(*rows)
 
 class ConvAutoencoder(nn.Module):
-    """The autoencoder of Stable Diffusion 3, with VMAE's attributes and methods. channels: width of
-    each level, each half as large as the last: four make f8. ValueError unless f divides images."""
+    """The convolutional autoencoder of Stable Diffusion 3, with VMAE's attributes and methods.
+    channels: the width of each level. Each level has half the size of the one before, so that four
+    levels make f8. ValueError if f does not divide the image."""
 
     def __init__(self, img_size=256, channels=(128, 256, 512, 512), latent_dim=16):
         super().__init__()
