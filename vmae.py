@@ -994,9 +994,8 @@ def import_lpips():
 
 def cli(main):
     """Run a script's main. What the user got wrong ends as one line and exit status 1."""
-    for stream in (sys.stdout, sys.stderr):                # a name may hold what they cannot show
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
+    if hasattr(sys.stdout, "reconfigure"):  # a name may hold what it cannot show; stderr escapes it
+        sys.stdout.reconfigure(errors="backslashreplace")
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
     try:
         status = main()                     # None, for exit status 0
