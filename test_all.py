@@ -495,9 +495,8 @@ def test_caches_belong_to_one_folder_with_its_labels_and_size():
     os.mkdir("run")
     seen = [vmae.open_images(root, 16, run="run")[0] for root in ("data", "other", "data")]
     for data in seen:
-        data.keep_pixels("run")
-        plain = ImageFolder(data.folder.root, 16, "train")
-        assert torch.equal(data.batch([0, 9])[0], plain.batch([0, 9])[0])
+        rows, plain = data.keep_pixels("run"), ImageFolder(data.folder.root, 16, "train")
+        assert torch.equal(rows.batch([0, 9])[0], plain.batch([0, 9])[0])
     labels = prints()
     beside = next(f"{i}.png" for i in range(99) if zlib.crc32(f"{i}.png".encode()) % 20 == 0)
     shutil.copy("data/a/000.png", f"data/{beside}")        # held out, but there are no classes now
@@ -592,8 +591,8 @@ def test_folder_is_decoded_once_and_its_headers_are_read_once():
         train.keep_pixels("run")
         opened.reset_mock()
         again, _ = vmae.open_images("data", 16, run="run")
-        again.keep_pixels("run")
-        x, y = again.batch(range(len(again)))
+        rows = again.keep_pixels("run")
+        x, y = rows.batch(range(len(again)))
         assert opened.call_count == 0 and x.dtype == torch.uint8
         os.utime("data/007.png", (1, 1))                   # an edited file is read again
         changed, _ = vmae.open_images("data", 16, run="run")
@@ -607,13 +606,12 @@ def test_folder_is_decoded_once_and_its_headers_are_read_once():
     [cache] = Path("run").glob("images_*.pt")
     changed.keep_pixels("run")                             # replaces it
     assert not cache.exists() and len(list(Path("run").glob("images_*.pt"))) == 1
-    changed.keep_pixels("run", False)                      # --no-cache, even if there is one
+    assert changed.keep_pixels("run", False) is changed    # --no-cache, even if there is one
     assert changed.draft
     for allowed, free in ((False, 10**9), (True, 10)):     # --no-cache, or a full disk
         with patch(shutil, "disk_usage", return_value=SimpleNamespace(free=free)):
             other = ImageFolder("data", 20)
-            other.keep_pixels("run", allowed)
-            assert other.draft and other.rows is None
+            assert other.keep_pixels("run", allowed) is other and other.draft
             if allowed:
                 rows = vmae.Rows("run", "images", b"key", 9, 192)
                 assert "make room" in raises(InputError, rows.build, "decoding", None)

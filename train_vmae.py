@@ -533,7 +533,7 @@ def main():
         n, args.size, model, args.lambda_p, lpips_net, disc, low_precision))
     begin(args, model, f"{len(train)} images to train on, {len(val)} held out")
     if args.data:
-        train.keep_pixels(args.out, not args.no_cache)
+        train = train.keep_pixels(args.out, not args.no_cache)
     if args.compile:                        # dynamic=False: one graph for masked, one for whole
         halves = ("encode_tokens", "decode_tokens") if args.arch == "vit" else ("encode", "decode")
         for half in halves:

@@ -30,6 +30,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageOps
+from torch.utils.data import default_collate
 from tqdm import tqdm
 
 # Glossary: the letters in every shape comment of this repository
@@ -359,8 +360,7 @@ def say(text):
         print(text)
 
 def agree(value):
-    """Wait for all processes, then give each the smallest of their values. By way of the CPU, so
-    that no process waits for its GPU."""
+    """Wait for all processes -> the least of their values. On the CPU: none waits for its GPU."""
     smallest = torch.tensor(value, dtype=torch.float64)
     if WORLD > 1:
         dist.all_reduce(smallest, dist.ReduceOp.MIN)
@@ -375,9 +375,9 @@ def from_first(function):
 
 # ---- Sizes, positions, checkpoints ------------------------------------------------------------
 
-# Rows of VMAE's arguments; the image size comes from the data. tiny: the default run, 32 px on a
-# CPU. small: small photographs on a CPU. base: the paper's f8d16 (patches of 8 pixels, d = 16),
-# 11.19 M numbers at 256 px, of which 10.80 M are learned and the rest are fixed positions.
+# VMAE's arguments, but for the size of the images. tiny: the default run, 32 px on a CPU. small:
+# small photographs on a CPU. base: the paper's f8d16 (patches of 8 pixels, d = 16); at 256 px
+# 11.19 M numbers, of which 10.80 M are learned and the rest are fixed positions.
 sizes = {
     "tiny": dict(patch_size=4, embed_dim=128, depth=2, num_heads=4, latent_dim=16),
     "small": dict(patch_size=8, embed_dim=192, depth=3, num_heads=6, latent_dim=16),
@@ -394,9 +394,8 @@ def resize_positions(weights, model):
     return {**weights, "pos_embed": new, "decoder_pos_embed": new}
 
 def drop_variance(model):
-    """For lambda_reg = 0: shrink q(z|x) to its mean, sigma = 3e-7. Gaussian clamps a logvar of -40
-    to -30; below the clamp the gradient is zero, so training leaves these weights alone (weight
-    decay acts on the matrix, which is zero, and not on the bias)."""
+    """For lambda_reg = 0: shrink q(z|x) to its mean, for good: Gaussian clamps logvar to -30 (sigma
+    3e-7), below which there is no gradient; weight decay acts on the zero matrix, not the bias."""
     last = model.to_latent if isinstance(model, VMAE) else model.encoder.conv_out
     last.weight.data[model.latent_dim:] = 0
     last.bias.data[model.latent_dim:] = -40
@@ -431,15 +430,12 @@ def read_safetensors(path):
     header as JSON, {name: {"dtype", "shape", "data_offsets"}}, and the numbers."""
     kinds = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16,
              "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8}
-    data = bytearray(Path(path).read_bytes())
-    start = 8 + int.from_bytes(data[:8], "little")
-    if start > len(data):
-        raise ValueError("the header is longer than the file")
-    header = json.loads(data[8:start])
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header, data = json.loads(file.read(length)), bytearray(file.read())
     header.pop("__metadata__", None)
-    return {name: torch.frombuffer(data[start + e["data_offsets"][0]:start + e["data_offsets"][1]],
-                                   dtype=kinds[e["dtype"]]).view(e["shape"])
-            for name, e in header.items()}
+    return {name: torch.frombuffer(data[slice(*e["data_offsets"])], dtype=kinds[e["dtype"]])
+            .view(e["shape"]) for name, e in header.items()}
 
 def read_checkpoint(path, *needed):
     """A checkpoint's dict, on the CPU. InputError if it is missing or damaged, lacks a key or holds
@@ -499,7 +495,7 @@ def published(path, ckpt, num_heads):
                         latent_dim=weights["from_latent.weight"].shape[1])
         model = build(args)
         missing, left_over = model.load_state_dict(weights, strict=False)
-    except (KeyError, ValueError, RuntimeError, AttributeError, IndexError) as error:
+    except Exception as error:
         raise InputError(f"{path}: holds neither stage one, nor a published VMAE or SD3-style VAE "
                          f"({reason(error)})") from None
     if lost := set(missing) - {"mask_token"}:
@@ -524,39 +520,27 @@ def load_vmae(path, num_heads=12):
 
 # ---- Images: a folder -------------------------------------------------------------------------
 
-EXTENSIONS = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm",
-              ".pgm")
+EXTENSIONS = tuple(".jpg .jpeg .jfif .png .webp .bmp .gif .tif .tiff .ppm .pgm".split())
 SKIPPED = (".", "grid.png", "trajectory.png")          # hidden files, and sample.py's overviews
 OUTPUT = {"log.jsonl", "samples.json", "reconstruct.json", "smoothness.json", "separability.json",
           "compare.json", "neighbours.json"}           # such a folder was written by our scripts
 MIN_SIDE = 8           # pixels; anything smaller is a placeholder, not a photograph
 MAX_UNREADABLE = 0.01  # share of the files; a collected folder often has a few broken ones
-warnings.filterwarnings("ignore", module="PIL")        # it warns of what we read, or refuse
+warnings.filterwarnings("ignore", module="PIL|torchvision")    # of files; of how lpips calls it
 
 def shown(path):
     """A path for a message, in one line: with odd characters, such as a newline, escaped."""
     return path if path.isprintable() else ascii(path)
 
-def open_image(path):
-    """Image.open, which reads the header only. OSError for an image below MIN_SIDE or of over 90
-    million pixels; a damaged file may raise anything."""
-    image = Image.open(path)
-    if min(image.size) >= MIN_SIDE and image.width * image.height <= Image.MAX_IMAGE_PIXELS:
-        return image
-    image.close()
-    raise OSError(f"{image.width}x{image.height} pixels, too small or too large")
-
 def read_image(path, size, draft=False):
     """File -> uint8 (3, size, size): turned upright as its EXIF says, any mode to RGB, transparent
     parts white, short side resized, centre cropped. draft: decode a JPEG at 1/2, 1/4 or 1/8 of its
     size if it is still twice as large as wanted: half the time, and 51 dB against the whole."""
-    with open_image(path) as image:
+    with Image.open(path) as image:
         if draft:
             image.draft(None, (2 * size, 2 * size))
-        try:
+        with contextlib.suppress(Exception):               # damaged EXIF, but a sound picture
             image = ImageOps.exif_transpose(image)
-        except Exception:                   # damaged EXIF; the picture itself may be sound
-            pass
         if image.mode.startswith("I"):      # 16 bits, which Pillow's own conversion clips at 255
             levels = np.asarray(image).clip(0, 65535) / 257
             image = Image.fromarray(levels.round().astype(np.uint8))
@@ -589,83 +573,79 @@ def list_images(root):
 class Folder:
     """The images below `root`, and which of them cannot be read.
 
-    files: {path: [bytes, time, short side in pixels]} of those whose header is sound. All headers
-    are read once, in threads. run: a run folder, whose images.json may have entries of an earlier
-    call; files of the same size and time are not opened again. InputError for a missing or empty
-    folder, or as soon as over 1 % of all files are unreadable."""
+    files: {path: [bytes, time, short side in pixels]} of those whose header is sound, all read in
+    threads. run: a run folder, where an earlier call may have kept these and a list of unreadable
+    files; what has the same size and time is not opened again. classes: the sub-folders of root by
+    name, or none if there are fewer than two or if images lie beside them. InputError for a missing
+    or empty folder, or as soon as over 1 % of all files are unreadable."""
 
     def __init__(self, root, run=None):
         if not os.path.isdir(root):
             raise InputError(f"{root}: no such folder; give a folder of images")
-        paths, self.known = list_images(root), {}
+        paths, known, listed = list_images(root), {}, []
         if not paths:
             raise InputError(f"{root}: no images in it (looked for {' '.join(EXTENSIONS)})")
         self.root, self.limit = os.path.abspath(root), MAX_UNREADABLE * len(paths)
+        self.unreadable, self.list = {}, Path(os.devnull)  # {path: why}, the file that lists them
         with contextlib.suppress(OSError, ValueError, TypeError):  # no such file, damaged, no run
-            of, known = json.loads(Path(run, "images.json").read_bytes())
-            self.known = dict(known) if of == self.root else {}
-        self.unreadable, self.list = {}, None              # paths, and the file that lists them
+            of, entries = json.loads(Path(run, "images.json").read_bytes())
+            known = dict(entries) if of == self.root else {}
+            listed = list(map(json.loads, Path(run, "unreadable.jsonl").read_text().splitlines()))
 
         def entry(path):
             """-> the entry of one file, or None if it is unreadable."""
             file = os.path.join(root, path)
             try:
                 stamp = [os.stat(file).st_size, os.stat(file).st_mtime_ns]
-                if self.known.get(path, [])[:2] == stamp:
-                    return self.known[path]
-                with open_image(file) as image:
-                    return [*stamp, min(image.size)]
+                if known.get(path, [])[:2] == stamp:
+                    return known[path]
+                with Image.open(file) as image:            # reads the header only
+                    width, height = image.size
+                if min(width, height) < MIN_SIDE or width * height > Image.MAX_IMAGE_PIXELS:
+                    raise OSError(f"{width}x{height} pixels, too small or too large")
+                return [*stamp, min(width, height)]
             except Exception as error:      # Pillow raises anything for what it was not made for
                 self.found_unreadable(path, error)
 
         with ThreadPoolExecutor(16) as pool:    # more than cores, for folders on a network
-            bar = tqdm(pool.map(entry, paths), f"headers of {root}", len(paths),
-                       disable=len(paths) < 2000)
+            bar = tqdm(pool.map(entry, paths), f"headers of {root}", len(paths), delay=2)
             self.files = {path: entry for path, entry in zip(paths, bar) if entry}
+        for path in listed:                 # if sound in its header only, and not mended since
+            if path in self.files and self.files[path] == known.get(path):
+                self.found_unreadable(path, OSError(f"as {run}/unreadable.jsonl says"))
+        tops = {p.split("/")[0] if "/" in p else "" for p in self.files}   # "": in root itself
+        self.classes = sorted(tops) if len(tops) > 1 and "" not in tops else []
 
     def keep(self, run):
-        """Keep the entries in a run folder, so that a later start opens new files only, and a list
-        of the unreadable files, which all processes share."""
+        """Keep the entries in a run folder, for a later start, and a list of unreadable files."""
         self.list = Path(run, "unreadable.jsonl")
-        with contextlib.suppress(OSError, ValueError):     # those found in an earlier run
-            self.unreadable |= {
-                path: None for path in map(json.loads, self.list.read_text().splitlines())
-                if path in self.files and self.known.get(path) == self.files[path]}
-        agree(0)                            # all have read it
-        if RANK == 0:
-            kept = {"images.json": [(self.root, self.files)], self.list.name: self.unreadable}
-            for name, lines in kept.items():
-                with whole_file(Path(run, name)) as file:
-                    file.writelines(json.dumps(line).encode() + b"\n" for line in lines)
-        agree(0)
-        if len(self.unreadable) > self.limit:
-            raise InputError(f"{self.list}: lists {len(self.unreadable)} files, over 1 % of the "
-                             f"folder; remove them from {self.root}")
+        kept = {"images.json": [(self.root, self.files)], self.list.name: self.unreadable}
+        for name, lines in kept.items() if RANK == 0 else ():
+            with whole_file(Path(run, name)) as file:
+                file.writelines(json.dumps(line).encode() + b"\n" for line in lines)
+        agree(0)                            # from here on all processes read the list and add to it
 
     def found_unreadable(self, path, error):
         """Name and count a file, once whatever the number of processes, threads and epochs."""
-        for known in self.list.read_text().splitlines() if self.list else ():
-            self.unreadable.setdefault(json.loads(known))  # what the other processes have found
-        if self.unreadable.setdefault(path, error) is not error:   # of several threads, the first
+        for line in self.list.read_text().splitlines():
+            self.unreadable.setdefault(json.loads(line))   # what the other processes have found
+        what = f"{shown(os.path.join(self.root, path))}: unreadable ({shown(reason(error))})"
+        if self.unreadable.setdefault(path, what) is not what:     # of several threads, the first
             return
-        if self.list:
-            with open(self.list, "a") as file:
-                print(json.dumps(path), file=file)
-        count, why = len(self.unreadable), (str(error) or repr(error)).splitlines()[0]
-        what = f"{shown(os.path.join(self.root, path))}: unreadable ({shown(why)})"
+        with open(self.list, "a") as file:
+            print(json.dumps(path), file=file)
+        count = len(self.unreadable)
         if count > self.limit:
             raise InputError(f"{what}; {count} such files are over 1 % of the folder, remove them")
         warnings.warn(f"skipped {what}, {count} so far")
 
 def to_float(x):
-    """0..255 -> [-1, 1], any shape. Until they are on the device that computes with them, images
-    are uint8, in memory and on their way to a GPU."""
+    """0..255 -> [-1, 1], any shape. In memory and on their way to a GPU images are uint8."""
     return x / 127.5 - 1
 
 class Images:
-    """What ImageFolder and Faces share. data[i] is (x, y): x (3, size, size) in [-1, 1], y the
-    index of its class. Training reads data.batch([i, j, ...]): x uint8 (B, 3, size, size), y (B,).
-    """
+    """What ImageFolder and Faces share. data[i] is (x, y): x (3, size, size) in [-1, 1], y its
+    class. Training reads data.batch([i, j, ...]): x uint8 (B, 3, size, size), y (B,)."""
 
     def __getitem__(self, i):
         x, y = self.batch([i])
@@ -680,27 +660,24 @@ class Images:
         return torch.randperm(len(self), generator=torch.Generator().manual_seed(0))[:n]
 
 class ImageFolder(Images):
-    """Images below `root`, recursively.
+    """Images below `root`, recursively, with Folder's classes; y = 0 if there are none.
 
-    The sub-folders of root are the classes (`classes`, sorted by name). There are none, and y = 0,
-    if root has fewer than two sub-folders or if images lie beside them. split: "train" or "val",
-    about one image in twenty, chosen by its path, so that it changes neither with the machine nor
-    with added files; or "all". folder: the Folder of root. InputError as Folder's."""
+    split: "train" or "val", about one image in twenty, chosen by its path, so that it changes
+    neither with the machine nor with added files; or "all". folder: the Folder of root, if it has
+    been read. InputError as Folder's."""
 
     def __init__(self, root, size, split="all", folder=None):
-        self.size, self.split, self.folder = size, split, folder or Folder(root)
-        self.files = self.folder.files
-        tops = {p.split("/")[0] if "/" in p else "" for p in self.files}   # "": in root itself
-        self.classes = sorted(tops) if len(tops) > 1 and "" not in tops else []
+        self.size, self.folder = size, folder or Folder(root)
+        self.files, self.classes = self.folder.files, self.folder.classes
         lot = {p: zlib.crc32(os.fsencode(p)) for p in self.files}  # a random-looking number each
         held_out = {p for p in lot if lot[p] % 20 == 0} or {min(lot, key=lot.get)}
-        mine = {"all": lot, "val": held_out, "train": lot.keys() - held_out}[split]
-        self.paths = [p for p in lot if p in mine]
+        splits = {"all": lot.keys(), "val": held_out, "train": lot.keys() - held_out}
+        self.paths = sorted(splits[split])
         if not self.paths:
             raise InputError(f"{root}: one image is not enough, as one is always held out")
         number = {name: y for y, name in enumerate(self.classes)}
         self.labels = torch.tensor([number.get(p.split("/")[0], 0) for p in self.paths])
-        self.draft, self.rows = False, None                # decode how, if not kept; kept pixels
+        self.draft = False                  # how to decode, see read_image
 
     def __len__(self):
         return len(self.paths)
@@ -709,47 +686,42 @@ class ImageFolder(Images):
         """-> pixels, uint8 (3, size, size), and label. If the file has a sound header but damage
         further on, the next image takes its place, with its own label."""
         while True:
-            path = self.paths[i]
+            file = os.path.join(self.folder.root, self.paths[i])
             try:
-                return (read_image(os.path.join(self.folder.root, path), self.size, self.draft),
-                        self.labels[i])
+                return read_image(file, self.size, self.draft), self.labels[i]
             except Exception as error:
-                self.folder.found_unreadable(path, error)
+                self.folder.found_unreadable(self.paths[i], error)
             i = (i + 1) % len(self)
 
     def batch(self, indices):
         """B indices -> x uint8 (B, 3, size, size), y (B,). Decoded in threads: Pillow releases
         Python's lock, and processes would need shared memory and copies."""
-        if self.rows is not None:
-            return self.rows.batch(indices)
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            x, y = zip(*pool.map(self.read, indices))
-        return torch.stack(x), torch.stack(y)
+            return default_collate(list(pool.map(self.read, indices)))
 
     def keep_pixels(self, run, allowed=True):
-        """Decode all images once and keep them in the run folder (Rows). If that is not allowed, or
-        if it takes over nine tenths of the free disk, decode when needed, JPEGs as drafts."""
+        """Decode all images once and keep them in the run folder -> Rows. If that is not allowed,
+        or takes over nine tenths of the free disk -> self, which decodes JPEGs as drafts now."""
         self.folder.keep(run)
-        kept = Rows(run, "images", self.fingerprint(), len(self), 3 * self.size**2)
+        rows = Rows(run, "images", self.fingerprint(), len(self), 3 * self.size**2)
         free = shutil.disk_usage(run).free
-        if agree(int(allowed and kept.missing <= 0.9 * free)):
-            self.rows = kept.build("decoding", lambda a, b: self.batches(torch.arange(a, b)))
-            return
-        self.draft = True
+        if agree(allowed and rows.missing <= 0.9 * free):
+            return rows.build("decoding", lambda a, b: self.batches(torch.arange(a, b)))
         say(f"decoding images when they are needed; a copy of all {len(self)} would take "
-            f"{kept.missing / 1e6:,.1f} MB, and {run} has {free / 1e6:,.1f} MB free")
+            f"{rows.missing / 1e6:,.1f} MB, and {run} has {free / 1e6:,.1f} MB free")
+        self.draft = True
+        return self
 
     def fingerprint(self):
         """Bytes that change whenever a file is added, removed or edited, or a label changes."""
         listing = [(p, *self.files[p][:2]) for p in self.paths]
-        made_of = self.size, self.split, self.folder.root, self.classes, listing
-        return f"{made_of!a}".encode()
+        return ascii((self.size, self.folder.root, self.classes, listing)).encode()
 
 class Rows:
     """n rows x with labels y, computed once and kept in a run folder, in files of 16 MB of which
     each appears whole or not at all, so that what an interruption left is used. Under torchrun
     each process computes its share. made_of: bytes that change with what the rows are made of; the
-    files' names have their hash, and other files of the same kind are deleted."""
+    files' names have their hash, and files of the same kind with another hash are deleted."""
 
     def __init__(self, run, kind, made_of, n, row_bytes):
         key = hashlib.sha256(made_of).hexdigest()[:16]
@@ -758,10 +730,9 @@ class Rows:
                       for first in range(0, n, self.step)}
         self.missing = row_bytes * sum(min(self.step, n - first) for first, file
                                        in self.files.items() if not file.exists())
-        if RANK == 0:
-            ours = re.compile(rf"{kind}_(?!{key})[0-9a-f]{{16}}_\d+\.pt(\.tmp)?")
-            for old in [p for p in Path(run).glob(f"{kind}_*") if ours.fullmatch(p.name)]:
-                old.unlink()
+        for file in list(Path(run).iterdir()):
+            if re.fullmatch(rf"{kind}_(?!{key})[0-9a-f]{{16}}_\d+\.pt(\.tmp)?", file.name):
+                file.unlink(missing_ok=True)               # another process may be faster
 
     def __len__(self):
         return self.n
@@ -769,7 +740,7 @@ class Rows:
     def batch(self, numbers):
         """B numbers of rows -> x (B, ...), y (B,)."""
         rows = [(self.maps[i // self.step], i % self.step) for i in numbers]
-        return tuple(torch.stack([file[name][i] for file, i in rows]) for name in ("x", "y"))
+        return default_collate([(file["x"][i], file["y"][i]) for file, i in rows])
 
     def build(self, what, make):
         """Compute what is missing -> self. make(first, last) yields batches x, y of the rows from
@@ -809,9 +780,8 @@ def hsv(h, s, v):
     return v - v * s * torch.minimum(k, 4 - k).clamp(0, 1)
 
 class Faces(Images):
-    """Procedural faces; the class is the object. Face number i of a seed is the same everywhere.
-    The first FACES_TRAIN are for training, the next FACES_VAL are held out. `render` also returns
-    pattern and parts."""
+    """Procedural faces; the class is the object. Face i of a seed is the same everywhere: the first
+    FACES_TRAIN to train on, FACES_VAL held out. `render` returns pattern and parts as well."""
 
     def __init__(self, size, split="train", seed=0):
         self.size, self.seed, self.classes, self.kept = size, seed, list(OBJECTS), {}
@@ -829,8 +799,7 @@ class Faces(Images):
         if new := [i for i in numbers if i not in self.kept]:
             x, y, _, _ = self.render(new)
             self.kept.update(zip(new, zip(to_uint8(x), y)))
-        x, y = zip(*(self.kept[i] for i in numbers))
-        return torch.stack(x), torch.stack(y)
+        return default_collate([self.kept[i] for i in numbers])
 
     def fingerprint(self):
         """Bytes that change whenever the rendered faces change."""
@@ -931,31 +900,29 @@ def open_images(data, size, val=None, run=None):
     """The options --data and --val -> the datasets (train, val): folders, or the built-in faces if
     data is None. If --val names a folder of its own, nothing of --data is held out. run: see
     Folder. Says what may surprise: images that are enlarged, sub-folders that are no classes."""
+    if data is None and val is not None:
+        raise InputError("--val: the faces hold out their own; give --data as well, or no --val")
     if data is None:
-        if val is not None:
-            raise InputError("--val: the built-in faces have held-out images of their own; give "
-                             "--data as well, or leave --val out")
         return Faces(size, "train"), Faces(size, "val")
     here = Path(data).resolve()
     if run and Path(run).resolve() == here:
         raise InputError(f"--out {run}: is the folder of the images; give it one of its own")
     if val and (here.is_relative_to(there := Path(val).resolve()) or there.is_relative_to(here)):
-        raise InputError(f"--val {val}: shares images with --data, so these would be trained on; "
-                         f"move one out of the other")
-    folder = from_first(lambda: Folder(data, run))
+        raise InputError(f"--val {val}: overlaps --data, which is trained on; keep them apart")
+    folder = from_first(lambda: Folder(data, run))         # one process reads the headers
     sides = [side for _, _, side in folder.files.values()]
     if small := sum(side < size for side in sides):
         say(f"{data}: {small} of {len(sides)} images are smaller than {size} pixels and are "
             f"enlarged; the smallest has {min(sides)}")
-    train = ImageFolder(data, size, "all" if val is not None else "train", folder)
     below = sum("/" in path for path in folder.files)
-    if below and not train.classes:
+    if below and not folder.classes:
         say(f"{data}: no classes, because " + (
             f"{len(sides) - below} images lie beside its sub-folders" if below < len(sides) else
             "it has only one sub-folder; if the classes are in there, name that one with --data"))
-    if val is not None:
-        return train, ImageFolder(val, size, "all", from_first(lambda: Folder(val)))
-    return train, ImageFolder(data, size, "val", folder)
+    if val is None:
+        return ImageFolder(data, size, "train", folder), ImageFolder(data, size, "val", folder)
+    held_out = from_first(lambda: Folder(val))
+    return ImageFolder(data, size, "all", folder), ImageFolder(val, size, "all", held_out)
 
 def random_flip(x, generator=None):
     """Mirror half of the images, the only augmentation in stage one. (B, 3, H, W) -> the same."""
@@ -971,16 +938,14 @@ def psnr(a, b):
     mse = ((a.double() - b.double()) ** 2).mean((1, 2, 3))
     return 10 * torch.log10(255**2 / mse)   # (N,)
 
-def save_grid(rows, path, gap=2):
+def save_grid(rows, path):
     """Save rows of images in [-1, 1], each (K, 3, H, W), as one PNG; short rows end in white."""
-    cells = [torch.cat([F.pad(to_uint8(x.cpu()), (0, gap, 0, gap), value=255) for x in row], 2)
-             for row in rows]                              # each (3, H + gap, K(W + gap))
-    cells = [F.pad(row, (0, cells[0].shape[2] - row.shape[2]), value=255) for row in cells]
-    picture = Image.fromarray(torch.cat(cells, 1).permute(1, 2, 0).numpy()[:-gap, :-gap])
-    scale = max(1, 64 // rows[0].shape[-1])                # images below 64 px are enlarged
-    picture = picture.resize((picture.width * scale, picture.height * scale), Image.NEAREST)
-    with whole_file(path) as file:
-        picture.save(file, "png")
+    cells = nn.utils.rnn.pad_sequence(list(rows), True, 1.0)               # (R, K, 3, H, W)
+    cells = to_uint8(F.pad(cells, (0, 2, 0, 2), value=1.0)).cpu()          # a white gap of 2
+    grid = cells.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)        # (R(H+2), K(W+2), 3)
+    picture = Image.fromarray(grid[:-2, :-2].numpy())
+    with whole_file(path) as file:          # images below 64 px are enlarged
+        ImageOps.scale(picture, max(1, 64 // rows[0].shape[-1]), Image.NEAREST).save(file, "png")
 
 # ---- LPIPS, and where its weights come from ---------------------------------------------------
 
@@ -988,9 +953,8 @@ VGG_URL = "https://download.pytorch.org/models/vgg16-397923af.pth"
 VGG_LAST = "features.28.weight"             # its last convolution, by which we know the network
 
 def load_weights(what, url, path, option, key):
-    """Published weights -> (path, state dict): from the local copy `path`; without it from torch
-    hub's cache; otherwise downloaded, with a check of the hash. InputError names URL, path and
-    option if they cannot be had, or if they lack the entry `key`."""
+    """Published weights -> (path, state dict): the local copy `path`, or torch hub's, or downloaded
+    with a check of the hash. InputError names URL, path and option if that fails or lacks `key`."""
     file = Path(path or Path(torch.hub.get_dir(), "checkpoints", Path(url).name))
     try:
         if not path and not file.exists():
@@ -998,36 +962,28 @@ def load_weights(what, url, path, option, key):
         weights = dict(torch.load(file, map_location="cpu", weights_only=True))
         if key not in weights:
             raise ValueError(f"it has no {key}")
-    except Exception as error:              # of torch's long explanations we keep the first line
-        why = (str(error) or repr(error)).splitlines()[0]
-        raise InputError(f"{what}: {file} cannot be read ({why}); download {url} to that path, or "
-                         f"name a copy with {option}") from None
+    except Exception as error:
+        raise InputError(f"{what}: {file} cannot be read ({reason(error)}); download {url} to that "
+                         f"path, or name a copy with {option}") from None
     return file, weights
 
 def load_lpips(vgg_weights=None):
     """The LPIPS distance of Zhang et al. 2018, frozen, in eval mode so that its dropout is off.
     vgg_weights: a local copy of VGG_URL (default: see load_weights)."""
     _, weights = load_weights("LPIPS needs VGG-16", VGG_URL, vgg_weights, "--vgg-weights", VGG_LAST)
-    lpips = import_lpips()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")     # lpips 0.1.4 uses arguments that torchvision renamed
-        net = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
+    net = import_lpips().LPIPS(net="vgg", pnet_rand=True, verbose=False)
     net.net.load_state_dict({name: weights["features." + name.split(".", 1)[1]]
                              for name in net.net.state_dict()})            # "slice3.10.bias" etc.
     return net.eval().requires_grad_(False)
 
-declared = []          # keeps libraries alive, with which torch would drop their operators
-
 def import_lpips():
-    """The lpips package, even beside a torchvision that was built for another torch. Such a
-    torchvision has no compiled operators, and its import stops where it describes two of them to
-    torch. lpips uses none, so it is enough to declare that these two exist."""
+    """The lpips package, even beside a torchvision that was built for another torch. The import of
+    such a one stops for want of two compiled operators. lpips uses none, so we declare them."""
     try:
         import lpips
     except RuntimeError:
-        declared.append(torch.library.Library("torchvision", "DEF"))
-        for name in ("nms", "qnms"):
-            declared[0].define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        for op in ("torchvision::nms", "torchvision::qnms"):
+            torch.library.define(op, "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         import lpips
     return lpips
 
@@ -1035,13 +991,11 @@ def import_lpips():
 
 def cli(main):
     """Run a script's main. What the user got wrong ends as one line and exit status 1."""
-    for stream in (sys.stdout, sys.stderr):                # a name may hold what they cannot show
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
+    if hasattr(sys.stdout, "reconfigure"):  # a name may hold what it cannot show; stderr escapes it
+        sys.stdout.reconfigure(errors="backslashreplace")
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
-    status = None
     try:
-        main()
+        status = main()                     # None, for exit status 0
     except (InputError, OSError) as error:
         named = getattr(error, "filename", None)           # the system then says why in strerror
         status = f"error: {shown(str(named))}: {error.strerror}" if named else f"error: {error}"
@@ -1128,9 +1082,8 @@ def conv3(c_in, c_out):
     return nn.Conv2d(c_in, c_out, 3, padding=1)
 
 class GroupNorm(nn.GroupNorm):
-    """GroupNorm (Wu & He 2018) in 32 groups, or in C if there are fewer channels. In float32 also
-    beside products in bfloat16: autocast sees to that on a GPU, but not on a CPU, where the norm in
-    bfloat16 would take two thirds of a training step."""
+    """GroupNorm (Wu & He 2018) in 32 groups, or in C if there are fewer channels. In float32, which
+    autocast sees to on a GPU; in bfloat16 it takes two thirds of a training step on a CPU."""
 
     def __init__(self, C):
         super().__init__(min(32, C), C, eps=1e-6)
@@ -1168,11 +1121,6 @@ class MidBlock(nn.Module):
         mixed = attn["to_out"](fused_attention(q, k, v).squeeze(1))        # one head; (B, h*w, C)
         return self.resnets[1](x + mixed.transpose(1, 2).reshape(x.shape))  # (B, C, h, w)
 
-def level(c_in, c_out, blocks, **resize):
-    """Residual blocks at one size, then the step to the next size (downsamplers or upsamplers)."""
-    resnets = [ResnetBlock(c_out if i else c_in, c_out) for i in range(blocks)]
-    return named(resnets=nn.Sequential(*resnets), **resize)
-
 def down(C):
     """Half the size. The padding is below and on the right only, as published weights expect."""
     return nn.Sequential(named(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=nn.Conv2d(C, C, 3, stride=2)))
@@ -1180,6 +1128,15 @@ def down(C):
 def up(C):
     """Twice the size: each pixel is repeated four times, then a convolution smooths."""
     return nn.Sequential(named(nearest=nn.Upsample(scale_factor=2), conv=conv3(C, C)))
+
+def levels(channels, blocks, name, step):
+    """For each width residual blocks, then the step to the next size (down or up) with its name."""
+    rows = []
+    for i, (c_in, c_out) in enumerate(zip((channels[0], *channels), channels), 1):
+        resize = {name: step(c_out)} if i < len(channels) else {}
+        resnets = [ResnetBlock(c_out if j else c_in, c_out) for j in range(blocks)]
+        rows.append(named(resnets=nn.Sequential(*resnets), **resize))
+    return nn.Sequential(*rows)
 
 class ConvAutoencoder(nn.Module):
     """The convolutional autoencoder of Stable Diffusion 3, with VMAE's attributes and methods.
@@ -1193,18 +1150,13 @@ class ConvAutoencoder(nn.Module):
         if img_size % f:
             raise ValueError(f"an image size of {img_size} is not a multiple of {f}")
         self.grid, wide, narrow = img_size // f, channels[-1], channels[0]
-        pairs = list(zip((narrow, *channels), channels))   # (c_in, c_out) of each level
-        self.encoder = named(
-            conv_in=conv3(3, narrow),   # (B, 128, H, W) in SD3
-            down_blocks=nn.Sequential(
-                *(level(*p, 2, downsamplers=down(p[1])) for p in pairs[:-1]), level(*pairs[-1], 2)),
+        self.encoder = named(               # (B, 128, H, W) after conv_in, in SD3
+            conv_in=conv3(3, narrow), down_blocks=levels(channels, 2, "downsamplers", down),
             mid_block=MidBlock(wide), conv_norm_out=GroupNorm(wide), silu=nn.SiLU(),
             conv_out=conv3(wide, 2 * latent_dim))          # mu | logvar
-        pairs = list(zip((wide, *channels[::-1]), channels[::-1]))
         self.decoder = named(
             conv_in=conv3(latent_dim, wide), mid_block=MidBlock(wide),     # (B, 512, h, w) in SD3
-            up_blocks=nn.Sequential(
-                *(level(*p, 3, upsamplers=up(p[1])) for p in pairs[:-1]), level(*pairs[-1], 3)),
+            up_blocks=levels(channels[::-1], 3, "upsamplers", up),
             conv_norm_out=GroupNorm(narrow), silu=nn.SiLU(), conv_out=conv3(narrow, 3))
         self.register_buffer("logvar_x", torch.zeros(()), persistent=False)    # as in VMAE
 
@@ -1229,17 +1181,15 @@ conv_sizes = {                              # the rows of `sizes`, with the same
     "small": dict(channels=(32, 64, 128, 128), latent_dim=16),
     "base": dict(channels=(128, 256, 512, 512), latent_dim=16)}            # SD3's, 83.82 M
 
-def discriminator(img_size, width=64):
-    """PatchGAN (Isola 2017): image -> scores (B, 1, h', w'), one per patch of 70 pixels (34 below
-    64 px, 16 below 32 px), high if it looks real. With GroupNorm in place of BatchNorm a score does
-    not depend on the other images of the batch."""
+def discriminator(img_size):
+    """PatchGAN (Isola 2017): image -> scores (B, 1, h', w'), high if it looks real, per patch of 70
+    pixels (34 below 64 px, 16 below 32). GroupNorm: a score must not depend on the whole batch."""
     layers = 3 if img_size >= 64 else (2 if img_size >= 32 else 1)
-    widths = [width * 2**i for i in range(layers + 1)]
-    net = [nn.Conv2d(3, width, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
-    for i, (a, b) in enumerate(zip(widths, widths[1:]), 1):
-        conv = nn.Conv2d(a, b, 4, stride=2 if i < layers else 1, padding=1)
-        net += [conv, GroupNorm(b), nn.LeakyReLU(0.2)]
-    return nn.Sequential(*net, nn.Conv2d(widths[-1], 1, 4, padding=1))     # (B, 1, h', w')
+    net = [nn.Conv2d(3, 64, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
+    for i, C in enumerate((64, 128, 256)[:layers], 1):
+        conv = nn.Conv2d(C, 2 * C, 4, stride=2 if i < layers else 1, padding=1)
+        net += [conv, GroupNorm(2 * C), nn.LeakyReLU(0.2)]
+    return nn.Sequential(*net, nn.Conv2d(2 * C, 1, 4, padding=1))          # (B, 1, h', w')
 
 def loss_D(real, fake):
     """Hinge loss of the scores of x and x_hat: 1/2 E[max(0, 1 - D(x)) + max(0, 1 + D(x_hat))]."""
