@@ -12,8 +12,7 @@
 
 Each is a function whose docstring defines what it measures. It prints a Markdown table, writes it
 as JSON, and most draw a picture. All metrics take images as uint8, as they are saved."""
-import argparse, hashlib, inspect, json, math, os, re, sys, timeit, warnings
-from itertools import chain
+import argparse, hashlib, inspect, itertools, json, math, os, re, sys, timeit, warnings
 from pathlib import Path
 
 import vmae                                 # before torch, see there
@@ -177,17 +176,17 @@ class Statistics:
     """Mean and covariance of rows from running sums in float64: D^2 numbers for any number of rows.
     The mean of the first batch is subtracted from all rows, so that the sums do not cancel."""
 
-    def __init__(self):
-        self.n = 0
+    n = 0                                   # rows so far
 
     def add(self, rows):
-        """rows: (B, D)."""
+        """rows: (B, D). -> self."""
         rows = (rows if rows.is_cuda else rows.cpu()).double()             # MPS has no float64
         if self.n == 0:
             self.shift, self.total, self.outer = rows.mean(0), 0, 0
         rows = rows - self.shift            # (B, D)
         self.n, self.total = self.n + len(rows), self.total + rows.sum(0)
         self.outer += rows.T @ rows         # (D, D)
+        return self
 
     def moments(self):
         """-> mean (D,), covariance (D, D) divided by n - 1, as numpy.cov. InputError if n < 2."""
@@ -300,12 +299,11 @@ class Judge(nn.Module):
 def load_judge(folder="runs"):
     """The Judge, from a file in `folder`; or trained now, on each training face once, and kept. The
     file's name is a hash of what makes it: its code and the faces."""
-    made_by = "".join(map(inspect.getsource, (Judge, load_judge))).encode()
-    key = hashlib.sha256(made_by + vmae.Faces(32).fingerprint()).hexdigest()[:8]
+    faces, made_by = vmae.Faces(32), "".join(map(inspect.getsource, (Judge, load_judge)))
+    key = hashlib.sha256(made_by.encode() + faces.fingerprint()).hexdigest()[:8]
     path = Path(folder, f"judge_{key}.pt")
-    with torch.random.fork_rng():           # weights of a seed of its own
-        torch.manual_seed(0)
-        judge, faces = Judge().to(memory_format=torch.channels_last), vmae.Faces(32)
+    torch.manual_seed(0)                    # the same weights to begin with
+    judge = Judge().to(memory_format=torch.channels_last)
     if path.exists():
         judge.load_state_dict(torch.load(path, weights_only=True))
         return judge.eval().requires_grad_(False)
@@ -326,35 +324,30 @@ def load_judge(folder="runs"):
 
 JUDGED = 4096          # training faces that samples are compared with
 
-def see(judge, batches, device):
-    """Batches of uint8 -> the Judge's features (N, 208), the kind (N,) that it recognises, whether
-    all five parts are there (N,)."""
-    answers = zip(*(judge(x.to(device)) for x in batches))
-    features, kind, _, part = (torch.cat(answer).cpu() for answer in answers)
-    pixels = F.one_hot(part.argmax(1), len(vmae.PARTS)).sum((1, 2))        # (N, 5)
-    return features, kind.argmax(1), (pixels >= 3).all(1)
+def jury(device):
+    """-> judged(batches of uint8, the kinds (N,) that were asked for, or None), which returns a row
+    of `faces`, measured against the first JUDGED training faces."""
+    judge = load_judge().to(device)
 
-def judge_and_real(device):
-    """-> the Judge, and its features of the first training faces, (JUDGED, 208)."""
-    judge, train = load_judge().to(device), vmae.Faces(32)
-    parts = torch.arange(JUDGED).split(64)
-    return judge, see(judge, (train.batch(part)[0] for part in parts), device)[0]
+    def see(batches):
+        """What the Judge answers to all of the batches, on the CPU."""
+        answers = zip(*(judge(x.to(device)) for x in batches))
+        return [torch.cat(answer).cpu() for answer in answers]
 
-def judged(judge, real, batches, wanted, device):
-    """Batches of uint8, and the kinds (N,) that were asked for, or None -> a row of `faces`."""
-    def moments(features):
-        """-> mean (208,), covariance (208, 208)."""
-        statistics = Statistics()
-        statistics.add(features)
-        return statistics.moments()
+    def judged(batches, wanted):
+        features, kind, _, part = see(batches)
+        pixels = F.one_hot(part.argmax(1), len(vmae.PARTS)).sum((1, 2))    # (N, 5)
+        right = None if wanted is None else kind.argmax(1) == wanted       # (N,)
+        precision, recall = precision_recall(real[:len(features)], features)
+        return {"N": len(features),
+                "requested": "" if right is None else right.double().mean().item(),
+                "complete": (pixels >= 3).all(1).double().mean().item(),
+                "distance": frechet_distance(*usual, *Statistics().add(features).moments()),
+                "precision": precision, "recall": recall}
 
-    features, kind, complete = see(judge, batches, device)
-    precision, recall = precision_recall(real[:len(features)], features)
-    return {"N": len(features),
-            "requested": (kind == wanted).double().mean().item() if wanted is not None else "",
-            "complete": complete.double().mean().item(),
-            "distance": frechet_distance(*moments(real), *moments(features)),
-            "precision": precision, "recall": recall}
+    real = see(x for x, _ in vmae.Faces(32).batches(torch.arange(JUDGED)))[0]      # (JUDGED, 208)
+    usual = Statistics().add(real).moments()               # mean (208,), covariance (208, 208)
+    return judged
 
 class Features:
     """What we keep of a set of images that Inception has seen: running sums, for FID, sFID and IS;
@@ -454,15 +447,14 @@ class Run:
 
 def draw_samples(path, args, cfg):
     """A stage-two checkpoint -> batches of uint8, --n images in all: those of sample.py with seed
-    0, the classes in turn, and guidance cfg (None: its default). --sampler and --steps are those of
-    the sub-command, or else sample.py's. What does not fit is refused before the first batch."""
+    0, the classes in turn, --sampler, --steps, and guidance cfg (None: its default). What does not
+    fit is refused before the first batch."""
     model, schedule, ckpt = ldm.load_ldm(path)             # the EMA weights
-    how = argparse.Namespace(**{"sampler": None, "steps": 50, **vars(args)})
-    (sampler, _), K = sample.pick_sampler(how, schedule), len(ckpt["classes"])
+    (sampler, _), K = sample.pick_sampler(args, schedule), len(ckpt["classes"])
     model, ae = model.to(args.device), vmae.build_vmae(ckpt["vmae"]).to(args.device)
     w = sample.guidance(cfg, ckpt["classes"])
     return (sample.draw(index, index % K if K else None, model, ae, schedule, ckpt, sampler,
-                        steps=how.steps, w=w)              # labels (B,), or None
+                        steps=args.steps, w=w)             # labels (B,), or None
             for index in torch.arange(args.n).split(args.batch))
 
 def open_source(source, args, size=None):
@@ -470,16 +462,13 @@ def open_source(source, args, size=None):
     (the built-in training faces), a .npz with arr_0, uint8 (N, H, W, 3), as ADM's, or a stage-two
     checkpoint, which is sampled. size: of a folder (default: that of its first image) or faces."""
     if source.endswith(".npz"):
-        images = read_npz(source, "arr_0")["arr_0"][:args.n]
-        S = images.shape[1:2]               # (H,)
-        if images.dtype != np.uint8 or images.shape != (len(images), *S, *S, 3):
+        images = read_npz(source, "arr_0")["arr_0"]
+        S = (size,) if size else images.shape[1:2]         # (H,)
+        if images.dtype != np.uint8 or images.shape[1:] != (*S, *S, 3):
             raise InputError(f"{source}: arr_0 is {images.dtype} {images.shape}; it must be uint8 "
-                             f"(N, H, W, 3) with H = W")
-        images = torch.from_numpy(images).permute(0, 3, 1, 2)
-        if size not in (None, images.shape[2]):
-            raise InputError(f"{source}: images of {images.shape[2]} pixels, the others have "
-                             f"{size}; give a folder, which is resized")
-        return images.shape[2], len(images), images.split(args.batch)
+                             f"(N, {size or 'H'}, {size or 'H'}, 3); a folder would be resized")
+        images = torch.from_numpy(images[:args.n]).permute(0, 3, 1, 2)
+        return *S, len(images), images.split(args.batch)
     if os.path.isfile(source):
         size = ldm.load_ldm(source)[2]["vmae"]["model_args"]["img_size"]
         return size, args.n, draw_samples(source, args, args.cfg)
@@ -621,7 +610,7 @@ def reconstruct(args):
     for run in (Run(path, args) for path in args.ckpt):    # one in memory at a time
         n, batches = run.held_out()
         first = next(batches)               # the same images for all runs
-        row, _ = scores(((x, run.again(x)) for x, _ in chain([first], batches)), args)
+        row, _ = scores(((x, run.again(x)) for x, _ in itertools.chain([first], batches)), args)
         shown.append(run.again(first[0][:16]))
         rows.append({"checkpoint": run.path, "N": n, **row})
     report(args, "Reconstruction of held-out images (Table 1)", rows, n)
@@ -743,14 +732,12 @@ def efficiency(args):
     for name, body, kwargs in (("SD-VAE", vmae.ConvAutoencoder, vmae.conv_sizes["base"]),
                                ("VMAE", vmae.VMAE, vmae.sizes["base"])):
         with torch.device("meta"), torch.no_grad():        # tensors have a shape but no content
-            model, norms = body(args.size, **kwargs), []
-            for module in model.modules():
-                if isinstance(module, nn.LayerNorm):
-                    module.register_forward_hook(lambda m, x, y: norms.append(y.numel()))
-            x = torch.empty(1, 3, args.size, args.size)
+            model, x = body(args.size, **kwargs), torch.empty(1, 3, args.size, args.size)
             q, encoder, attention = multiply_adds(model.encode, x)
-            in_norms = sum(norms)           # of the encoder; the decoder has not run yet
             _, decoder, more = multiply_adds(model.decode, q.mode())
+        widths = [module.normalized_shape[0] for name, module in model.named_modules()
+                  if isinstance(module, nn.LayerNorm) and not name.startswith("decoder")]
+        in_norms = sum(widths) * model.grid**2             # each sees all tokens
         numbers = sum(v.numel() for v in model.state_dict().values())
         rows.append({"model": name, "numbers": numbers, "MB": numbers * 4 / 2**20,
                      "GFLOPs": encoder * 128 / 1e9, "+ norms": (encoder + 4 * in_norms) * 128 / 1e9,
@@ -845,7 +832,7 @@ def compare(args):
     kinds = {("vmae" in ckpt, ckpt.get("train_args", {}).get("data"))
              for ckpt in map(vmae.read_checkpoint, runs.values())}
     second, on_faces = all(two for two, _ in kinds), kinds == {(True, None)}
-    judge, real = judge_and_real(args.device) if on_faces else (None, None)
+    judged = jury(args.device) if on_faces else None
     perception = "LPIPS" if lpips_net else "SSIM"
     for name, path in runs.items():
         run = Run(path, args)
@@ -856,10 +843,9 @@ def compare(args):
         rows.append({"run": name, "smoothness, dB": psnr(x_hat, moved).mean().item(),
                      "compression, sigma^2": separation(*face_levels(run)["part"])["sigma^2"],
                      "pixels, dB": row["PSNR"], f"perception, {perception}": row[perception]})
-        if judge:
+        if judged:
             samples = draw_samples(path, args, args.cfg)
-            found = judged(judge, real, samples, None, args.device)
-            rows[-1]["generation, distance"] = found["distance"]
+            rows[-1]["generation, distance"] = judged(samples, None)["distance"]
         elif second and inception:
             rows[-1]["generation, gFID"] = generation(path, None, args)[0]["gFID"]
     axes = list(rows[0])[1:]
@@ -871,7 +857,7 @@ def compare(args):
     gfid = "generation, gFID" in axes
     report(args, "Comparison (Fig. 2)", rows, args.n if gfid else None, rescaled=shapes)
     radar(f"{args.out}/compare.png", axes, shapes)
-    if not (judge or gfid):
+    if not (judged or gfid):
         print("skipped generation: takes runs of stage two, and on photographs Inception's weights")
 
 def faces(args):
@@ -884,14 +870,13 @@ def faces(args):
     training faces. precision, recall: against as many of these as there are images. Each
     machine trains a judge of its own, and rounding sets them apart: the same samples were at 34.5
     and at 37.1. Compare distances by one runs/judge_*.pt only."""
-    (judge, real), rows = judge_and_real(args.device), []
+    judged, rows = jury(args.device), []
     for path in args.ckpt:
         run, ckpt = Run(path, args), vmae.read_checkpoint(path)
         if data := ckpt.get("train_args", {}).get("data"):     # of a run of stage two: of both
             raise InputError(f"{path}: was trained on {data}, not on the faces")
-        held_out = [vmae.Faces(run.model.img_size, "val").batch(part)
-                    for part in torch.arange(args.n).split(args.batch)]
-        x, y = zip(*held_out)
+        held_out = vmae.Faces(run.model.img_size, "val").batches(torch.arange(args.n), args.batch)
+        x, y = zip(*held_out)               # batches of each
         sets = {"held out": (x, torch.cat(y)), "reconstructed": (map(run.again, x), torch.cat(y))}
         classes = ckpt.get("classes")       # None: a checkpoint of stage one
         for w in () if classes is None else args.cfg if classes else [1.0]:
@@ -899,8 +884,7 @@ def faces(args):
             sets[f"samples, w = {w}"] = draw_samples(path, args, w), kind
         for name, (batches, wanted) in sets.items():
             batches = tqdm(batches, name, dynamic_ncols=True)
-            row = judged(judge, real, batches, wanted, args.device)
-            rows.append({"checkpoint": path, "images": name, **row})
+            rows.append({"checkpoint": path, "images": name, **judged(batches, wanted)})
     report(args, "Built-in faces, by the judge; no FID", rows)
 
 def neighbours(args):
@@ -965,7 +949,7 @@ def main():
     for function, own in COMMANDS.items():
         about = re.split(r"[.?]\s+(?=[A-Z`])", function.__doc__)[0]        # its first sentence
         command = commands.add_parser(function.__name__, help=about)
-        command.set_defaults(function=function)
+        command.set_defaults(function=function, sampler=None, steps=50)    # of sample.py
         for name, default in {"batch": 64, "device": "auto", "out": "", **own}.items():
             choices = ("pytorch-fid", "clean") if name == "resize" else None
             flag, nargs = (name, "*") if name == "runs" else (f"--{name}", "+")
@@ -977,9 +961,8 @@ def main():
                 kind = dict(action="store_true")
             note = " (default: %(default)s)" if default and default is not True else ""
             command.add_argument(flag, default=default, help=HELP[name] + note, **kind)
-    everything = not sys.argv[1:]           # all that needs no download or Inception, slow on a CPU
-    lines = [sys.argv[1:]]
-    if everything:
+    everything, lines = not sys.argv[1:], [sys.argv[1:]]
+    if everything:                          # that needs no download or Inception, slow on a CPU
         lines = [[f.__name__] for f in COMMANDS if f not in (fid, faces)]
     for line in lines:
         args = vmae.check(parser.parse_args(line))

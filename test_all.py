@@ -1414,7 +1414,7 @@ def test_what_inception_adds_to_the_figures():
     assert [row["space"] for row in near] == ["pixels", "Inception"]
     assert all(row["ratio"] == row["samples"] / row["held-out"] for row in near)
     measured("fid", "--n 9 --cfg 2", "weights tiny")       # all defaults but these
-    args = SimpleNamespace(n=9, batch=4, device="cpu")
+    args = SimpleNamespace(n=9, batch=4, device="cpu", sampler=None, steps=50)
     first = next(evaluate.draw_samples(ckpt, args, 1.0))
     runs(sample.main, "--n 4 --cfg 1 --npz")
     same = np.load("samples/samples.npz")["arr_0"].transpose(0, 3, 1, 2)
