@@ -48,10 +48,9 @@ class ConvBN(nn.Module):
         return F.relu_(F.conv2d(x, weight, bias, self.conv.stride, self.conv.padding))
 
 class Mixed(nn.Module):
-    """Branches that read the same input; their outputs are joined along the channels.
-    branches: name -> list of convolutions, each (channels, kernel height[, kernel width]). The last
-    entry may be a dict of two, {"a": ..., "b": ...}: both read what comes before, and both are
-    outputs. branch_pool begins with the pool. The last convolution has the pool's stride."""
+    """Branches that read the same input; their outputs are joined along the channels. branches:
+    name -> convolutions in a row, each (channels, height[, width]); the last may be a dict of two,
+    both outputs. branch_pool begins with the pool, whose stride the last convolutions have."""
 
     def __init__(self, c_in, pool, **branches):
         super().__init__()
@@ -211,9 +210,9 @@ def cholesky(sigma):
 
 def frechet_distance(mu1, sigma1, mu2, sigma2):
     """FID = |mu1 - mu2|^2 + tr(S1) + tr(S2) - 2 tr sqrt(S1 S2). Heusel 2017, Eq. 6.
-    tr sqrt(S1 S2) is the sum of the square roots of the eigenvalues of S1 S2. With S1 = A A^T and
-    S2 = B B^T these are the squared singular values of A^T B; we sum the singular values. In
-    float64. mu (D,), sigma (D, D), numpy or torch. ValueError for other shapes or no covariance."""
+    tr sqrt(S1 S2) sums the roots of the eigenvalues of S1 S2. With S1 = A A^T and S2 = B B^T these
+    roots are the singular values of A^T B. In float64. mu (D,), sigma (D, D), numpy or torch.
+    ValueError for other shapes or no covariance."""
     mu1, sigma1, mu2, sigma2 = (np.asarray(v) for v in (mu1, sigma1, mu2, sigma2))
     if mu1.shape != mu2.shape or any(s.shape != (mu1.size, mu1.size) for s in (sigma1, sigma2)):
         raise ValueError(f"statistics of {sigma1.shape} and {sigma2.shape} do not compare")
@@ -406,8 +405,7 @@ def optional_nets(args):
                 lambda path: load_inception(path, args.resize, args.fast)))
 
 def shuffled(data, args):
-    """--n images of a dataset, always the same -> their number, and batches of uint8 (B, 3, S, S)
-    and labels (B,)."""
+    """--n images, always the same -> how many; batches of uint8 (B, 3, S, S) and labels (B,)."""
     numbers = data.some(args.n)
     return len(numbers), data.batches(numbers, args.batch)
 
@@ -447,8 +445,7 @@ class Run:
 
 def draw_samples(path, args, cfg):
     """A stage-two checkpoint -> batches of uint8, --n images in all: those of sample.py with seed
-    0, the classes in turn, --sampler, --steps, and guidance cfg (None: its default). What does not
-    fit is refused before the first batch."""
+    0, --sampler, --steps and guidance cfg. What does not fit is refused before the first batch."""
     model, schedule, ckpt = ldm.load_ldm(path)             # the EMA weights
     (sampler, _), K = sample.pick_sampler(args, schedule), len(ckpt["classes"])
     model, ae = model.to(args.device), vmae.build_vmae(ckpt["vmae"]).to(args.device)
@@ -529,15 +526,12 @@ def chart(path, height, grid, texts, curves, lines=True):
     pen.font = ImageFont.load_default(24)
     for places in grid:
         pen.line(places, "#cccccc", 2)
-    def short(text):                        # the end of a long path tells more
-        return text if len(text) <= 80 else f"...{text[-77:]}"
-
-    for place, text, anchor in texts:
-        pen.text(place, short(text), "#333333", anchor=anchor)
-    for i, (name, places) in enumerate(curves.items()):
-        colour, y = COLOURS[i % len(COLOURS)], height + 36 * i
-        pen.circle((40, y), 10, colour)
-        pen.text((64, y), short(name), "#333333", anchor="lm")
+    names = [((64, height + 36 * i), name, "lm") for i, name in enumerate(curves)]
+    for place, text, anchor in texts + names:
+        short = text if len(text) <= 80 else f"...{text[-77:]}"    # a path's end tells more
+        pen.text(place, short, "#333333", anchor=anchor)
+    for i, (colour, places) in enumerate(zip(itertools.cycle(COLOURS), curves.values())):
+        pen.circle((40, height + 36 * i), 10, colour)
         if lines:
             pen.line(places, colour, 5, "curve")
         for place in places:
@@ -592,9 +586,8 @@ def scores(pairs, args, real=None):
     for a, b in ((a.to(where), b.to(where)) for a, b in pairs):
         row = [(a.double() - b.double()).abs().mean((1, 2, 3)) / 255, psnr(a, b), ssim(a, b)]
         if lpips_net:
-            d = lpips_net(*(vmae.to_float(x.to(args.device)) for x in (a, b)))
-            row.append(d.flatten().to(where).double())
-        values.append(torch.stack(row).cpu())              # (3 or 4, B)
+            row.append(lpips_net(*(vmae.to_float(x.to(args.device)) for x in (a, b))).flatten())
+        values.append(torch.stack([v.cpu().double() for v in row]))        # (3 or 4, B)
         if inception:
             fakes.add(b)
         if inception and not real:
@@ -715,9 +708,9 @@ def multiply_adds(function, *args):
     maps and convolutions, those in attention's two products)."""
     with FlopCounterMode(display=False) as counter:        # counts two operations per multiply-add
         result = function(*args)
-    counts = {str(op): n / 2 for op, n in counter.get_flop_counts()["Global"].items()}
-    attention = counts.pop("aten.bmm", 0)
-    return result, sum(counts.values()), attention
+    counts = counter.get_flop_counts()["Global"]
+    attention = counts.pop(torch.ops.aten.bmm, 0)
+    return result, sum(counts.values()) / 2, attention / 2
 
 def efficiency(args):
     """Table 3: sizes, operations and times of VMAE `base` and SD-VAE. The paper reports 13.4 % of
@@ -744,7 +737,7 @@ def efficiency(args):
                      "encoder GMACs": encoder / 1e9, "decoder GMACs": decoder / 1e9,
                      "all GFLOPs": 2 * (encoder + decoder + attention + more) / 1e9})
         if args.time:
-            rows[-1].update(seconds(body(args.size, **kwargs), args))
+            rows[-1].update(seconds(body(args.size, **kwargs).to(args.device), args))
     ratio = {key: f"{rows[1][key] / rows[0][key]:.1%}" for key in list(rows[0])[1:]}
     report(args, f"Efficiency at {args.size} px (Table 3)", [*rows, {"model": "ratio", **ratio}])
     if not args.time:
@@ -752,7 +745,6 @@ def efficiency(args):
 
 def seconds(model, args):
     """Seconds of encode, decode and a training step of --batch images, each the best of 4."""
-    model, sync = model.to(args.device), getattr(torch, args.device.type).synchronize
     x = torch.rand(args.batch, 3, args.size, args.size, device=args.device)
 
     def train():
@@ -760,7 +752,7 @@ def seconds(model, args):
         (model.decode(model.encode(x).sample()) - x).square().mean().backward()
 
     def now():
-        sync()                              # a GPU returns before it is done
+        getattr(torch, args.device.type).synchronize()     # a GPU returns before it is done
         return timeit.default_timer()
 
     encode, decode = torch.no_grad()(model.encode), torch.no_grad()(model.decode)
@@ -865,18 +857,17 @@ def faces(args):
     be; their reconstructions by stage one, the best that stage two can reach; samples with each of
     the guidance weights --cfg, by --sampler in --steps.
 
-    requested: the share recognised as the kind that was asked for. complete: the share that shows
-    all five parts, each on 3 of 1,024 pixels or more. distance: the Frechet distance to 4,096
-    training faces. precision, recall: against as many of these as there are images. Each
-    machine trains a judge of its own, and rounding sets them apart: the same samples were at 34.5
-    and at 37.1. Compare distances by one runs/judge_*.pt only."""
+    requested: the share recognised as the kind asked for. complete: the share that shows all five
+    parts, each on 3 of 1,024 pixels or more. distance: the Frechet distance to 4,096 training
+    faces. precision, recall: against as many of these as there are images. Each machine trains its
+    own judge, and rounding sets these apart: the same samples were at 34.5 and at 37.1. Compare
+    distances by one runs/judge_*.pt only."""
     judged, rows = jury(args.device), []
     for path in args.ckpt:
         run, ckpt = Run(path, args), vmae.read_checkpoint(path)
         if data := ckpt.get("train_args", {}).get("data"):     # of a run of stage two: of both
             raise InputError(f"{path}: was trained on {data}, not on the faces")
-        held_out = vmae.Faces(run.model.img_size, "val").batches(torch.arange(args.n), args.batch)
-        x, y = zip(*held_out)               # batches of each
+        x, y = zip(*vmae.Faces(run.model.img_size, "val").batches(torch.arange(args.n), args.batch))
         sets = {"held out": (x, torch.cat(y)), "reconstructed": (map(run.again, x), torch.cat(y))}
         classes = ckpt.get("classes")       # None: a checkpoint of stage one
         for w in () if classes is None else args.cfg if classes else [1.0]:
@@ -914,21 +905,20 @@ def neighbours(args):
 # ---- The command line -------------------------------------------------------------------------
 
 HELP = {
-    "runs": "run folders, or checkpoints", "download": "fetch weights that are missing",
-    "ckpt": "checkpoints of either stage, or published weights", "batch": "images at a time",
+    "ckpt": "checkpoints of either stage, or published weights", "steps": "network calls per image",
+    "runs": "run folders, or checkpoints", "sampler": "ddim, ddpm or euler (default: as sample.py)",
     "fake": "a stage-two checkpoint, which is sampled; a folder; a .npz with arr_0",
-    "real": "a folder; a .npz with mu and sigma, or with arr_0; faces, the built-in ones (default: "
-            "what the checkpoint was trained on)", "size": "side of the images in pixels",
+    "real": "a folder; a .npz with mu and sigma, or arr_0; faces (default: --fake's training data)",
     "data": "folder of images, none of them trained on (default: those held out in training)",
+    "size": "side of the images in pixels", "batch": "images at a time", "n": "images at most",
     "pairs": "images per side whose features are kept, 8 KB each, for KID, precision, recall",
-    "eps": "noise, in standard deviations of a latent channel", "n": "images at most",
-    "cfg": "guidance weight of samples, 1: none", "time": "also measure seconds and memory",
-    "steps": "network calls per image", "sampler": "ddim, ddpm or euler (default: as sample.py)",
+    "eps": "noise, in standard deviations of a latent channel", "device": "cuda, cpu, mps...",
     "resize": "to Inception's 299 pixels: pytorch-fid, or clean, antialiased as in clean-fid",
     "fast": "Inception in bfloat16: faster, but only two or three digits are right",
+    "download": "fetch weights that are missing", "cfg": "guidance weight of samples, 1: none",
     "inception-weights": "a copy of FID's InceptionV3 (default: torch hub's cache)",
     "vgg-weights": "a copy of VGG-16, for LPIPS (default: torch hub's cache)",
-    "save-stats": "write the real side's statistics to this .npz", "device": "cuda, cpu, mps...",
+    "save-stats": "write the real side's statistics to this .npz", "time": "also measure seconds",
     "out": "folder of table and picture (default: that of the checkpoint, otherwise runs)"}
 INCEPTION = {"resize": "pytorch-fid", "fast": False, "inception-weights": "", "download": False}
 NETS, FIRST, SECOND = {**INCEPTION, "vgg-weights": ""}, ["runs/vmae/last.pt"], ["runs/ldm/last.pt"]
@@ -961,10 +951,9 @@ def main():
                 kind = dict(action="store_true")
             note = " (default: %(default)s)" if default and default is not True else ""
             command.add_argument(flag, default=default, help=HELP[name] + note, **kind)
-    everything, lines = not sys.argv[1:], [sys.argv[1:]]
-    if everything:                          # that needs no download or Inception, slow on a CPU
-        lines = [[f.__name__] for f in COMMANDS if f not in (fid, faces)]
-    for line in lines:
+    everything = not sys.argv[1:]           # that needs no download or Inception, slow on a CPU
+    names = [function.__name__ for function in COMMANDS if function not in (fid, faces)]
+    for line in [[name] for name in names] if everything else [sys.argv[1:]]:
         args = vmae.check(parser.parse_args(line))
         args.device = vmae.start(args.device)
         paths = [getattr(args, name, []) for name in ("fake", "ckpt", "runs")]
@@ -974,8 +963,8 @@ def main():
                 raise InputError(f"{path}: no such file or folder")
         beside = paths and line[0] != "compare" and not os.path.isdir(paths[0])
         args.out = args.out or (os.path.dirname(paths[0]) if beside else "runs") or "."
-        above = Path(args.out).absolute()
-        there = next(path for path in (above, *above.parents) if path.exists())
+        table = Path(args.out, "table.json").absolute()
+        there = next(folder for folder in table.parents if folder.exists())
         if not (there.is_dir() and os.access(there, os.W_OK)):
             raise InputError(f"--out {args.out}: nothing can be written into {there}")
         args.nets = (None, None) if everything else optional_nets(args)
