@@ -209,10 +209,9 @@ def cholesky(sigma):
     return L
 
 def frechet_distance(mu1, sigma1, mu2, sigma2):
-    """FID = |mu1 - mu2|^2 + tr(S1) + tr(S2) - 2 tr sqrt(S1 S2). Heusel 2017, Eq. 6.
-    tr sqrt(S1 S2) sums the roots of the eigenvalues of S1 S2. With S1 = A A^T and S2 = B B^T these
-    roots are the singular values of A^T B. In float64. mu (D,), sigma (D, D), numpy or torch.
-    ValueError for other shapes or no covariance."""
+    """FID = |mu1 - mu2|^2 + tr(S1) + tr(S2) - 2 tr sqrt(S1 S2). Heusel 2017, Eq. 6. The last trace
+    sums the singular values of A^T B, where S1 = A A^T and S2 = B B^T: their squares are S1 S2's
+    eigenvalues. mu (D,), sigma (D, D), numpy or torch. ValueError for others or no covariance."""
     mu1, sigma1, mu2, sigma2 = (np.asarray(v) for v in (mu1, sigma1, mu2, sigma2))
     if mu1.shape != mu2.shape or any(s.shape != (mu1.size, mu1.size) for s in (sigma1, sigma2)):
         raise ValueError(f"statistics of {sigma1.shape} and {sigma2.shape} do not compare")
@@ -388,21 +387,15 @@ class Features:
 
 # ---- The images, models and weights that the options name -------------------------------------
 
-def optional_nets(args):
-    """-> (LPIPS, InceptionV3). Each is None if the sub-command has no use for it, or if its weights
-    are neither here nor to be fetched; then a line says so."""
-    def net(what, url, option, read):
-        """One of the two."""
-        path = getattr(args, option.replace("-", "_"), None)               # None: of no use
-        cached = Path(torch.hub.get_dir(), "checkpoints", Path(url).name).exists()
-        if path == "" and not (args.download or cached):
-            path = None
-            print(f"skipped {what}: no weights; --download fetches {url}, --{option} names a copy")
-        return None if path is None else read(path).to(args.device)
-
-    return (net("VGG-16", vmae.VGG_URL, "vgg-weights", vmae.load_lpips),
-            net("InceptionV3", INCEPTION_URL, "inception-weights",
-                lambda path: load_inception(path, args.resize, args.fast)))
+def optional_net(args, what, url, option, load):
+    """A network with published weights, or None: if the sub-command has no use for it, or if its
+    weights are neither here nor to be fetched; then a line says so."""
+    path = getattr(args, option.replace("-", "_"), None)   # None: of no use; "": wherever it is
+    cached = Path(torch.hub.get_dir(), "checkpoints", Path(url).name).exists()
+    if path or path == "" and (args.download or cached):
+        return load(path).to(args.device)
+    if path == "":
+        print(f"skipped {what}: no weights; --download fetches {url}, --{option} names a copy")
 
 def shuffled(data, args):
     """--n images, always the same -> how many; batches of uint8 (B, 3, S, S) and labels (B,)."""
@@ -463,7 +456,7 @@ def open_source(source, args, size=None):
         S = (size,) if size else images.shape[1:2]         # (H,)
         if images.dtype != np.uint8 or images.shape[1:] != (*S, *S, 3):
             raise InputError(f"{source}: arr_0 is {images.dtype} {images.shape}; it must be uint8 "
-                             f"(N, {size or 'H'}, {size or 'H'}, 3); a folder would be resized")
+                             f"(N, H, W, 3) with H = W = {size or 'any'}; a folder is resized")
         images = torch.from_numpy(images[:args.n]).permute(0, 3, 1, 2)
         return *S, len(images), images.split(args.batch)
     if os.path.isfile(source):
@@ -764,7 +757,7 @@ def generation(fake, real, args, pairs=0):
     """--fake and --real, as open_source takes them -> (a row of `fid`'s metrics, the statistics of
     the real side). real may also be a .npz of mu and sigma, as pytorch-fid's. The real images are
     cropped and resized to the size of the fakes by the same code."""
-    ours = not (fake == "faces" or fake.endswith(".npz") or os.path.isdir(fake))   # sampled here
+    ours = os.path.isfile(fake) and not fake.endswith(".npz")              # sampled here
     if not real and not ours:
         raise InputError('--real: name a folder, a .npz or "faces" to compare with')
     real = real or ldm.load_ldm(fake)[2]["train_args"]["data"] or "faces"
@@ -819,7 +812,7 @@ def compare(args):
         raise FileNotFoundError("Fig. 2 needs two runs; train a second preset, or name them")
     rows, (lpips_net, inception) = [], args.nets
     no_fid = argparse.Namespace(nets=(lpips_net, None), device=args.device)
-    runs = {run: f"{run}/last.pt" if os.path.isdir(run) else run for run in args.runs}
+    runs = {run: vmae.checkpoint(run) for run in args.runs}
     # (is it of stage two?, the folder it was trained on, None for the faces) of each run
     kinds = {("vmae" in ckpt, ckpt.get("train_args", {}).get("data"))
              for ckpt in map(vmae.read_checkpoint, runs.values())}
@@ -908,7 +901,7 @@ HELP = {
     "ckpt": "checkpoints of either stage, or published weights", "steps": "network calls per image",
     "runs": "run folders, or checkpoints", "sampler": "ddim, ddpm or euler (default: as sample.py)",
     "fake": "a stage-two checkpoint, which is sampled; a folder; a .npz with arr_0",
-    "real": "a folder; a .npz with mu and sigma, or arr_0; faces (default: --fake's training data)",
+    "real": "a folder; a .npz of mu and sigma, or arr_0; faces, built in (default: as in training)",
     "data": "folder of images, none of them trained on (default: those held out in training)",
     "size": "side of the images in pixels", "batch": "images at a time", "n": "images at most",
     "pairs": "images per side whose features are kept, 8 KB each, for KID, precision, recall",
@@ -967,7 +960,10 @@ def main():
         there = next(folder for folder in table.parents if folder.exists())
         if not (there.is_dir() and os.access(there, os.W_OK)):
             raise InputError(f"--out {args.out}: nothing can be written into {there}")
-        args.nets = (None, None) if everything else optional_nets(args)
+        args.nets = (None, None) if everything else (
+            optional_net(args, "VGG-16", vmae.VGG_URL, "vgg-weights", vmae.load_lpips),
+            optional_net(args, "InceptionV3", INCEPTION_URL, "inception-weights",
+                         lambda path: load_inception(path, args.resize, args.fast)))
         try:
             args.function(args)
         except (FileNotFoundError, InputError) as error:   # no generator, or no runs to compare
