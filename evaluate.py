@@ -569,11 +569,11 @@ def radar(path, axes, shapes):
 
 # ---- Sub-commands -----------------------------------------------------------------------------
 
-def scores(pairs, args, real=None):
+def scores(pairs, args, real=None, nets=None):
     """Batches of uint8 (original, reconstruction) -> (the metrics of Table 1, the originals'
     Features, which a later call may take as `real`). L1 = mean |x - x_hat| with pixels in [0, 1],
     PSNR, SSIM, LPIPS (Zhang 2018, VGG): of each the mean over the images. rFID: FID of the two."""
-    (lpips_net, inception), values = args.nets, []
+    (lpips_net, inception), values = nets or args.nets, []
     fakes, reals = Features(inception), real or Features(inception)
     where = "cpu" if str(args.device) == "mps" else args.device    # which has no float64
     for a, b in ((a.to(where), b.to(where)) for a, b in pairs):
@@ -712,13 +712,12 @@ def efficiency(args):
     attention's products, batch 128. "+ norms": with four per element of a LayerNorm, which gives
     the paper's 703.9. all GFLOPs: encoder and decoder with attention, one image, two operations per
     multiply-add. --time: seconds of encode, decode and a training step (forward, backward)."""
-    rows = []
     if args.size % 8:
         raise InputError(f"--size {args.size}: must be a multiple of 8, as both models are f8")
-    for name, body, kwargs in (("SD-VAE", vmae.ConvAutoencoder, vmae.conv_sizes["base"]),
-                               ("VMAE", vmae.VMAE, vmae.sizes["base"])):
+    rows, x = [], torch.empty(1, 3, args.size, args.size, device="meta")
+    for name, row in (("SD-VAE", vmae.conv_sizes["base"]), ("VMAE", vmae.sizes["base"])):
         with torch.device("meta"), torch.no_grad():        # tensors have a shape but no content
-            model, x = body(args.size, **kwargs), torch.empty(1, 3, args.size, args.size)
+            model = vmae.build(dict(row, img_size=args.size))
             q, encoder, attention = multiply_adds(model.encode, x)
             _, decoder, more = multiply_adds(model.decode, q.mode())
         widths = [module.normalized_shape[0] for name, module in model.named_modules()
@@ -730,7 +729,7 @@ def efficiency(args):
                      "encoder GMACs": encoder / 1e9, "decoder GMACs": decoder / 1e9,
                      "all GFLOPs": 2 * (encoder + decoder + attention + more) / 1e9})
         if args.time:
-            rows[-1].update(seconds(body(args.size, **kwargs).to(args.device), args))
+            rows[-1] |= seconds(vmae.build(dict(row, img_size=args.size)).to(args.device), args)
     ratio = {key: f"{rows[1][key] / rows[0][key]:.1%}" for key in list(rows[0])[1:]}
     report(args, f"Efficiency at {args.size} px (Table 3)", [*rows, {"model": "ratio", **ratio}])
     if not args.time:
@@ -810,21 +809,20 @@ def compare(args):
                               if "vmae" not in vmae.read_checkpoint(path)]
     if len(args.runs) < 2:
         raise FileNotFoundError("Fig. 2 needs two runs; train a second preset, or name them")
-    rows, (lpips_net, inception) = [], args.nets
-    no_fid = argparse.Namespace(nets=(lpips_net, None), device=args.device)
+    rows, (vgg, inception) = [], args.nets
     runs = {run: vmae.checkpoint(run) for run in args.runs}
-    # (is it of stage two?, the folder it was trained on, None for the faces) of each run
-    kinds = {("vmae" in ckpt, ckpt.get("train_args", {}).get("data"))
-             for ckpt in map(vmae.read_checkpoint, runs.values())}
-    second, on_faces = all(two for two, _ in kinds), kinds == {(True, None)}
-    judged = jury(args.device) if on_faces else None
-    perception = "LPIPS" if lpips_net else "SSIM"
+    found = map(vmae.read_checkpoint, runs.values())       # one in memory at a time
+    # The folders that the runs of stage two were trained on, None for the faces.
+    data = [ckpt.get("train_args", {}).get("data") for ckpt in found if "vmae" in ckpt]
+    second = len(data) == len(runs)         # all of them
+    judged = jury(args.device) if second and not any(data) else None
+    perception = "LPIPS" if vgg else "SSIM"
     for name, path in runs.items():
         run = Run(path, args)
         x = torch.cat([x for x, _ in run.held_out()[1]])                   # (N, 3, S, S)
         z = run.encode(x)                                  # (N, d, h, w)
         x_hat, moved = run.decode(z), run.decode(perturb(z, 0.1))
-        row, _ = scores(zip(x.split(args.batch), x_hat.split(args.batch)), no_fid)
+        row, _ = scores(zip(x.split(args.batch), x_hat.split(args.batch)), args, nets=(vgg, None))
         rows.append({"run": name, "smoothness, dB": psnr(x_hat, moved).mean().item(),
                      "compression, sigma^2": separation(*face_levels(run)["part"])["sigma^2"],
                      "pixels, dB": row["PSNR"], f"perception, {perception}": row[perception]})
@@ -839,10 +837,10 @@ def compare(args):
     table = np.array([[row[axis] for axis in axes] for row in rows]) * sign
     table -= table.min(0)                                  # (runs, axes), 0 if all runs are equal
     shapes = dict(zip(runs, (table / np.maximum(table.max(0), 1e-300)).tolist()))
-    gfid = "generation, gFID" in axes
-    report(args, "Comparison (Fig. 2)", rows, args.n if gfid else None, rescaled=shapes)
+    n = args.n if "generation, gFID" in axes else None
+    report(args, "Comparison (Fig. 2)", rows, n, rescaled=shapes)
     radar(f"{args.out}/compare.png", axes, shapes)
-    if not (judged or gfid):
+    if len(axes) == 4:
         print("skipped generation: takes runs of stage two, and on photographs Inception's weights")
 
 def faces(args):
