@@ -397,11 +397,6 @@ def optional_net(args, what, url, option, load):
     if path == "":
         print(f"skipped {what}: no weights; --download fetches {url}, --{option} names a copy")
 
-def shuffled(data, args):
-    """--n images, always the same -> how many; batches of uint8 (B, 3, S, S) and labels (B,)."""
-    numbers = data.some(args.n)
-    return len(numbers), data.batches(numbers, args.batch)
-
 class Run:
     """The autoencoder of a checkpoint of either stage, or of published weights. Takes and returns
     images as uint8 and works in batches, so that no whole set is in memory as floats."""
@@ -412,15 +407,17 @@ class Run:
         self.model = vmae.build_vmae(ckpt).to(args.device)                 # frozen
 
     def held_out(self):
-        """--data, or what was held out in training, as `shuffled` returns it."""
+        """--n images of --data, or held out in training, always the same -> how many; batches of
+        uint8 (B, 3, S, S) and labels (B,)."""
         size, data, val = self.model.img_size, self.trained["data"], self.trained["val"]
         which = f"{self.args.data or val or data or 'the faces'} at {size} px"
         if vars(self.args).setdefault("which", which) != which:
             raise InputError(f"{self.path}: would be measured on {which}, the runs before it on "
                              f"{self.args.which}; such numbers do not compare")
-        if self.args.data:
-            return shuffled(vmae.ImageFolder(self.args.data, size), self.args)
-        return shuffled(vmae.open_images(data, size, val)[1], self.args)
+        images = (vmae.ImageFolder(self.args.data, size) if self.args.data
+                  else vmae.open_images(data, size, val)[1])
+        numbers = images.some(self.args.n)
+        return len(numbers), images.batches(numbers, self.args.batch)
 
     def encode(self, images):
         """uint8 (N, 3, S, S) -> the mode of the posterior (N, d, h, w), on the CPU."""
@@ -464,8 +461,8 @@ def open_source(source, args, size=None):
         return size, args.n, draw_samples(source, args, args.cfg)
     data = vmae.Faces(size or 32) if source == "faces" else vmae.ImageFolder(source, size)
     data.size = data.size or data.files[data.paths[0]][2]
-    n, batches = shuffled(data, args)
-    return data.size, n, (x for x, _ in batches)
+    numbers = data.some(args.n)             # always the same
+    return data.size, len(numbers), (x for x, _ in data.batches(numbers, args.batch))
 
 def read_npz(path, *needed):
     """The entries `needed` of a .npz as a dict (default: all but arr_0, which holds ADM's images).
@@ -571,11 +568,11 @@ def radar(path, axes, shapes):
 
 def scores(pairs, args, real=None, nets=None):
     """Batches of uint8 (original, reconstruction) -> (the metrics of Table 1, the originals'
-    Features, which a later call may take as `real`). L1 = mean |x - x_hat| with pixels in [0, 1],
-    PSNR, SSIM, LPIPS (Zhang 2018, VGG): of each the mean over the images. rFID: FID of the two."""
+    Features, as `real` of a later call). L1 = mean |x - x_hat| with pixels in [0, 1], PSNR, SSIM,
+    LPIPS (Zhang 2018, VGG): means over the images. rFID: FID of the two. nets: see main."""
     (lpips_net, inception), values = nets or args.nets, []
     fakes, reals = Features(inception), real or Features(inception)
-    where = "cpu" if str(args.device) == "mps" else args.device    # which has no float64
+    where = "cpu" if torch.device(args.device).type == "mps" else args.device  # it has no float64
     for a, b in ((a.to(where), b.to(where)) for a, b in pairs):
         row = [(a.double() - b.double()).abs().mean((1, 2, 3)) / 255, psnr(a, b), ssim(a, b)]
         if lpips_net:
@@ -722,7 +719,7 @@ def efficiency(args):
             _, decoder, more = multiply_adds(model.decode, q.mode())
         widths = [module.normalized_shape[0] for name, module in model.named_modules()
                   if isinstance(module, nn.LayerNorm) and not name.startswith("decoder")]
-        in_norms = sum(widths) * model.grid**2             # each sees all tokens
+        in_norms = sum(widths) * model.grid**2             # the encoder's; each sees all tokens
         numbers = sum(v.numel() for v in model.state_dict().values())
         rows.append({"model": name, "numbers": numbers, "MB": numbers * 4 / 2**20,
                      "GFLOPs": encoder * 128 / 1e9, "+ norms": (encoder + 4 * in_norms) * 128 / 1e9,
@@ -878,7 +875,7 @@ def neighbours(args):
     x = torch.cat(list(draw_samples(args.ckpt, args, args.cfg)))           # (n, 3, S, S)
     (_, net), size, rows, shown = args.nets, x.shape[-1], [], [x[:16]]
     train, fresh = vmae.open_images(trained["data"], size, trained["val"])
-    both = torch.cat([x, *(batch for batch, _ in shuffled(fresh, args)[1])])
+    both = torch.cat([x, *(y for y, _ in fresh.batches(fresh.some(args.n), args.batch))])
     spaces = {"pixels": lambda x: x.flatten(1).float() / math.sqrt(3 * size**2)}
     if net:
         spaces["Inception"] = lambda x: torch.cat([net(part).cpu() for part in x.split(args.batch)])
@@ -952,7 +949,7 @@ def main():
         for path in paths if not everything else ():       # not after hours of work on the others
             if not os.path.exists(path) and path != "faces":
                 raise InputError(f"{path}: no such file or folder")
-        beside = paths and line[0] != "compare" and not os.path.isdir(paths[0])
+        beside = paths and line[0] != "compare" and os.path.isfile(paths[0])
         args.out = args.out or (os.path.dirname(paths[0]) if beside else "runs") or "."
         table = Path(args.out, "table.json").absolute()
         there = next(folder for folder in table.parents if folder.exists())
