@@ -259,10 +259,9 @@ def precision_recall(real, fake, k=3):
     return on_manifold(fake, real), on_manifold(real, fake)
 
 class Judge(nn.Module):
-    """A small U-Net that learns what the renderer of the built-in faces knows: object, pattern, and
-    the part at each pixel. Its features take the place of Inception's, without a download. They are
-    no FID: they know only these faces, at 32 px, and distances in them compare with each other
-    alone. Each feature is in standard deviations of the training faces."""
+    """A small U-Net that learns what the faces' renderer knows: object, pattern, each pixel's part.
+    Its features, in standard deviations of the training faces, replace Inception's without a
+    download. They are no FID: they know only these faces, at 32 px, and compare with each other."""
 
     def __init__(self):
         super().__init__()
