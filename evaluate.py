@@ -322,8 +322,7 @@ def load_judge(folder="runs"):
 JUDGED = 4096          # training faces that samples are compared with
 
 def jury(device):
-    """-> judged(batches of uint8, the kinds (N,) that were asked for, or None), which returns a row
-    of `faces`, measured against the first JUDGED training faces."""
+    """-> `judged`, a function that compares images with the first JUDGED training faces."""
     judge = load_judge().to(device)
 
     def see(batches):
@@ -332,6 +331,7 @@ def jury(device):
         return [torch.cat(answer).cpu() for answer in answers]
 
     def judged(batches, wanted):
+        """Batches of uint8, and the kinds (N,) that were asked for, or None -> a row of `faces`."""
         features, kind, _, part = see(batches)
         pixels = F.one_hot(part.argmax(1), len(vmae.PARTS)).sum((1, 2))    # (N, 5)
         right = None if wanted is None else kind.argmax(1) == wanted       # (N,)
