@@ -12,8 +12,7 @@
 
 Each is a function whose docstring defines what it measures. It prints a Markdown table, writes it
 as JSON, and most draw a picture. All metrics take images as uint8, as they are saved."""
-import argparse, hashlib, inspect, json, math, os, re, sys, timeit, warnings
-from itertools import chain
+import argparse, hashlib, inspect, itertools, json, math, os, re, sys, timeit, warnings
 from pathlib import Path
 
 import vmae                                 # before torch, see there
@@ -49,10 +48,9 @@ class ConvBN(nn.Module):
         return F.relu_(F.conv2d(x, weight, bias, self.conv.stride, self.conv.padding))
 
 class Mixed(nn.Module):
-    """Branches that read the same input; their outputs are joined along the channels.
-    branches: name -> list of convolutions, each (channels, kernel height[, kernel width]). The last
-    entry may be a dict of two, {"a": ..., "b": ...}: both read what comes before, and both are
-    outputs. branch_pool begins with the pool. The last convolution has the pool's stride."""
+    """Branches that read the same input; their outputs are joined along the channels. branches:
+    name -> convolutions in a row, each (channels, height[, width]); the last may be a dict of two,
+    both outputs. branch_pool begins with the pool, whose stride the last convolutions have."""
 
     def __init__(self, c_in, pool, **branches):
         super().__init__()
@@ -177,17 +175,17 @@ class Statistics:
     """Mean and covariance of rows from running sums in float64: D^2 numbers for any number of rows.
     The mean of the first batch is subtracted from all rows, so that the sums do not cancel."""
 
-    def __init__(self):
-        self.n = 0
+    n = 0                                   # rows so far
 
     def add(self, rows):
-        """rows: (B, D)."""
+        """rows: (B, D). -> self."""
         rows = (rows if rows.is_cuda else rows.cpu()).double()             # MPS has no float64
         if self.n == 0:
             self.shift, self.total, self.outer = rows.mean(0), 0, 0
         rows = rows - self.shift            # (B, D)
         self.n, self.total = self.n + len(rows), self.total + rows.sum(0)
         self.outer += rows.T @ rows         # (D, D)
+        return self
 
     def moments(self):
         """-> mean (D,), covariance (D, D) divided by n - 1, as numpy.cov. InputError if n < 2."""
@@ -211,10 +209,9 @@ def cholesky(sigma):
     return L
 
 def frechet_distance(mu1, sigma1, mu2, sigma2):
-    """FID = |mu1 - mu2|^2 + tr(S1) + tr(S2) - 2 tr sqrt(S1 S2). Heusel 2017, Eq. 6.
-    tr sqrt(S1 S2) is the sum of the square roots of the eigenvalues of S1 S2. With S1 = A A^T and
-    S2 = B B^T these are the squared singular values of A^T B; we sum the singular values. In
-    float64. mu (D,), sigma (D, D), numpy or torch. ValueError for other shapes or no covariance."""
+    """FID = |mu1 - mu2|^2 + tr(S1) + tr(S2) - 2 tr sqrt(S1 S2). Heusel 2017, Eq. 6. The last trace
+    sums the singular values of A^T B, where S1 = A A^T and S2 = B B^T: their squares are S1 S2's
+    eigenvalues. mu (D,), sigma (D, D), numpy or torch. ValueError for others or no covariance."""
     mu1, sigma1, mu2, sigma2 = (np.asarray(v) for v in (mu1, sigma1, mu2, sigma2))
     if mu1.shape != mu2.shape or any(s.shape != (mu1.size, mu1.size) for s in (sigma1, sigma2)):
         raise ValueError(f"statistics of {sigma1.shape} and {sigma2.shape} do not compare")
@@ -262,10 +259,9 @@ def precision_recall(real, fake, k=3):
     return on_manifold(fake, real), on_manifold(real, fake)
 
 class Judge(nn.Module):
-    """A small U-Net that learns what the renderer of the built-in faces knows: object, pattern, and
-    the part at each pixel. Its features take the place of Inception's, without a download. They are
-    no FID: they know only these faces, at 32 px, and distances in them compare with each other
-    alone. Each feature is in standard deviations of the training faces."""
+    """A small U-Net that learns what the faces' renderer knows: object, pattern, each pixel's part.
+    Its features, in standard deviations of the training faces, replace Inception's without a
+    download. They are no FID: they know only these faces, at 32 px, and compare with each other."""
 
     def __init__(self):
         super().__init__()
@@ -300,12 +296,11 @@ class Judge(nn.Module):
 def load_judge(folder="runs"):
     """The Judge, from a file in `folder`; or trained now, on each training face once, and kept. The
     file's name is a hash of what makes it: its code and the faces."""
-    made_by = "".join(map(inspect.getsource, (Judge, load_judge))).encode()
-    key = hashlib.sha256(made_by + vmae.Faces(32).fingerprint()).hexdigest()[:8]
+    faces, made_by = vmae.Faces(32), "".join(map(inspect.getsource, (Judge, load_judge)))
+    key = hashlib.sha256(made_by.encode() + faces.fingerprint()).hexdigest()[:8]
     path = Path(folder, f"judge_{key}.pt")
-    with torch.random.fork_rng():           # weights of a seed of its own
-        torch.manual_seed(0)
-        judge, faces = Judge().to(memory_format=torch.channels_last), vmae.Faces(32)
+    torch.manual_seed(0)                    # the same weights to begin with
+    judge = Judge().to(memory_format=torch.channels_last)
     if path.exists():
         judge.load_state_dict(torch.load(path, weights_only=True))
         return judge.eval().requires_grad_(False)
@@ -326,35 +321,30 @@ def load_judge(folder="runs"):
 
 JUDGED = 4096          # training faces that samples are compared with
 
-def see(judge, batches, device):
-    """Batches of uint8 -> the Judge's features (N, 208), the kind (N,) that it recognises, whether
-    all five parts are there (N,)."""
-    answers = zip(*(judge(x.to(device)) for x in batches))
-    features, kind, _, part = (torch.cat(answer).cpu() for answer in answers)
-    pixels = F.one_hot(part.argmax(1), len(vmae.PARTS)).sum((1, 2))        # (N, 5)
-    return features, kind.argmax(1), (pixels >= 3).all(1)
+def jury(device):
+    """-> `judged`, a function that compares images with the first JUDGED training faces."""
+    judge = load_judge().to(device)
 
-def judge_and_real(device):
-    """-> the Judge, and its features of the first training faces, (JUDGED, 208)."""
-    judge, train = load_judge().to(device), vmae.Faces(32)
-    parts = torch.arange(JUDGED).split(64)
-    return judge, see(judge, (train.batch(part)[0] for part in parts), device)[0]
+    def see(batches):
+        """What the Judge answers to all of the batches, on the CPU."""
+        answers = zip(*(judge(x.to(device)) for x in batches))
+        return [torch.cat(answer).cpu() for answer in answers]
 
-def judged(judge, real, batches, wanted, device):
-    """Batches of uint8, and the kinds (N,) that were asked for, or None -> a row of `faces`."""
-    def moments(features):
-        """-> mean (208,), covariance (208, 208)."""
-        statistics = Statistics()
-        statistics.add(features)
-        return statistics.moments()
+    def judged(batches, wanted):
+        """Batches of uint8, and the kinds (N,) that were asked for, or None -> a row of `faces`."""
+        features, kind, _, part = see(batches)
+        pixels = F.one_hot(part.argmax(1), len(vmae.PARTS)).sum((1, 2))    # (N, 5)
+        right = None if wanted is None else kind.argmax(1) == wanted       # (N,)
+        precision, recall = precision_recall(real[:len(features)], features)
+        return {"N": len(features),
+                "requested": "" if right is None else right.double().mean().item(),
+                "complete": (pixels >= 3).all(1).double().mean().item(),
+                "distance": frechet_distance(*usual, *Statistics().add(features).moments()),
+                "precision": precision, "recall": recall}
 
-    features, kind, complete = see(judge, batches, device)
-    precision, recall = precision_recall(real[:len(features)], features)
-    return {"N": len(features),
-            "requested": (kind == wanted).double().mean().item() if wanted is not None else "",
-            "complete": complete.double().mean().item(),
-            "distance": frechet_distance(*moments(real), *moments(features)),
-            "precision": precision, "recall": recall}
+    real = see(x for x, _ in vmae.Faces(32).batches(torch.arange(JUDGED)))[0]      # (JUDGED, 208)
+    usual = Statistics().add(real).moments()               # mean (208,), covariance (208, 208)
+    return judged
 
 class Features:
     """What we keep of a set of images that Inception has seen: running sums, for FID, sFID and IS;
@@ -396,27 +386,15 @@ class Features:
 
 # ---- The images, models and weights that the options name -------------------------------------
 
-def optional_nets(args):
-    """-> (LPIPS, InceptionV3). Each is None if the sub-command has no use for it, or if its weights
-    are neither here nor to be fetched; then a line says so."""
-    def net(what, url, option, read):
-        """One of the two."""
-        path = getattr(args, option.replace("-", "_"), None)               # None: of no use
-        cached = Path(torch.hub.get_dir(), "checkpoints", Path(url).name).exists()
-        if path == "" and not (args.download or cached):
-            path = None
-            print(f"skipped {what}: no weights; --download fetches {url}, --{option} names a copy")
-        return None if path is None else read(path).to(args.device)
-
-    return (net("VGG-16", vmae.VGG_URL, "vgg-weights", vmae.load_lpips),
-            net("InceptionV3", INCEPTION_URL, "inception-weights",
-                lambda path: load_inception(path, args.resize, args.fast)))
-
-def shuffled(data, args):
-    """--n images of a dataset, always the same -> their number, and batches of uint8 (B, 3, S, S)
-    and labels (B,)."""
-    numbers = data.some(args.n)
-    return len(numbers), data.batches(numbers, args.batch)
+def optional_net(args, what, url, option, load):
+    """A network with published weights, or None: if the sub-command has no use for it, or if its
+    weights are neither here nor to be fetched; then a line says so."""
+    path = getattr(args, option.replace("-", "_"), None)   # None: of no use; "": wherever it is
+    cached = Path(torch.hub.get_dir(), "checkpoints", Path(url).name).exists()
+    if path or path == "" and (args.download or cached):
+        return load(path).to(args.device)
+    if path == "":
+        print(f"skipped {what}: no weights; --download fetches {url}, --{option} names a copy")
 
 class Run:
     """The autoencoder of a checkpoint of either stage, or of published weights. Takes and returns
@@ -428,15 +406,17 @@ class Run:
         self.model = vmae.build_vmae(ckpt).to(args.device)                 # frozen
 
     def held_out(self):
-        """--data, or what was held out in training, as `shuffled` returns it."""
+        """--n images of --data, or held out in training, always the same -> how many; batches of
+        uint8 (B, 3, S, S) and labels (B,)."""
         size, data, val = self.model.img_size, self.trained["data"], self.trained["val"]
         which = f"{self.args.data or val or data or 'the faces'} at {size} px"
         if vars(self.args).setdefault("which", which) != which:
             raise InputError(f"{self.path}: would be measured on {which}, the runs before it on "
                              f"{self.args.which}; such numbers do not compare")
-        if self.args.data:
-            return shuffled(vmae.ImageFolder(self.args.data, size), self.args)
-        return shuffled(vmae.open_images(data, size, val)[1], self.args)
+        images = (vmae.ImageFolder(self.args.data, size) if self.args.data
+                  else vmae.open_images(data, size, val)[1])
+        numbers = images.some(self.args.n)
+        return len(numbers), images.batches(numbers, self.args.batch)
 
     def encode(self, images):
         """uint8 (N, 3, S, S) -> the mode of the posterior (N, d, h, w), on the CPU."""
@@ -454,15 +434,13 @@ class Run:
 
 def draw_samples(path, args, cfg):
     """A stage-two checkpoint -> batches of uint8, --n images in all: those of sample.py with seed
-    0, the classes in turn, and guidance cfg (None: its default). --sampler and --steps are those of
-    the sub-command, or else sample.py's. What does not fit is refused before the first batch."""
+    0, --sampler, --steps and guidance cfg. What does not fit is refused before the first batch."""
     model, schedule, ckpt = ldm.load_ldm(path)             # the EMA weights
-    how = argparse.Namespace(**{"sampler": None, "steps": 50, **vars(args)})
-    (sampler, _), K = sample.pick_sampler(how, schedule), len(ckpt["classes"])
+    (sampler, _), K = sample.pick_sampler(args, schedule), len(ckpt["classes"])
     model, ae = model.to(args.device), vmae.build_vmae(ckpt["vmae"]).to(args.device)
     w = sample.guidance(cfg, ckpt["classes"])
     return (sample.draw(index, index % K if K else None, model, ae, schedule, ckpt, sampler,
-                        steps=how.steps, w=w)              # labels (B,), or None
+                        steps=args.steps, w=w)             # labels (B,), or None
             for index in torch.arange(args.n).split(args.batch))
 
 def open_source(source, args, size=None):
@@ -470,23 +448,20 @@ def open_source(source, args, size=None):
     (the built-in training faces), a .npz with arr_0, uint8 (N, H, W, 3), as ADM's, or a stage-two
     checkpoint, which is sampled. size: of a folder (default: that of its first image) or faces."""
     if source.endswith(".npz"):
-        images = read_npz(source, "arr_0")["arr_0"][:args.n]
-        S = images.shape[1:2]               # (H,)
-        if images.dtype != np.uint8 or images.shape != (len(images), *S, *S, 3):
+        images = read_npz(source, "arr_0")["arr_0"]
+        S = (size,) if size else images.shape[1:2]         # (H,)
+        if images.dtype != np.uint8 or images.shape[1:] != (*S, *S, 3):
             raise InputError(f"{source}: arr_0 is {images.dtype} {images.shape}; it must be uint8 "
-                             f"(N, H, W, 3) with H = W")
-        images = torch.from_numpy(images).permute(0, 3, 1, 2)
-        if size not in (None, images.shape[2]):
-            raise InputError(f"{source}: images of {images.shape[2]} pixels, the others have "
-                             f"{size}; give a folder, which is resized")
-        return images.shape[2], len(images), images.split(args.batch)
+                             f"(N, H, W, 3) with H = W = {size or 'any'}; a folder is resized")
+        images = torch.from_numpy(images[:args.n]).permute(0, 3, 1, 2)
+        return *S, len(images), images.split(args.batch)
     if os.path.isfile(source):
         size = ldm.load_ldm(source)[2]["vmae"]["model_args"]["img_size"]
         return size, args.n, draw_samples(source, args, args.cfg)
     data = vmae.Faces(size or 32) if source == "faces" else vmae.ImageFolder(source, size)
     data.size = data.size or data.files[data.paths[0]][2]
-    n, batches = shuffled(data, args)
-    return data.size, n, (x for x, _ in batches)
+    numbers = data.some(args.n)             # always the same
+    return data.size, len(numbers), (x for x, _ in data.batches(numbers, args.batch))
 
 def read_npz(path, *needed):
     """The entries `needed` of a .npz as a dict (default: all but arr_0, which holds ADM's images).
@@ -540,15 +515,12 @@ def chart(path, height, grid, texts, curves, lines=True):
     pen.font = ImageFont.load_default(24)
     for places in grid:
         pen.line(places, "#cccccc", 2)
-    def short(text):                        # the end of a long path tells more
-        return text if len(text) <= 80 else f"...{text[-77:]}"
-
-    for place, text, anchor in texts:
-        pen.text(place, short(text), "#333333", anchor=anchor)
-    for i, (name, places) in enumerate(curves.items()):
-        colour, y = COLOURS[i % len(COLOURS)], height + 36 * i
-        pen.circle((40, y), 10, colour)
-        pen.text((64, y), short(name), "#333333", anchor="lm")
+    names = [((64, height + 36 * i), name, "lm") for i, name in enumerate(curves)]
+    for place, text, anchor in texts + names:
+        short = text if len(text) <= 80 else f"...{text[-77:]}"    # a path's end tells more
+        pen.text(place, short, "#333333", anchor=anchor)
+    for i, (colour, places) in enumerate(zip(itertools.cycle(COLOURS), curves.values())):
+        pen.circle((40, height + 36 * i), 10, colour)
         if lines:
             pen.line(places, colour, 5, "curve")
         for place in places:
@@ -593,19 +565,18 @@ def radar(path, axes, shapes):
 
 # ---- Sub-commands -----------------------------------------------------------------------------
 
-def scores(pairs, args, real=None):
+def scores(pairs, args, real=None, nets=None):
     """Batches of uint8 (original, reconstruction) -> (the metrics of Table 1, the originals'
-    Features, which a later call may take as `real`). L1 = mean |x - x_hat| with pixels in [0, 1],
-    PSNR, SSIM, LPIPS (Zhang 2018, VGG): of each the mean over the images. rFID: FID of the two."""
-    (lpips_net, inception), values = args.nets, []
+    Features, as `real` of a later call). L1 = mean |x - x_hat| with pixels in [0, 1], PSNR, SSIM,
+    LPIPS (Zhang 2018, VGG): means over the images. rFID: FID of the two. nets: see main."""
+    (lpips_net, inception), values = nets or args.nets, []
     fakes, reals = Features(inception), real or Features(inception)
-    where = "cpu" if str(args.device) == "mps" else args.device    # which has no float64
+    where = "cpu" if torch.device(args.device).type == "mps" else args.device  # it has no float64
     for a, b in ((a.to(where), b.to(where)) for a, b in pairs):
         row = [(a.double() - b.double()).abs().mean((1, 2, 3)) / 255, psnr(a, b), ssim(a, b)]
         if lpips_net:
-            d = lpips_net(*(vmae.to_float(x.to(args.device)) for x in (a, b)))
-            row.append(d.flatten().to(where).double())
-        values.append(torch.stack(row).cpu())              # (3 or 4, B)
+            row.append(lpips_net(*(vmae.to_float(x.to(args.device)) for x in (a, b))).flatten())
+        values.append(torch.stack([v.cpu().double() for v in row]))        # (3 or 4, B)
         if inception:
             fakes.add(b)
         if inception and not real:
@@ -621,7 +592,7 @@ def reconstruct(args):
     for run in (Run(path, args) for path in args.ckpt):    # one in memory at a time
         n, batches = run.held_out()
         first = next(batches)               # the same images for all runs
-        row, _ = scores(((x, run.again(x)) for x, _ in chain([first], batches)), args)
+        row, _ = scores(((x, run.again(x)) for x, _ in itertools.chain([first], batches)), args)
         shown.append(run.again(first[0][:16]))
         rows.append({"checkpoint": run.path, "N": n, **row})
     report(args, "Reconstruction of held-out images (Table 1)", rows, n)
@@ -726,9 +697,9 @@ def multiply_adds(function, *args):
     maps and convolutions, those in attention's two products)."""
     with FlopCounterMode(display=False) as counter:        # counts two operations per multiply-add
         result = function(*args)
-    counts = {str(op): n / 2 for op, n in counter.get_flop_counts()["Global"].items()}
-    attention = counts.pop("aten.bmm", 0)
-    return result, sum(counts.values()), attention
+    counts = counter.get_flop_counts()["Global"]
+    attention = counts.pop(torch.ops.aten.bmm, 0)
+    return result, sum(counts.values()) / 2, attention / 2
 
 def efficiency(args):
     """Table 3: sizes, operations and times of VMAE `base` and SD-VAE. The paper reports 13.4 % of
@@ -737,27 +708,24 @@ def efficiency(args):
     attention's products, batch 128. "+ norms": with four per element of a LayerNorm, which gives
     the paper's 703.9. all GFLOPs: encoder and decoder with attention, one image, two operations per
     multiply-add. --time: seconds of encode, decode and a training step (forward, backward)."""
-    rows = []
     if args.size % 8:
         raise InputError(f"--size {args.size}: must be a multiple of 8, as both models are f8")
-    for name, body, kwargs in (("SD-VAE", vmae.ConvAutoencoder, vmae.conv_sizes["base"]),
-                               ("VMAE", vmae.VMAE, vmae.sizes["base"])):
+    rows, x = [], torch.empty(1, 3, args.size, args.size, device="meta")
+    for name, row in (("SD-VAE", vmae.conv_sizes["base"]), ("VMAE", vmae.sizes["base"])):
         with torch.device("meta"), torch.no_grad():        # tensors have a shape but no content
-            model, norms = body(args.size, **kwargs), []
-            for module in model.modules():
-                if isinstance(module, nn.LayerNorm):
-                    module.register_forward_hook(lambda m, x, y: norms.append(y.numel()))
-            x = torch.empty(1, 3, args.size, args.size)
+            model = vmae.build(dict(row, img_size=args.size))
             q, encoder, attention = multiply_adds(model.encode, x)
-            in_norms = sum(norms)           # of the encoder; the decoder has not run yet
             _, decoder, more = multiply_adds(model.decode, q.mode())
+        widths = [module.normalized_shape[0] for name, module in model.named_modules()
+                  if isinstance(module, nn.LayerNorm) and not name.startswith("decoder")]
+        in_norms = sum(widths) * model.grid**2             # the encoder's; each sees all tokens
         numbers = sum(v.numel() for v in model.state_dict().values())
         rows.append({"model": name, "numbers": numbers, "MB": numbers * 4 / 2**20,
                      "GFLOPs": encoder * 128 / 1e9, "+ norms": (encoder + 4 * in_norms) * 128 / 1e9,
                      "encoder GMACs": encoder / 1e9, "decoder GMACs": decoder / 1e9,
                      "all GFLOPs": 2 * (encoder + decoder + attention + more) / 1e9})
         if args.time:
-            rows[-1].update(seconds(body(args.size, **kwargs), args))
+            rows[-1] |= seconds(vmae.build(dict(row, img_size=args.size)).to(args.device), args)
     ratio = {key: f"{rows[1][key] / rows[0][key]:.1%}" for key in list(rows[0])[1:]}
     report(args, f"Efficiency at {args.size} px (Table 3)", [*rows, {"model": "ratio", **ratio}])
     if not args.time:
@@ -765,7 +733,6 @@ def efficiency(args):
 
 def seconds(model, args):
     """Seconds of encode, decode and a training step of --batch images, each the best of 4."""
-    model, sync = model.to(args.device), getattr(torch, args.device.type).synchronize
     x = torch.rand(args.batch, 3, args.size, args.size, device=args.device)
 
     def train():
@@ -773,7 +740,7 @@ def seconds(model, args):
         (model.decode(model.encode(x).sample()) - x).square().mean().backward()
 
     def now():
-        sync()                              # a GPU returns before it is done
+        getattr(torch, args.device.type).synchronize()     # a GPU returns before it is done
         return timeit.default_timer()
 
     encode, decode = torch.no_grad()(model.encode), torch.no_grad()(model.decode)
@@ -785,7 +752,7 @@ def generation(fake, real, args, pairs=0):
     """--fake and --real, as open_source takes them -> (a row of `fid`'s metrics, the statistics of
     the real side). real may also be a .npz of mu and sigma, as pytorch-fid's. The real images are
     cropped and resized to the size of the fakes by the same code."""
-    ours = not (fake == "faces" or fake.endswith(".npz") or os.path.isdir(fake))   # sampled here
+    ours = os.path.isfile(fake) and not fake.endswith(".npz")              # sampled here
     if not real and not ours:
         raise InputError('--real: name a folder, a .npz or "faces" to compare with')
     real = real or ldm.load_ldm(fake)[2]["train_args"]["data"] or "faces"
@@ -838,28 +805,26 @@ def compare(args):
                               if "vmae" not in vmae.read_checkpoint(path)]
     if len(args.runs) < 2:
         raise FileNotFoundError("Fig. 2 needs two runs; train a second preset, or name them")
-    rows, (lpips_net, inception) = [], args.nets
-    no_fid = argparse.Namespace(nets=(lpips_net, None), device=args.device)
-    runs = {run: f"{run}/last.pt" if os.path.isdir(run) else run for run in args.runs}
-    # (is it of stage two?, the folder it was trained on, None for the faces) of each run
-    kinds = {("vmae" in ckpt, ckpt.get("train_args", {}).get("data"))
-             for ckpt in map(vmae.read_checkpoint, runs.values())}
-    second, on_faces = all(two for two, _ in kinds), kinds == {(True, None)}
-    judge, real = judge_and_real(args.device) if on_faces else (None, None)
-    perception = "LPIPS" if lpips_net else "SSIM"
+    rows, (vgg, inception) = [], args.nets
+    runs = {run: vmae.checkpoint(run) for run in args.runs}
+    found = map(vmae.read_checkpoint, runs.values())       # one in memory at a time
+    # The folders that the runs of stage two were trained on, None for the faces.
+    data = [ckpt.get("train_args", {}).get("data") for ckpt in found if "vmae" in ckpt]
+    second = len(data) == len(runs)         # all of them
+    judged = jury(args.device) if second and not any(data) else None
+    perception = "LPIPS" if vgg else "SSIM"
     for name, path in runs.items():
         run = Run(path, args)
         x = torch.cat([x for x, _ in run.held_out()[1]])                   # (N, 3, S, S)
         z = run.encode(x)                                  # (N, d, h, w)
         x_hat, moved = run.decode(z), run.decode(perturb(z, 0.1))
-        row, _ = scores(zip(x.split(args.batch), x_hat.split(args.batch)), no_fid)
+        row, _ = scores(zip(x.split(args.batch), x_hat.split(args.batch)), args, nets=(vgg, None))
         rows.append({"run": name, "smoothness, dB": psnr(x_hat, moved).mean().item(),
                      "compression, sigma^2": separation(*face_levels(run)["part"])["sigma^2"],
                      "pixels, dB": row["PSNR"], f"perception, {perception}": row[perception]})
-        if judge:
+        if judged:
             samples = draw_samples(path, args, args.cfg)
-            found = judged(judge, real, samples, None, args.device)
-            rows[-1]["generation, distance"] = found["distance"]
+            rows[-1]["generation, distance"] = judged(samples, None)["distance"]
         elif second and inception:
             rows[-1]["generation, gFID"] = generation(path, None, args)[0]["gFID"]
     axes = list(rows[0])[1:]
@@ -868,10 +833,10 @@ def compare(args):
     table = np.array([[row[axis] for axis in axes] for row in rows]) * sign
     table -= table.min(0)                                  # (runs, axes), 0 if all runs are equal
     shapes = dict(zip(runs, (table / np.maximum(table.max(0), 1e-300)).tolist()))
-    gfid = "generation, gFID" in axes
-    report(args, "Comparison (Fig. 2)", rows, args.n if gfid else None, rescaled=shapes)
+    n = args.n if "generation, gFID" in axes else None
+    report(args, "Comparison (Fig. 2)", rows, n, rescaled=shapes)
     radar(f"{args.out}/compare.png", axes, shapes)
-    if not (judge or gfid):
+    if len(axes) == 4:
         print("skipped generation: takes runs of stage two, and on photographs Inception's weights")
 
 def faces(args):
@@ -879,19 +844,17 @@ def faces(args):
     be; their reconstructions by stage one, the best that stage two can reach; samples with each of
     the guidance weights --cfg, by --sampler in --steps.
 
-    requested: the share recognised as the kind that was asked for. complete: the share that shows
-    all five parts, each on 3 of 1,024 pixels or more. distance: the Frechet distance to 4,096
-    training faces. precision, recall: against as many of these as there are images. Each
-    machine trains a judge of its own, and rounding sets them apart: the same samples were at 34.5
-    and at 37.1. Compare distances by one runs/judge_*.pt only."""
-    (judge, real), rows = judge_and_real(args.device), []
+    requested: the share recognised as the kind asked for. complete: the share that shows all five
+    parts, each on 3 of 1,024 pixels or more. distance: the Frechet distance to 4,096 training
+    faces. precision, recall: against as many of these as there are images. Each machine trains its
+    own judge, and rounding sets these apart: the same samples were at 34.5 and at 37.1. Compare
+    distances by one runs/judge_*.pt only."""
+    judged, rows = jury(args.device), []
     for path in args.ckpt:
         run, ckpt = Run(path, args), vmae.read_checkpoint(path)
         if data := ckpt.get("train_args", {}).get("data"):     # of a run of stage two: of both
             raise InputError(f"{path}: was trained on {data}, not on the faces")
-        held_out = [vmae.Faces(run.model.img_size, "val").batch(part)
-                    for part in torch.arange(args.n).split(args.batch)]
-        x, y = zip(*held_out)
+        x, y = zip(*vmae.Faces(run.model.img_size, "val").batches(torch.arange(args.n), args.batch))
         sets = {"held out": (x, torch.cat(y)), "reconstructed": (map(run.again, x), torch.cat(y))}
         classes = ckpt.get("classes")       # None: a checkpoint of stage one
         for w in () if classes is None else args.cfg if classes else [1.0]:
@@ -899,8 +862,7 @@ def faces(args):
             sets[f"samples, w = {w}"] = draw_samples(path, args, w), kind
         for name, (batches, wanted) in sets.items():
             batches = tqdm(batches, name, dynamic_ncols=True)
-            row = judged(judge, real, batches, wanted, args.device)
-            rows.append({"checkpoint": path, "images": name, **row})
+            rows.append({"checkpoint": path, "images": name, **judged(batches, wanted)})
     report(args, "Built-in faces, by the judge; no FID", rows)
 
 def neighbours(args):
@@ -912,7 +874,7 @@ def neighbours(args):
     x = torch.cat(list(draw_samples(args.ckpt, args, args.cfg)))           # (n, 3, S, S)
     (_, net), size, rows, shown = args.nets, x.shape[-1], [], [x[:16]]
     train, fresh = vmae.open_images(trained["data"], size, trained["val"])
-    both = torch.cat([x, *(batch for batch, _ in shuffled(fresh, args)[1])])
+    both = torch.cat([x, *(y for y, _ in fresh.batches(fresh.some(args.n), args.batch))])
     spaces = {"pixels": lambda x: x.flatten(1).float() / math.sqrt(3 * size**2)}
     if net:
         spaces["Inception"] = lambda x: torch.cat([net(part).cpu() for part in x.split(args.batch)])
@@ -930,21 +892,20 @@ def neighbours(args):
 # ---- The command line -------------------------------------------------------------------------
 
 HELP = {
-    "runs": "run folders, or checkpoints", "download": "fetch weights that are missing",
-    "ckpt": "checkpoints of either stage, or published weights", "batch": "images at a time",
+    "ckpt": "checkpoints of either stage, or published weights", "steps": "network calls per image",
+    "runs": "run folders, or checkpoints", "sampler": "ddim, ddpm or euler (default: as sample.py)",
     "fake": "a stage-two checkpoint, which is sampled; a folder; a .npz with arr_0",
-    "real": "a folder; a .npz with mu and sigma, or with arr_0; faces, the built-in ones (default: "
-            "what the checkpoint was trained on)", "size": "side of the images in pixels",
+    "real": "a folder; a .npz of mu and sigma, or arr_0; faces, built in (default: as in training)",
     "data": "folder of images, none of them trained on (default: those held out in training)",
+    "size": "side of the images in pixels", "batch": "images at a time", "n": "images at most",
     "pairs": "images per side whose features are kept, 8 KB each, for KID, precision, recall",
-    "eps": "noise, in standard deviations of a latent channel", "n": "images at most",
-    "cfg": "guidance weight of samples, 1: none", "time": "also measure seconds and memory",
-    "steps": "network calls per image", "sampler": "ddim, ddpm or euler (default: as sample.py)",
+    "eps": "noise, in standard deviations of a latent channel", "device": "cuda, cpu, mps...",
     "resize": "to Inception's 299 pixels: pytorch-fid, or clean, antialiased as in clean-fid",
     "fast": "Inception in bfloat16: faster, but only two or three digits are right",
+    "download": "fetch weights that are missing", "cfg": "guidance weight of samples, 1: none",
     "inception-weights": "a copy of FID's InceptionV3 (default: torch hub's cache)",
     "vgg-weights": "a copy of VGG-16, for LPIPS (default: torch hub's cache)",
-    "save-stats": "write the real side's statistics to this .npz", "device": "cuda, cpu, mps...",
+    "save-stats": "write the real side's statistics to this .npz", "time": "also measure seconds",
     "out": "folder of table and picture (default: that of the checkpoint, otherwise runs)"}
 INCEPTION = {"resize": "pytorch-fid", "fast": False, "inception-weights": "", "download": False}
 NETS, FIRST, SECOND = {**INCEPTION, "vgg-weights": ""}, ["runs/vmae/last.pt"], ["runs/ldm/last.pt"]
@@ -965,7 +926,7 @@ def main():
     for function, own in COMMANDS.items():
         about = re.split(r"[.?]\s+(?=[A-Z`])", function.__doc__)[0]        # its first sentence
         command = commands.add_parser(function.__name__, help=about)
-        command.set_defaults(function=function)
+        command.set_defaults(function=function, sampler=None, steps=50)    # of sample.py
         for name, default in {"batch": 64, "device": "auto", "out": "", **own}.items():
             choices = ("pytorch-fid", "clean") if name == "resize" else None
             flag, nargs = (name, "*") if name == "runs" else (f"--{name}", "+")
@@ -977,11 +938,9 @@ def main():
                 kind = dict(action="store_true")
             note = " (default: %(default)s)" if default and default is not True else ""
             command.add_argument(flag, default=default, help=HELP[name] + note, **kind)
-    everything = not sys.argv[1:]           # all that needs no download or Inception, slow on a CPU
-    lines = [sys.argv[1:]]
-    if everything:
-        lines = [[f.__name__] for f in COMMANDS if f not in (fid, faces)]
-    for line in lines:
+    everything = not sys.argv[1:]           # that needs no download or Inception, slow on a CPU
+    names = [function.__name__ for function in COMMANDS if function not in (fid, faces)]
+    for line in [[name] for name in names] if everything else [sys.argv[1:]]:
         args = vmae.check(parser.parse_args(line))
         args.device = vmae.start(args.device)
         paths = [getattr(args, name, []) for name in ("fake", "ckpt", "runs")]
@@ -989,13 +948,16 @@ def main():
         for path in paths if not everything else ():       # not after hours of work on the others
             if not os.path.exists(path) and path != "faces":
                 raise InputError(f"{path}: no such file or folder")
-        beside = paths and line[0] != "compare" and not os.path.isdir(paths[0])
+        beside = paths and line[0] != "compare" and os.path.isfile(paths[0])
         args.out = args.out or (os.path.dirname(paths[0]) if beside else "runs") or "."
-        above = Path(args.out).absolute()
-        there = next(path for path in (above, *above.parents) if path.exists())
+        table = Path(args.out, "table.json").absolute()
+        there = next(folder for folder in table.parents if folder.exists())
         if not (there.is_dir() and os.access(there, os.W_OK)):
             raise InputError(f"--out {args.out}: nothing can be written into {there}")
-        args.nets = (None, None) if everything else optional_nets(args)
+        args.nets = (None, None) if everything else (
+            optional_net(args, "VGG-16", vmae.VGG_URL, "vgg-weights", vmae.load_lpips),
+            optional_net(args, "InceptionV3", INCEPTION_URL, "inception-weights",
+                         lambda path: load_inception(path, args.resize, args.fast)))
         try:
             args.function(args)
         except (FileNotFoundError, InputError) as error:   # no generator, or no runs to compare

@@ -1412,7 +1412,7 @@ def test_what_inception_adds_to_the_figures():
     assert [row["space"] for row in near] == ["pixels", "Inception"]
     assert all(row["ratio"] == row["samples"] / row["held-out"] for row in near)
     measured("fid", "--n 9 --cfg 2", "weights tiny")       # all defaults but these
-    args = SimpleNamespace(n=9, batch=4, device="cpu")
+    args = SimpleNamespace(n=9, batch=4, device="cpu", sampler=None, steps=50)
     first = next(evaluate.draw_samples(ckpt, args, 1.0))
     runs(sample.main, "--n 4 --cfg 1 --npz")
     same = np.load("samples/samples.npz")["arr_0"].transpose(0, 3, 1, 2)
@@ -1733,12 +1733,15 @@ def test_hostile_files_are_one_line_and_execute_nothing():
         os.makedirs(f"run_{name}"), shutil.copy(f"{name}.pt", f"run_{name}/last.pt")
         refuses(train_vmae.main, {f"--resume --steps 9 --out run_{name}": f"run_{name}/last.pt"})
     np.savez("objects.npz", arr_0=np.array([Payload()]))
-    for name, images in (("floats", np.zeros((2, 8, 8, 3))),
+    for name, images in (("floats", np.zeros((2, 8, 8, 3))), ("number", np.zeros((), "u1")),
+                         ("square", np.zeros((2, 8, 8, 3), "u1")),
                          ("oblong", np.zeros((2, 8, 9, 3), "u1"))):
         np.savez(f"{name}.npz", arr_0=images)
     with tiny_inception:
         refuses(evaluate.main, {"objects.npz": "objects.npz", "floats.npz": "must be uint8",
-                                "oblong.npz": "with H = W"}, "fid --real faces --out new --fake")
+                                "number.npz": "must be uint8", "oblong.npz": "with H = W",
+                                "faces --real square.npz": "H = W = 32; a folder is resized"},
+                "fid --real faces --out new --fake")
     assert not os.path.exists("pwned")
 
 @contextlib.contextmanager
