@@ -113,16 +113,15 @@ def held_out_latents(val, classes, ae, mean, std):
     known = classes and val.classes == classes             # the folder --val may have others
     return ldm.normalise(z, mean, std), y.to(device) if known else None
 
-def measure(ema, ae, schedule, mean, std, classes, held_out, path):
+@torch.no_grad()
+def measure(model, ae, schedule, ckpt, held_out, path):
     """-> {"L_..._val": the loss of the EMA weights on held-out latents, always with the same times
     and noise}. Saves a preview: the first 32 images that sample.py would draw, 8 per row."""
-    with torch.no_grad():
-        generator = torch.Generator(mean.device).manual_seed(0)
-        loss = ldm.loss_LDM(ema.model, schedule, *held_out, generator)
-    index, K = torch.arange(32), len(classes)
-    x = sample.draw(index, index % K if K else None, ema.model, ae, schedule,
-                    dict(latent_mean=mean, latent_std=std), ldm.sampler_for(schedule), steps=50,
-                    w=sample.guidance(None, classes))      # uint8 (32, 3, H, W)
+    generator = torch.Generator(held_out[0].device).manual_seed(0)
+    loss = ldm.loss_LDM(model, schedule, *held_out, generator)
+    index, K = torch.arange(32), len(ckpt["classes"])
+    x = sample.draw(index, index % K if K else None, model, ae, schedule, ckpt,
+                    ldm.sampler_for(schedule), steps=50, w=sample.guidance(None, ckpt["classes"]))
     vmae.save_grid(vmae.to_float(x).split(8), path)
     return {f"L_{schedule.objective}_val": round(loss.item(), 5)}
 
@@ -173,6 +172,8 @@ def main():
     net = torch.compile(model) if args.compile else model  # shares the weights of model
     batches = ahead(rows, args, start, mine, device)
     held_out = held_out_latents(val, classes, ae, mean, std)               # z_0, y
+    entries = dict(model_args=model_args, schedule=schedule_args, classes=classes,
+                   latent_mean=mean.cpu(), latent_std=std.cpu(), vmae=stage_one)
 
     with Log(args, start, device) as log:
         for step in range(start, args.steps):
@@ -192,11 +193,9 @@ def main():
             fine = update(parts["opt"], model, lr)         # clip, step, zero
             ema.update(model)               # what is sampled, and what sample.py will load
 
-            if log.step(step + 1, fine, lr):
-                log.save(
-                    lambda path: measure(ema, ae, schedule, mean, std, classes, held_out, path),
-                    parts, model_args=model_args, schedule=schedule_args, classes=classes,
-                    latent_mean=mean.cpu(), latent_std=std.cpu(), vmae=stage_one)
+            log.step(step + 1, fine, lr,
+                     lambda path: measure(ema.model, ae, schedule, entries, held_out, path), parts,
+                     **entries)
 
 if __name__ == "__main__":
     vmae.cli(main)

@@ -12,7 +12,7 @@ original, the input (masked or noisy) and the reconstruction. Of a folder also: 
 list of its files, unreadable.jsonl, and images_*.pt, its decoded images. train_ldm.py shares the
 plumbing.
 """
-import argparse, functools, itertools, json, math, os, signal, sys, time
+import argparse, functools, itertools, json, math, os, re, signal, sys, time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -236,29 +236,25 @@ def begin(args, model, what):
 
 class Log:
     """The bar on the screen, log.jsonl and last.pt in the run folder, which process 0 writes. It
-    also says when to save, and ends the run after a step that SIGTERM or Ctrl-C interrupts. All
-    sums stay on the device, and are read every 50 steps and at each save only."""
+    also ends the run after a step that SIGTERM or Ctrl-C interrupts. All sums stay on the device,
+    and are read every 50 steps and at each save only."""
 
     def __init__(self, args, start, device):
         self.args, self.logged, self.since = args, start, time.perf_counter()  # step, and when
         self.sums, self.held_out, self.signals = {}, {}, []
         # Bad batches in a row up to now, the longest such row, and all since the start.
         self.row = self.longest = self.skipped = torch.zeros((), device=device)
+        path = Path(args.out, "log.jsonl")
         if RANK == 0:
-            path = Path(args.out, "log.jsonl")
-            lines = path.read_text().splitlines() if start and path.exists() else []
+            lines = path.read_bytes().splitlines(keepends=True) if start and path.exists() else []
             with vmae.whole_file(path) as file:            # without steps that will run again
-                file.writelines(f"{line}\n".encode() for line in lines if self.at(line) <= start)
-            self.file = open(path, "a")
-            self.bar = tqdm(total=args.steps, initial=start, dynamic_ncols=True, mininterval=1)
-
-    @staticmethod
-    def at(line):
-        """The step of a line of the log; infinite if the line is damaged."""
-        try:
-            return json.loads(line)["step"]
-        except (ValueError, KeyError, TypeError):
-            return math.inf
+                for line in lines:
+                    step = re.match(rb'{"step": (\d+), .*}\n$', line)      # None: a damaged line
+                    if step and int(step[1]) <= start:
+                        file.write(line)
+        self.file = open(path if RANK == 0 else os.devnull, "a")
+        self.bar = tqdm(total=args.steps, initial=start, dynamic_ncols=True, mininterval=1,
+                        disable=RANK > 0)
 
     def __enter__(self):
         def catch(number, _):
@@ -272,9 +268,8 @@ class Log:
     def __exit__(self, kind, error, trace):
         for number, handler in self.usual.items():
             signal.signal(number, handler)
-        if RANK == 0:
-            self.bar.close()
-            self.file.close()
+        self.bar.close()
+        self.file.close()
         if kind is torch.OutOfMemoryError:
             less = f"--micro {self.args.micro // 2}" if self.args.micro > 1 else "a smaller --size"
             raise InputError(f"out of memory with {self.args.micro} images at once; give {less}")
@@ -287,18 +282,9 @@ class Log:
             row = torch.stack([value.detach().nan_to_num(0, 0, 0), fine, ~fine])
             self.sums[name] = self.sums.get(name, 0) + share * row         # sum, good, bad share
 
-    def step(self, step, fine, lr):
-        """To be called after each step -> whether it is time to save. fine: whether the gradient
-        was finite, a tensor. InputError after ten bad steps in a row."""
-        self.row = (self.row + 1) * ~fine
-        self.longest, self.skipped = self.longest.maximum(self.row), self.skipped + ~fine
-        interrupted = not vmae.agree(int(not self.signals))    # all after the same step
-        self.stopping = interrupted and step < self.args.steps
-        saving = self.stopping or step % self.args.save_every == 0 or step == self.args.steps
-        if RANK == 0:
-            self.bar.update()
-        if not saving and step % 50 > 0:
-            return False
+    def line(self, step, lr):
+        """What the log says of the steps since its last line. InputError after ten bad steps in a
+        row."""
         sums = torch.stack(list(self.sums.values()))       # (terms, 3)
         if WORLD > 1:
             dist.all_reduce(sums)
@@ -309,37 +295,41 @@ class Log:
                              f"NaN, ten times in a row; go on from the last checkpoint with "
                              f"--resume and a lower --lr")
         speed = (step - self.logged) * self.args.batch / (time.perf_counter() - self.since)
-        self.line = {"step": step, "lr": lr, "images_per_s": round(speed, 1)}
+        line = {"step": step, "lr": lr, "images_per_s": round(speed, 1)}
         for name, (total, good, _) in sums.items():
-            self.line[name] = round(total / good, 5) if good else None
+            line[name] = round(total / good, 5) if good else None
         if self.skipped > 0:
-            self.line["skipped"] = int(self.skipped)
-        if not saving:
-            self.write({})
-        return saving
+            line["skipped"] = int(self.skipped)
+        return line
 
-    def write(self, held_out):
-        """One line in the log, with what a save has measured on held-out images."""
-        if RANK == 0:
-            print(json.dumps({**self.line, **held_out}), file=self.file, flush=True)
-            self.held_out = held_out or self.held_out      # the bar keeps the last ones
-            shown = {k: v for k, v in self.line.items() if k not in ("step", "lr")}
-            self.bar.set_postfix(**shown, **self.held_out, refresh=False)
-        self.logged, self.since, self.sums = self.line["step"], time.perf_counter(), {}
+    def step(self, step, fine, lr, measure, parts, **entries):
+        """To be called after each step. fine: whether the gradient was finite, a tensor.
 
-    def save(self, measure, parts, **entries):
-        """Process 0: measure(path of a picture) -> what to log of held-out images; then last.pt,
-        from the state of `parts` and `entries`. The line comes before the checkpoint, so that a run
-        that goes on from there has all lines up to it. Then end the run, if it was interrupted."""
-        step = self.line["step"]
-        picture = os.path.join(self.args.out, f"preview_{step:06d}.png")
-        self.write(measure(picture) if RANK == 0 else {})
-        if RANK == 0:
+        A save is the line of the log, with what measure(path of a picture) finds on held-out
+        images, and then last.pt, from the state of `parts` and `entries`: in this order, so that a
+        run that goes on from there has all lines up to it. Then an interrupted run ends."""
+        self.row = (self.row + 1) * ~fine
+        self.longest, self.skipped = self.longest.maximum(self.row), self.skipped + ~fine
+        interrupted = not vmae.agree(not self.signals)     # all after the same step
+        stopping = interrupted and step < self.args.steps
+        saving = stopping or step % self.args.save_every == 0 or step == self.args.steps
+        self.bar.update()
+        if not saving and step % 50 > 0:
+            return
+        line, held_out = self.line(step, lr), {}
+        if saving and RANK == 0:
+            held_out = measure(os.path.join(self.args.out, f"preview_{step:06d}.png"))
+        print(json.dumps(line | held_out), file=self.file, flush=True)
+        self.held_out |= held_out           # the bar keeps the last ones
+        shown = {k: v for k, v in line.items() if k not in ("step", "lr")} | self.held_out
+        self.bar.set_postfix(shown, refresh=False)
+        if saving and RANK == 0:
+            states = {name: part.state_dict() for name, part in parts.items()}
             vmae.save_checkpoint(os.path.join(self.args.out, "last.pt"), step=step,
-                                 train_args=vars(self.args), **entries,
-                                 **{name: part.state_dict() for name, part in parts.items()})
+                                 train_args=vars(self.args), **entries, **states)
+        self.logged, self.sums = step, {}
         self.since = time.perf_counter()    # a save does not count as training
-        if self.stopping:
+        if stopping:
             vmae.agree(0)                   # until process 0 has saved
             text = f"stopped after step {step}, which is saved; --resume goes on from there"
             sys.exit(text if RANK == 0 else 1)
@@ -578,9 +568,8 @@ def main():
             if adversary:
                 fine = fine & update(parts["disc_opt"], disc, lr)
 
-            if log.step(step + 1, fine, lr):
-                log.save(lambda path: validate(model, x_val, args, path), parts,   # PSNR, in dB
-                         model_args=model_args)
+            log.step(step + 1, fine, lr, lambda path: validate(model, x_val, args, path), parts,
+                     model_args=model_args)
 
 if __name__ == "__main__":
     vmae.cli(main)
