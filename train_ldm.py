@@ -75,7 +75,7 @@ def options():
         "2020; cosine, Nichol 2021 (default: that of --init, otherwise cosine)")
     add("--drop", type=float, default=DROP, help="share of labels replaced by the null class, "
         "which guidance needs (default: %(default)s)")
-    args, saved = parse(parser, 2)
+    args, saved = parse(parser)
     if args.stats and not args.init:
         raise InputError("--stats: are those of published weights; name these with --init")
     return args, saved
@@ -152,7 +152,7 @@ def main():
     args.schedule, args.objective = schedule_args["kind"], schedule_args["objective"]
     schedule, ema = ldm.Schedule(**schedule_args), ldm.EMA(model)
     parts = {"model": model, "ema": ema.model, "opt": optimiser(model)}
-    start = resume(args, saved, model_args, parts)
+    start = resume(args, saved, parts)
     ema.n = start                           # its warm-up goes on, too
     low_precision = matmul_precision(args, device)
 
@@ -180,8 +180,7 @@ def main():
             lr = learning_rate(step, args.steps, args.lr)  # up, then down a cosine
             for number in mine:             # the micro-batches, whose gradients are summed
                 generator = vmae.seeded(args.seed, step, number, device=device)
-                moments, y = (
-                    v.to(device, non_blocking=device.type == "cuda") for v in next(batches))
+                moments, y = next(batches)  # (B, 2d, h, w), (B,)
                 z = vmae.Gaussian(*moments.float().chunk(2, 1)).sample(generator)  # anew each time
                 z_0 = ldm.normalise(z, mean, std)                          # (B, d, h, w)
                 y = model.y_embedder.drop(y, args.drop, generator) if classes else None    # (B,)

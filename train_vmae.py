@@ -59,10 +59,10 @@ FRESH = ("resume", "out", "device", "compile")
 FREE = (*FRESH, "data", "val", "steps", "lr", "micro", "save_every", "precision", "no_cache",
         "vgg_weights")
 
-def parse(parser, stage):
+def parse(parser):
     """The command line -> (checked options, the checkpoint to go on from, or None). With --resume
     and no checkpoint the run begins; if the run is complete, the script ends here. InputError if an
-    option contradicts the run, or if --out holds a run and --resume is not given. stage: 1 or 2."""
+    option contradicts the run, or if --out holds a run and --resume is not given."""
     args, saved, old = parser.parse_args(), None, {}
     last = os.path.join(args.out, "last.pt")
     if os.path.exists(last):
@@ -71,9 +71,11 @@ def parse(parser, stage):
         if not args.resume:
             raise InputError(f"{last} holds step {saved['step']} of a run; go on with --resume, or "
                              f"begin another one with --out")
-        if ("vmae" in saved) != (stage == 2):              # stage two's contain stage one
+        if ("vmae" in saved) != ("vmae" in args):          # stage two's: stage one, and its option
             raise InputError(f"{last}: a checkpoint of the other stage; give another --out")
         old = {k: v for k, v in saved["train_args"].items() if k in args and k not in FRESH}
+        if math.ceil(old["batch"] / old["micro"]) < WORLD:
+            old["micro"] = None             # chosen for fewer processes: micro_batches does it anew
         parser.set_defaults(**old)
     elif args.resume:
         vmae.say(f"{last}: no checkpoint yet, so the run begins")
@@ -84,8 +86,6 @@ def parse(parser, stage):
         if name not in FREE and getattr(args, name) != value:
             raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: the run in "
                              f"{args.out} has {value}; leave it out, or begin another with --out")
-    if saved and args.micro == old["micro"] and math.ceil(args.batch / args.micro) < WORLD:
-        args.micro = None                   # chosen for fewer processes: micro_batches does it anew
     if saved and saved["step"] >= args.steps:
         vmae.say(f"{last}: complete, at step {saved['step']} of {args.steps}")
         sys.exit()
@@ -99,8 +99,7 @@ def use_recipe(args, recipes):
 def matmul_precision(args, device):
     """Choose --precision, if it is auto -> a context in which matrix products have it."""
     if args.precision == "auto":
-        fast = vmae.agree(int(vmae.has_bfloat16(device)))
-        args.precision = "bfloat16" if fast else "float32"
+        args.precision = "bfloat16" if vmae.agree(vmae.has_bfloat16(device)) else "float32"
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True              # shapes repeat: try all algorithms once
         torch.set_float32_matmul_precision("high")         # what remains in float32: as TF32
@@ -110,14 +109,12 @@ def saved_bytes(function):
     """Run function(), a forward pass -> the bytes that it keeps for the backward pass."""
     storages = {}
 
-    def keep(tensor):
-        storage = tensor.untyped_storage()
-        storages[storage._cdata] = storage.nbytes()        # several views may share one
+    def keep(tensor):                       # several views may share one storage
+        storages[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss = function()                   # holds its graph, so that no storage is used twice
-    del loss
+        _loss = function()                  # holds its graph, so that no storage is used twice
     return sum(storages.values())
 
 def free_memory(device):
@@ -158,24 +155,23 @@ def shares(n, args, start, parts):
         return torch.randperm(n, generator=vmae.seeded(args.seed, epoch)).tolist()
 
     for step in itertools.count(start):
-        places = range(step * args.batch, (step + 1) * args.batch)
-        batch = [order(p // n)[p % n] for p in places]
+        batch = [order(p // n)[p % n] for p in range(step * args.batch, (step + 1) * args.batch)]
         for part in parts:
             yield sorted(batch[part * args.micro:(part + 1) * args.micro])
 
 def ahead(data, args, start, parts, device):
     """Iterator without end over what this process trains on, data.batch(list) for each list of
-    `shares`. A thread draws the next batch while a GPU works on this one, into memory that a GPU
-    can copy from by itself (pinned). On a CPU it would only take the cores from the training."""
+    `shares`, on `device`. A thread draws the next batch while a GPU works on this one, into memory
+    that a GPU can copy from by itself (pinned). On a CPU it would only take cores from training."""
     batches = map(data.batch, shares(len(data), args, start, parts))
     if device.type != "cuda":
-        yield from batches
+        yield from ([v.to(device) for v in batch] for batch in batches)
     batches = ([v.pin_memory() for v in batch] for batch in batches)
     with ThreadPoolExecutor(1) as pool:
         following = pool.submit(next, batches)
         while True:
             batch, following = following.result(), pool.submit(next, batches)
-            yield batch
+            yield [v.to(device, non_blocking=True) for v in batch]
 
 def learning_rate(step, steps, peak):
     """Linear warm-up over 2 % of the run, while AdamW's moments settle; a cosine down to zero."""
@@ -186,11 +182,9 @@ def optimiser(model):
     """AdamW as in the authors' recipes, with betas (.9, .95). Weight decay acts on matrices, not on
     norms, biases and what else has one side of 1, which have no reason to shrink."""
     trained = [p for p in model.parameters() if p.requires_grad]           # not a frozen encoder
-    decays = {True: [], False: []}
-    for p in trained:
-        decays[p.ndim > 1 and min(p.shape) > 1].append(p)
-    groups = [{"params": decays[True], "weight_decay": 0.05},
-              {"params": decays[False], "weight_decay": 0.0}]
+    matrices = [p for p in trained if p.ndim > 1 and min(p.shape) > 1]
+    others = [p for p in trained if p.ndim < 2 or min(p.shape) == 1]
+    groups = [dict(params=matrices, weight_decay=0.05), dict(params=others, weight_decay=0.0)]
     return torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)        # one kernel per step
 
 def update(opt, model, lr):
@@ -203,8 +197,7 @@ def update(opt, model, lr):
         dist.all_reduce(flat)               # the sum over the processes
         for g, part in zip(grads, flat.split([g.numel() for g in grads])):
             g.copy_(part.view_as(g))
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    fine = norm.isfinite()
+    fine = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).isfinite()
     for group in opt.param_groups:
         group["lr"] = lr
     opt.found_inf = (~fine).float()
@@ -212,7 +205,7 @@ def update(opt, model, lr):
     opt.zero_grad()
     return fine
 
-def resume(args, ckpt, model_args, parts):
+def resume(args, ckpt, parts):
     """Load the state of `parts`, by name, from the checkpoint `ckpt` -> step, 0 without one.
     InputError if it does not fit, or if the processes do not see the same checkpoint."""
     for name, part in parts.items() if ckpt else ():
@@ -290,10 +283,9 @@ class Log:
             dist.all_reduce(sums)
         sums = dict(zip(self.sums, sums.tolist()))
         if self.longest >= 10:
-            broken = [name for name, (_, _, bad) in sums.items() if bad > 0]
-            raise InputError(f"step {step}: {' and '.join(broken) or 'the gradient'} infinite or "
-                             f"NaN, ten times in a row; go on from the last checkpoint with "
-                             f"--resume and a lower --lr")
+            broken = " and ".join(name for name, (_, _, bad) in sums.items() if bad > 0)
+            raise InputError(f"step {step}: {broken or 'the gradient'} infinite or NaN, ten times "
+                             f"in a row; go on with --resume and a lower --lr")
         speed = (step - self.logged) * self.args.batch / (time.perf_counter() - self.since)
         line = {"step": step, "lr": lr, "images_per_s": round(speed, 1)}
         for name, (total, good, _) in sums.items():
@@ -327,8 +319,7 @@ class Log:
             states = {name: part.state_dict() for name, part in parts.items()}
             vmae.save_checkpoint(os.path.join(self.args.out, "last.pt"), step=step,
                                  train_args=vars(self.args), **entries, **states)
-        self.logged, self.sums = step, {}
-        self.since = time.perf_counter()    # a save does not count as training
+        self.logged, self.sums, self.since = step, {}, time.perf_counter()     # saves do not count
         if stopping:
             vmae.agree(0)                   # until process 0 has saved
             text = f"stopped after step {step}, which is saved; --resume goes on from there"
@@ -395,7 +386,7 @@ def options():
     tuned = dict(mask=0.0, lambda_p=None) if given.tune else {}
     parser.set_defaults(out=f"runs/{'tuned' if given.tune else given.preset}",
                         **{**AE, **PRESETS[given.preset], **tuned})
-    args, saved = parse(parser, 1)
+    args, saved = parse(parser)
     if args.init and (given.arch or given.model):
         raise InputError("--arch, --model: --init decides the shape of the model; leave them out")
     if args.tune and not args.init:
@@ -516,7 +507,7 @@ def main():
     disc = vmae.discriminator(args.size).to(device) if args.lambda_adv > 0 else None
     if disc is not None:
         parts.update(disc=disc, disc_opt=optimiser(disc))  # and SD-VAE's discriminator
-    start = resume(args, saved, model_args, parts)
+    start = resume(args, saved, parts)
     saved = known = None                    # their memory is free again
     low_precision = matmul_precision(args, device)
     mine = micro_batches(args, device, model, lambda n: trial_loss(
@@ -539,11 +530,9 @@ def main():
             adversary = disc is not None and step >= args.adv_start
             for number in mine:             # the micro-batches, whose gradients are summed
                 generator = vmae.seeded(args.seed, step, number, device=device)
-                x, _ = next(batches)        # uint8
-                x = vmae.to_float(x.to(device, non_blocking=device.type == "cuda"))
+                x, _ = next(batches)        # uint8 (B, 3, H, W)
+                x_in = x = vmae.random_flip(vmae.to_float(x), generator)
                 share = len(x) / args.batch
-                x = vmae.random_flip(x, generator)                         # (B, 3, H, W)
-                x_in = x
                 if args.noise > 0:          # only for dae
                     x_in = x + args.noise * torch.randn(x.shape, generator=generator, device=device)
                 with low_precision():
