@@ -27,8 +27,7 @@ def options():
     """The command line -> checked options."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], usage="%(prog)s [options]")
     add = parser.add_argument
-    add("--ckpt", type=vmae.checkpoint, default="runs/ldm/last.pt", help="stage-two checkpoint "
-        "(default: %(default)s)")
+    add("--ckpt", type=vmae.checkpoint, default="runs/ldm", help="stage two (default: %(default)s)")
     add("--n", type=int, default=64, help="number of images (default: %(default)s)")
     add("--vmae", type=vmae.checkpoint, help="stage-one checkpoint (default: that inside --ckpt)")
     add("--stats", help="file of latent statistics that comes with the authors' weights")
@@ -81,9 +80,8 @@ def pick_sampler(args, schedule):
         raise InputError(f"--steps {args.steps}: give at most the {schedule.T} of training")
     function, _, own = ldm.SAMPLERS[name]
     given = {o: getattr(args, o) for o in SAMPLER_OPTIONS if getattr(args, o, None) is not None}
-    for option in given:
-        if option not in own:
-            raise InputError(f"--{option}: the sampler {name} has no such option; leave it out")
+    if wrong := sorted(given.keys() - own):
+        raise InputError(f"--{wrong[0]}: the sampler {name} has no such option; leave it out")
     return function, given
 
 def check_latents(path, ckpt, vmae_path, ae):
@@ -136,39 +134,35 @@ def draw(index, y, model, ae, schedule, ckpt, sampler, seed=0, w=1.0, **options)
         z_0 = sampler(model, schedule, noise(), y, w=w, noise=noise, **options)    # (B, d, h, w)
         return vmae.to_uint8(decode(z_0, ae, ckpt)).cpu()                  # (B, 3, H, W)
 
-def begin(out, args, settings):
-    """Make the folder `out` -> the names of its images that this same command drew before it was
+def begin(out, args, settings, files):
+    """Make the folder `out` -> those of `files` that this same command drew before it was
     interrupted. Images of another command are deleted, and so are the files made from them."""
-    files = {name: getattr(args, name) for name in ("ckpt", "vmae", "stats") if getattr(args, name)}
-    settings |= {name: [os.path.abspath(path), os.path.getsize(path), os.stat(path).st_mtime_ns]
-                 for name, path in files.items()}
+    for path in filter(None, (args.ckpt, args.vmae, args.stats)):
+        settings[os.path.abspath(path)] = os.path.getsize(path), os.stat(path).st_mtime_ns
     settings |= {name: getattr(args, name) for name in ("seed", "steps", "batch", *SAMPLER_OPTIONS)}
     note, text = out / "samples.json", json.dumps(settings)
     same = note.exists() and note.read_text() == text
     out.mkdir(parents=True, exist_ok=True)
-    found = {p.name for p in out.iterdir() if re.fullmatch(r"sample_\d{6}\.png", p.name)}
-    kept = {name for name in found if same and int(name[7:13]) < args.n}
-    for name in (found - kept) | {"grid.png", "samples.npz", "trajectory.png"}:
-        (out / name).unlink(missing_ok=True)
+    found = {p for p in out.iterdir() if re.fullmatch(r"sample_\d{6}\.png", p.name)}
+    kept = found.intersection(files if same else ())
+    made = [out / name for name in ("grid.png", "samples.npz", "trajectory.png")]
+    for path in (found - kept).union(made):
+        path.unlink(missing_ok=True)
     if found - kept:
         print(f"{out}: {len(found - kept)} images of another command are deleted")
     with vmae.whole_file(note) as file:
         file.write(text.encode())
     return kept
 
-def pixels(file):
-    """A PNG -> uint8 (H, W, 3)."""
-    with Image.open(file) as image:
-        return np.array(image)
-
 def save_npz(files, path):
     """The PNGs as arr_0, uint8 (N, H, W, 3), in a .npz. One image is in memory at a time."""
-    header = dict(descr="|u1", fortran_order=False, shape=(len(files), *pixels(files[0]).shape))
-    with (vmae.whole_file(path) as file, zipfile.ZipFile(file, "w") as archive,
+    width, height = Image.open(files[0]).size
+    header = dict(descr="|u1", fortran_order=False, shape=(len(files), height, width, 3))
+    with (vmae.whole_file(path) as whole, zipfile.ZipFile(whole, "w") as archive,
           archive.open("arr_0.npy", "w", force_zip64=True) as array):
         np.lib.format.write_array_header_1_0(array, header)
-        for name in files:
-            array.write(pixels(name).tobytes())
+        for file in files:
+            array.write(Image.open(file).tobytes())
 
 def main():
     args = options()
@@ -186,12 +180,12 @@ def main():
                     steps=args.steps, **own_options, **more)
 
     out, settings = Path(args.out), dict(w=w, labels=labels.tolist(), sampler=sampler.__name__)
-    done = vmae.from_first(lambda: begin(out, args, settings))
     files = [out / f"sample_{i:06d}.png" for i in range(args.n)]
+    done = vmae.from_first(lambda: begin(out, args, settings, files))
     # Whole batches, also after an interruption: rounding depends a little on how many images are
     # drawn at once, so the files are then the same for any number of processes.
     parts = [part for part in torch.arange(args.n).split(args.batch)
-             if not done.issuperset(files[i].name for i in part)][RANK::WORLD]
+             if not done.issuperset(files[i] for i in part)][RANK::WORLD]
     for part in tqdm(parts, "sampling", dynamic_ncols=True, disable=RANK > 0):
         for i, image in zip(part, images(part).permute(0, 2, 3, 1).numpy()):   # (H, W, 3) each
             with vmae.whole_file(files[i]) as file:        # PNG: FID would notice JPEG's losses
@@ -199,7 +193,7 @@ def main():
     vmae.agree(0)
     if RANK > 0:                            # process 0 does the rest
         return
-    first = torch.stack([torch.from_numpy(pixels(file)) for file in files[:64]])   # (64, H, W, 3)
+    first = torch.from_numpy(np.stack([Image.open(file) for file in files[:64]]))  # (64, H, W, 3)
     vmae.save_grid(vmae.to_float(first.permute(0, 3, 1, 2)).split(8), out / "grid.png")
     if args.npz:                            # for evaluate.py fid, or ADM's
         save_npz(files, out / "samples.npz")

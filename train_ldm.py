@@ -61,13 +61,11 @@ def options():
     """The command line -> as parse; fill_in chooses the options that are still None."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], usage="%(prog)s [options]")
     common_options(parser, "runs/ldm", RECIPES, "small on CUDA for a folder, otherwise tiny",
-                   "that of stage one")
+                   "that of stage one", "that of stage one")
     add = parser.add_argument
-    add("--vmae", type=vmae.checkpoint, default="runs/vmae/last.pt", help="stage-one checkpoint "
-        "(default: %(default)s)")
+    add("--vmae", type=vmae.checkpoint, default="runs/vmae", help="stage one (default: runs/vmae)")
     add("--no-classes", action="store_true", help="ignore sub-folders, train unconditionally")
-    add("--init", type=vmae.checkpoint, help="stage-two checkpoint to start from, ours or the "
-        "authors' LightningDiT")
+    add("--init", type=vmae.checkpoint, help="stage two to start from, ours or a LightningDiT's")
     add("--stats", help="file of latent statistics that comes with the authors' --init")
     add("--objective", choices=("eps", "v", "flow"), help="what the network predicts; eps is the "
         "paper's L_LDM, flow what its experiments used (default: that of --init, otherwise v)")
@@ -147,21 +145,17 @@ def main():
     if init:                                # strict=False: the table of labels may be missing
         model.load_state_dict(init["ema"], strict=False)
     schedule_args = {"kind": "cosine", "objective": "v", **init.get("schedule", {})}
-    given = {"kind": args.schedule, "objective": args.objective}
-    schedule_args |= {name: value for name, value in given.items() if value}
-    args.schedule, args.objective = schedule_args["kind"], schedule_args["objective"]
+    args.schedule = schedule_args["kind"] = args.schedule or schedule_args["kind"]
+    args.objective = schedule_args["objective"] = args.objective or schedule_args["objective"]
     schedule, ema = ldm.Schedule(**schedule_args), ldm.EMA(model)
     parts = {"model": model, "ema": ema.model, "opt": optimiser(model)}
     start = resume(args, saved, parts)
     ema.n = start                           # its warm-up goes on, too
     low_precision = matmul_precision(args, device)
 
-    def trial(n):                           # for micro_batches
-        z_0 = torch.zeros(n, ae.latent_dim, ae.grid, ae.grid, device=device)
-        with low_precision():
-            return ldm.loss_LDM(model, schedule, z_0)
-
-    mine = micro_batches(args, device, model, trial)
+    with low_precision():
+        mine = micro_batches(args, device, model, lambda n: ldm.loss_LDM(
+            model, schedule, torch.zeros(n, ae.latent_dim, ae.grid, ae.grid, device=device)))
     begin(args, model, f"{len(data)} images, {len(classes) or 'no'} classes")
     if args.data:
         data.folder.keep(args.out)

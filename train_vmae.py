@@ -30,18 +30,15 @@ def default(table, key, *others):
     known = [f"{name} {row[key]}" for name, row in table.items() if key in row]
     return f"(default: {', '.join([*known, *others])})"
 
-def common_options(parser, out, recipes, default_model, inherited=None):
-    """The options of both trainers, with the same names, order and meaning. inherited: what stage
-    two has for --data and --val if they are not given."""
+def common_options(parser, out, recipes, model, data, val):
+    """The options of both trainers, with the same names, order and meaning. model, data, val: texts
+    for the help, what these options are if they are not given."""
     add = parser.add_argument
-    add("--data", help="folder of images, whose sub-folders are classes (default: "
-        f"{inherited or 'the built-in faces'})")
-    add("--val", help="folder of held-out images (default: "
-        f"{inherited or 'one in twenty of --data, chosen by its path'})")
-    add("--model", choices=recipes, help=f"size of the network (default: {default_model})")
+    add("--data", help=f"folder of images, whose sub-folders are classes (default: {data})")
+    add("--val", help=f"folder of held-out images (default: {val})")
+    add("--model", choices=recipes, help=f"size of the network (default: {model})")
     add("--batch", type=int, help=f"images per optimiser step {default(recipes, 'batch')}")
-    add("--micro", type=int, help="images at once; the gradients of a batch's parts are summed "
-        "(default: what fits into the device's memory)")
+    add("--micro", type=int, help="images at once, gradients summed (default: what memory holds)")
     add("--steps", type=int, help=f"optimiser steps in all {default(recipes, 'steps')}")
     add("--lr", type=float, help=f"peak learning rate {default(recipes, 'lr')}")
     add("--save-every", type=int, default=1000, help="steps between checkpoints (default: 1000)")
@@ -224,8 +221,7 @@ def begin(args, model, what):
     """Make the run folder and print what will run."""
     os.makedirs(args.out, exist_ok=True)
     count = sum(p.numel() for p in model.parameters()) / 1e6
-    options = " ".join(f"{name}={value}" for name, value in vars(args).items())
-    vmae.say(f"{what}, {count:.2f} M parameters\n{options}")
+    vmae.say(f"{what}, {count:.2f} M parameters\n{vars(args)}")
 
 class Log:
     """The bar on the screen, log.jsonl and last.pt in the run folder, which process 0 writes. It
@@ -333,6 +329,9 @@ class Log:
 RECIPES = {"tiny": dict(batch=16, steps=3200, lr=4e-3),
            "small": dict(batch=16, steps=8000, lr=1e-3),
            "base": dict(batch=128, steps=100_000, lr=2e-4)}
+CONV_RECIPES = {                            # of the convolutional bodies
+    **RECIPES, "tiny": dict(RECIPES["tiny"], lr=1.5e-3),   # 20.0 dB after 400 steps, not 18.2
+    "base": dict(RECIPES["base"], batch=16)}               # 22 times the operations of VMAE
 
 # The autoencoders that the paper compares: defaults of the options below, AE's with the changes of
 # a row in PRESETS. lambda_reg = 0 makes the latent a point. lambda_p = None: `perceptual` decides.
@@ -350,16 +349,14 @@ PRESETS = {
 def options():
     """The command line -> as parse; fill_in and perceptual choose the options that are None."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], usage="%(prog)s [options]")
-    common_options(parser, "runs/vmae", RECIPES, "tiny to 32 px; above, base on CUDA, else small")
+    common_options(parser, "runs/vmae", RECIPES, "tiny to 32 px; above, base on CUDA, else small",
+                   "the built-in faces", "one in twenty of --data, chosen by its path")
     add = parser.add_argument
-    add("--size", type=int, help="pixels (default: that of --init; faces 32; a folder 256 on CUDA, "
-        "else 64)")
+    add("--size", type=int, help="px (default: --init's; faces 32; folders 256 on CUDA, else 64)")
     add("--preset", choices=PRESETS, default="vmae", help="an autoencoder of the paper; its row in "
-        "PRESETS has the defaults of some options below, and --out is runs/NAME (default: "
-        "%(default)s)")
+        "PRESETS has defaults of options below; into runs/NAME (default: %(default)s)")
     add("--arch", choices=("vit", "conv"), help="VMAE's transformer or SD-VAE's convolutions")
-    add("--init", type=vmae.checkpoint, help="checkpoint to start from: ours, or a published VMAE "
-        "or SD3-style VAE")
+    add("--init", type=vmae.checkpoint, help="start from ours, a published VMAE or SD3-style VAE")
     add("--tune", choices=("decoder",), help="train the decoder of --init and leave its encoder as "
         "it is, without a mask and with LPIPS at 10: the authors' last stage; into runs/tuned")
     add("--mask", type=float, help=f"masked share of x {default(PRESETS, 'mask', 'others 0')}")
@@ -409,11 +406,7 @@ def fill_in(args, cuda, known):
         raise InputError(f"--mask {args.mask}: convolutions cannot skip patches; give --mask 0")
     args.size = args.size or (32 if args.data is None else 256 if cuda else 64)
     args.model = args.model or ("tiny" if args.size <= 32 else "base" if cuda else "small")
-    if args.arch == "conv" and args.model == "base":       # 22 times the operations of VMAE
-        args.batch = args.batch or 16
-    if args.arch == "conv" and args.model == "tiny":       # 20.0 dB after 400 steps, not 18.2
-        args.lr = args.lr or 1.5e-3
-    use_recipe(args, RECIPES)
+    use_recipe(args, RECIPES if args.arch == "vit" else CONV_RECIPES)
     # Late (Esser 2021): an early x_hat is too easy to tell from x.
     args.adv_start = args.steps // 2 if args.adv_start is None else args.adv_start
 
@@ -440,8 +433,7 @@ def new_model(args, known):
 
 def perceptual(args, device):
     """Set args.lambda_p, if it is None -> the LPIPS network, or None if that weight is 0."""
-    asked_for = args.lambda_p is not None or args.vgg_weights
-    net = None
+    net, asked_for = None, args.lambda_p is not None or args.vgg_weights
     if args.lambda_p is None:               # on the small faces VGG would cost more than the rest
         args.lambda_p = 10.0 if args.tune else (0.5 if args.data else 0.0)
     if args.vgg_weights and args.lambda_p == 0:
@@ -465,31 +457,28 @@ def is_whole(step, share):
 def validate(model, x_val, args, path):
     """Held-out x_val (B, 3, H, W) -> {"PSNR_val": of whole images, "PSNR_m_val": of the masked
     patches, masked as in training}, in dB. Saves 8 as rows of original, input, reconstruction."""
-    device, P, whole, masked, rows = model.logvar_x.device, model.patch_size, [], [], []
-    generator = torch.Generator(device).manual_seed(0)
-    for x in (part.to(device) for part in x_val.split(8)):                 # (8, 3, H, W)
-        a = vmae.to_uint8(x).cpu()                         # psnr is in float64, unknown to MPS
-        whole.append(vmae.psnr(a, vmae.to_uint8(model.decode(model.encode(x).mode())).cpu()))
-        x_in = x + args.noise * torch.randn(x.shape, generator=generator, device=device)
+    P, generator = model.patch_size, torch.Generator(x_val.device).manual_seed(0)
+    found, rows = {"PSNR_val": [], "PSNR_m_val": []}, []
+    for x in x_val.split(8):                                               # (8, 3, H, W)
+        x_in = x + args.noise * torch.randn(x.shape, generator=generator, device=x.device)
         p, _, mask = model(x_in, args.mask, generator)     # as in training
         seen = vmae.patchify(x_in, P) * (1 - mask[..., None])              # grey where masked
         rows = rows or [x, vmae.unpatchify(seen, P, *x.shape[2:]), p.mode()]
+        x_hat = model.decode(model.encode(x).mode())       # and as in use
+        a, whole, guess = (vmae.to_uint8(v).cpu() for v in (x, x_hat, p.mode()))
+        found["PSNR_val"].append(vmae.psnr(a, whole))      # (8,), in float64, unknown to MPS
         if args.mask > 0:                   # as many in each image: a long row of pixels for psnr
-            pair, hidden = (a, vmae.to_uint8(p.mode()).cpu()), mask.cpu() == 1
-            pair = [vmae.patchify(v, P)[hidden].view(len(x), 1, 1, -1) for v in pair]
-            masked.append(vmae.psnr(*pair))                # (B,)
+            pair = [vmae.patchify(v, P)[mask.cpu() == 1].view(len(x), 1, 1, -1) for v in (a, guess)]
+            found["PSNR_m_val"].append(vmae.psnr(*pair))
     vmae.save_grid(rows, path)
-    found = {"PSNR_val": whole, "PSNR_m_val": masked} if masked else {"PSNR_val": whole}
-    return {name: round(torch.cat(values).mean().item(), 2) for name, values in found.items()}
+    return {name: round(torch.cat(v).mean().item(), 2) for name, v in found.items() if v}
 
-def trial_loss(n, size, model, lambda_p, lpips_net, disc, low_precision):
+def trial_loss(n, model, lambda_p, net, disc):
     """The loss of n grey images, with every part that the options switch on, for micro_batches."""
-    x = torch.zeros(n, 3, size, size, device=model.logvar_x.device)
-    with low_precision():
-        p, q, mask = model(x, 0.0)          # whole images need more memory than masked ones
-        loss, _ = vmae.loss_VMAE(x, p, q, mask, model.patch_size, lambda_P=lambda_p,
-                                 lpips_net=lpips_net)
-        return loss if disc is None else loss + disc(torch.cat([x, p.mode()])).float().mean()
+    x = torch.zeros(n, 3, model.img_size, model.img_size, device=model.logvar_x.device)
+    p, q, mask = model(x, 0.0)              # whole images need more memory than masked ones
+    loss, _ = vmae.loss_VMAE(x, p, q, mask, model.patch_size, lambda_P=lambda_p, lpips_net=net)
+    return loss if disc is None else loss + disc(torch.cat([x, p.mode()])).float().mean()
 
 def main():
     args, saved = options()
@@ -510,8 +499,9 @@ def main():
     start = resume(args, saved, parts)
     saved = known = None                    # their memory is free again
     low_precision = matmul_precision(args, device)
-    mine = micro_batches(args, device, model, lambda n: trial_loss(
-        n, args.size, model, args.lambda_p, lpips_net, disc, low_precision))
+    with low_precision():
+        mine = micro_batches(args, device, model, lambda n: trial_loss(
+            n, model, args.lambda_p, lpips_net, disc))
     begin(args, model, f"{len(train)} images to train on, {len(val)} held out")
     if args.data:
         train.keep_pixels(args.out, not args.no_cache)
@@ -520,7 +510,7 @@ def main():
         for half in halves:
             setattr(model, half, torch.compile(getattr(model, half), dynamic=False))
     batches = ahead(train, args, start, mine, device)
-    x_val = vmae.to_float(val.batch(val.some(64).tolist())[0])             # (64, 3, H, W)
+    x_val = vmae.to_float(val.batch(val.some(64).tolist())[0].to(device))  # (64, 3, H, W)
 
     # x -> x_v -> q(z|x_v) -> z -> p(x|z) -> L_VMAE. dae adds noise to x, sdvae an adversary.
     with Log(args, start, device) as log:
