@@ -461,8 +461,7 @@ def draw_samples(path, args, cfg):
     (sampler, _), K = sample.pick_sampler(how, schedule), len(ckpt["classes"])
     model, ae = model.to(args.device), vmae.build_vmae(ckpt["vmae"]).to(args.device)
     w = sample.guidance(cfg, ckpt["classes"])
-    return (sample.draw(index, index % K if K else None, model, ae, schedule, ckpt, sampler,
-                        steps=how.steps, w=w)              # labels (B,), or None
+    return (sample.draw(index, range(K), model, ae, schedule, ckpt, sampler, steps=how.steps, w=w)
             for index in torch.arange(args.n).split(args.batch))
 
 def open_source(source, args, size=None):

@@ -9,7 +9,7 @@
 
 Each image is written when it is drawn; the same command again goes on after an interruption.
 """
-import argparse, json, os, re, zipfile
+import argparse, functools, json, os, re, zipfile
 from pathlib import Path
 
 import vmae                                 # before torch, see there
@@ -116,13 +116,15 @@ def decode(z_0, ae, ckpt):
     return ae.decode(ldm.denormalise(z_0, mean, std))
 
 @torch.no_grad()
-def draw(index, y, model, ae, schedule, ckpt, sampler, seed=0, w=1.0, **options):
-    """The images with the numbers index (B,) of a seed and the labels y (B,) or None -> uint8
-    (B, 3, H, W) on the CPU. ae: the autoencoder; w: guidance; options: steps and the sampler's."""
+def draw(index, labels, model, ae, schedule, ckpt, sampler, seed=0, w=1.0, **options):
+    """The images with the numbers index (B,) of a seed -> uint8 (B, 3, H, W) on the CPU. labels: a
+    sequence, drawn in turn; empty without classes. ae: the autoencoder; w: guidance; options: steps
+    and the sampler's."""
     shape, device = (ae.latent_dim, ae.grid, ae.grid), model.pos_embed.device
     # One generator per image, on the CPU: the noise depends neither on the batch nor on the device,
     # and then the images differ by rounding only.
     generators = [vmae.seeded(seed, i) for i in index.tolist()]
+    y = torch.tensor(labels)[index % len(labels)].to(device) if labels else None           # (B,)
 
     def noise(_=None):                      # the samplers pass z, for its shape
         return torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
@@ -130,7 +132,6 @@ def draw(index, y, model, ae, schedule, ckpt, sampler, seed=0, w=1.0, **options)
     # On a CPU in float32: the rounding of bfloat16 would make an image depend on its batch.
     fast = device.type == "cuda" and vmae.has_bfloat16(device)
     with torch.autocast(device.type, torch.bfloat16, enabled=fast):
-        y = y if y is None else y.to(device)               # (B,) or None
         z_0 = sampler(model, schedule, noise(), y, w=w, noise=noise, **options)    # (B, d, h, w)
         return vmae.to_uint8(decode(z_0, ae, ckpt)).cpu()                  # (B, 3, H, W)
 
@@ -167,19 +168,15 @@ def save_npz(files, path):
 def main():
     args = options()
     model, schedule, ckpt = ldm.load_ldm(args.ckpt, args.stats)            # the EMA weights
-    sampler, own_options = pick_sampler(args, schedule)    # by default DDIM, or Euler
-    classes, labels = ckpt["classes"], torch.tensor(pick_labels(args.label, ckpt["classes"]))
-    w = guidance(args.cfg, classes)
+    sampler, given = pick_sampler(args, schedule)    # by default DDIM, or Euler
+    labels = pick_labels(args.label, ckpt["classes"])      # none without classes
+    w = guidance(args.cfg, ckpt["classes"])
     device = vmae.start(args.device)
     model, ae = model.to(device), stage_one(args, ckpt).to(device)         # generator, autoencoder
 
-    def images(numbers, **more):
-        """Draw the images with these numbers (B,) -> uint8 (B, 3, H, W)."""
-        y = labels[numbers % len(labels)] if classes else None             # (B,)
-        return draw(numbers, y, model, ae, schedule, ckpt, sampler, args.seed, w=w,
-                    steps=args.steps, **own_options, **more)
-
-    out, settings = Path(args.out), dict(w=w, labels=labels.tolist(), sampler=sampler.__name__)
+    drawn = functools.partial(draw, labels=labels, model=model, ae=ae, schedule=schedule, ckpt=ckpt,
+                              sampler=sampler, seed=args.seed, w=w, steps=args.steps, **given)
+    out, settings = Path(args.out), dict(w=w, labels=labels, sampler=sampler.__name__)
     files = [out / f"sample_{i:06d}.png" for i in range(args.n)]
     done = vmae.from_first(lambda: begin(out, args, settings, files))
     # Whole batches, also after an interruption: rounding depends a little on how many images are
@@ -187,7 +184,7 @@ def main():
     parts = [part for part in torch.arange(args.n).split(args.batch)
              if not done.issuperset(files[i] for i in part)][RANK::WORLD]
     for part in tqdm(parts, "sampling", dynamic_ncols=True, disable=RANK > 0):
-        for i, image in zip(part, images(part).permute(0, 2, 3, 1).numpy()):   # (H, W, 3) each
+        for i, image in zip(part, drawn(part).permute(0, 2, 3, 1).numpy()):   # (H, W, 3) each
             with vmae.whole_file(files[i]) as file:        # PNG: FID would notice JPEG's losses
                 Image.fromarray(image).save(file, "png")
     vmae.agree(0)
@@ -199,7 +196,7 @@ def main():
         save_npz(files, out / "samples.npz")
     if args.trajectory:                     # the first 8 images, one per row, at ten of the steps
         record, at = [], np.linspace(0, args.steps - 1, min(10, args.steps)).round().astype(int)
-        images(torch.arange(min(8, args.n)), record=record)
+        drawn(torch.arange(min(8, args.n)), record=record)
         estimates = [decode(record[k], ae, ckpt) for k in at]              # (8, 3, H, W) each
         vmae.save_grid(torch.stack(estimates, 1), out / "trajectory.png")  # (8, 10, 3, H, W)
     print(f"{args.n} images in {out}, an overview in {out}/grid.png")

@@ -58,7 +58,7 @@ def statistics(rows):
 # ---- Stage two --------------------------------------------------------------------------------
 
 def options():
-    """The command line -> as parse; fill_in chooses the options that are still None."""
+    """The command line -> as parse; `main` chooses the options that are still None."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], usage="%(prog)s [options]")
     common_options(parser, "runs/ldm", RECIPES, "small on CUDA for a folder, otherwise tiny",
                    "that of stage one", "that of stage one")
@@ -77,15 +77,6 @@ def options():
     if args.stats and not args.init:
         raise InputError("--stats: are those of published weights; name these with --init")
     return args, saved
-
-def fill_in(args, stage_one, cuda):
-    """Choose the options that were not given. Data and held-out folder are those of stage one, so
-    that what stage one held out is not trained on here."""
-    data, val = stage_one["train_args"]["data"], stage_one["train_args"]["val"]
-    args.val = args.val or (val if args.data in (None, data) else None)
-    args.data = args.data or data
-    args.model = args.model or ("small" if cuda and args.data else "tiny")
-    use_recipe(args, RECIPES)
 
 def read_init(args, ae, classes):
     """--init -> the dict of load_ldm, with the number of classes of this run's data. The shape of
@@ -117,8 +108,7 @@ def measure(model, ae, schedule, ckpt, held_out, path):
     and noise}. Saves a preview: the first 32 images that sample.py would draw, 8 per row."""
     generator = torch.Generator(held_out[0].device).manual_seed(0)
     loss = ldm.loss_LDM(model, schedule, *held_out, generator)
-    index, K = torch.arange(32), len(ckpt["classes"])
-    x = sample.draw(index, index % K if K else None, model, ae, schedule, ckpt,
+    x = sample.draw(torch.arange(32), range(len(ckpt["classes"])), model, ae, schedule, ckpt,
                     ldm.sampler_for(schedule), steps=50, w=sample.guidance(None, ckpt["classes"]))
     vmae.save_grid(vmae.to_float(x).split(8), path)
     return {f"L_{schedule.objective}_val": round(loss.item(), 5)}
@@ -127,7 +117,12 @@ def main():
     args, saved = options()
     device = vmae.start(args.device)
     stage_one = saved["vmae"] if saved else vmae.read_stage_one(args.vmae)
-    fill_in(args, stage_one, device.type == "cuda")        # args are complete from here on
+    # By default the folders are stage one's, so that what it held out is not trained on here.
+    theirs = stage_one["train_args"]
+    args.val = args.val or (theirs["val"] if args.data in (None, theirs["data"]) else None)
+    args.data = args.data or theirs["data"]
+    args.model = args.model or ("small" if device.type == "cuda" and args.data else "tiny")
+    use_recipe(args, RECIPES)               # args are complete from here on
     ae = vmae.build_vmae(stage_one).to(device)             # the autoencoder, frozen
     data, val = vmae.open_images(args.data, ae.img_size, args.val, args.out)   # as stage one had
     classes = [] if args.no_classes else data.classes

@@ -31,8 +31,7 @@ def default(table, key, *others):
     return f"(default: {', '.join([*known, *others])})"
 
 def common_options(parser, out, recipes, model, data, val):
-    """The options of both trainers, with the same names, order and meaning. model, data, val: texts
-    for the help, what these options are if they are not given."""
+    """The options of both trainers. model, data, val: their defaults, in words for the help."""
     add = parser.add_argument
     add("--data", help=f"folder of images, whose sub-folders are classes (default: {data})")
     add("--val", help=f"folder of held-out images (default: {val})")
@@ -53,8 +52,7 @@ def common_options(parser, out, recipes, model, data, val):
 
 # Options that a resumed run does not take over from its checkpoint, and those that may change.
 FRESH = ("resume", "out", "device", "compile")
-FREE = (*FRESH, "data", "val", "steps", "lr", "micro", "save_every", "precision", "no_cache",
-        "vgg_weights")
+FREE = "data val steps lr micro save_every precision no_cache vgg_weights".split()
 
 def parse(parser):
     """The command line -> (checked options, the checkpoint to go on from, or None). With --resume
@@ -264,16 +262,14 @@ class Log:
             raise InputError(f"out of memory with {self.args.micro} images at once; give {less}")
 
     def add(self, terms, share):
-        """Losses of a micro-batch that is this share of the batch. What is not finite is left out
-        of their means."""
+        """Losses of this share of a batch; what is not finite is left out of their means."""
         for name, value in terms.items():
             fine = value.detach().isfinite()
             row = torch.stack([value.detach().nan_to_num(0, 0, 0), fine, ~fine])
             self.sums[name] = self.sums.get(name, 0) + share * row         # sum, good, bad share
 
     def line(self, step, lr):
-        """What the log says of the steps since its last line. InputError after ten bad steps in a
-        row."""
+        """The steps since the log's last line. InputError after ten bad steps in a row."""
         sums = torch.stack(list(self.sums.values()))       # (terms, 3)
         if WORLD > 1:
             dist.all_reduce(sums)
@@ -298,8 +294,7 @@ class Log:
         run that goes on from there has all lines up to it. Then an interrupted run ends."""
         self.row = (self.row + 1) * ~fine
         self.longest, self.skipped = self.longest.maximum(self.row), self.skipped + ~fine
-        interrupted = not vmae.agree(not self.signals)     # all after the same step
-        stopping = interrupted and step < self.args.steps
+        stopping = not vmae.agree(not self.signals) and step < self.args.steps     # all at once
         saving = stopping or step % self.args.save_every == 0 or step == self.args.steps
         self.bar.update()
         if not saving and step % 50 > 0:
@@ -337,9 +332,9 @@ CONV_RECIPES = {                            # of the convolutional bodies
 # a row in PRESETS. lambda_reg = 0 makes the latent a point. lambda_p = None: `perceptual` decides.
 # Two values are ours. The authors' lambda_reg of 1e-6 leaves vmae's sigma at .016 of mu's spread;
 # 1e-4 raises it to .12 and costs .2 dB. With Esser's lambda_adv of 0.5 sdvae's discriminator learnt
-# nothing on the faces; with 0.1 it does.
+# nothing on the faces; with 0.1 it does. adv_start: no option, fill_in sets it, --resume keeps it.
 AE = dict(arch="conv", mask=0.0, noise=0.0, lambda_reg=0.0, kl_mean="zero", lambda_p=0.0,
-          lambda_adv=0.0)
+          lambda_adv=0.0, adv_start=None)
 PRESETS = {
     "ae": {}, "dae": dict(noise=0.2), "vae": dict(lambda_reg=3e-4),
     "sdvae": dict(lambda_reg=1e-5, lambda_p=None, lambda_adv=0.1),
@@ -378,7 +373,6 @@ def options():
     add("--vgg-weights", help="local copy of torchvision's vgg16-397923af.pth, for LPIPS")
     add("--no-cache", action="store_true", help="decode images in each epoch anew; by default a "
         "folder's decoded images are kept in --out, 3 * size^2 bytes each, if the disk has room")
-    parser.set_defaults(adv_start=None)     # no option: `fill_in` sets it, --resume keeps it
     given, _ = parser.parse_known_args()    # a first look, for --preset and --tune
     tuned = dict(mask=0.0, lambda_p=None) if given.tune else {}
     parser.set_defaults(out=f"runs/{'tuned' if given.tune else given.preset}",
@@ -422,13 +416,11 @@ def new_model(args, known):
         raise InputError(f"--size {args.size} --mask {args.mask}: {error}") from None
     if known is not None:
         weights = vmae.resize_positions(known["model"], model)
-        model = vmae.build_vmae(dict(known, model_args=model_args, model=weights))
-        model.train().requires_grad_(True)
+        model = vmae.build_vmae(dict(known, model_args=model_args, model=weights)).train()
     if args.lambda_reg == 0:
         vmae.drop_variance(model)
-    if args.tune == "decoder":              # the encoder is frozen, so the latents stay as they are
-        for name, p in model.named_parameters():
-            p.requires_grad_(name.startswith(("decoder", "from_latent", "mask_token")))
+    for name, p in model.named_parameters():               # a frozen encoder keeps its latents
+        p.requires_grad_(not args.tune or name.startswith(("decoder", "from_latent", "mask_token")))
     return model, model_args
 
 def perceptual(args, device):
