@@ -117,9 +117,8 @@ def decode(z_0, ae, ckpt):
 
 @torch.no_grad()
 def draw(index, labels, model, ae, schedule, ckpt, sampler, seed=0, w=1.0, **options):
-    """The images with the numbers index (B,) of a seed -> uint8 (B, 3, H, W) on the CPU. labels: a
-    sequence, drawn in turn; empty without classes. ae: the autoencoder; w: guidance; options: steps
-    and the sampler's."""
+    """Images number index (B,) of a seed -> uint8 (B, 3, H, W) on the CPU. labels: to use in turn,
+    empty without classes; ae: the autoencoder; w: guidance; options: steps and the sampler's."""
     shape, device = (ae.latent_dim, ae.grid, ae.grid), model.pos_embed.device
     # One generator per image, on the CPU: the noise depends neither on the batch nor on the device,
     # and then the images differ by rounding only.
@@ -146,8 +145,7 @@ def begin(out, args, settings, files):
     out.mkdir(parents=True, exist_ok=True)
     found = {p for p in out.iterdir() if re.fullmatch(r"sample_\d{6}\.png", p.name)}
     kept = found.intersection(files if same else ())
-    made = [out / name for name in ("grid.png", "samples.npz", "trajectory.png")]
-    for path in (found - kept).union(made):
+    for path in (found - kept) | {out / "grid.png", out / "samples.npz", out / "trajectory.png"}:
         path.unlink(missing_ok=True)
     if found - kept:
         print(f"{out}: {len(found - kept)} images of another command are deleted")
@@ -155,10 +153,9 @@ def begin(out, args, settings, files):
         file.write(text.encode())
     return kept
 
-def save_npz(files, path):
+def save_npz(files, size, path):
     """The PNGs as arr_0, uint8 (N, H, W, 3), in a .npz. One image is in memory at a time."""
-    width, height = Image.open(files[0]).size
-    header = dict(descr="|u1", fortran_order=False, shape=(len(files), height, width, 3))
+    header = dict(descr="|u1", fortran_order=False, shape=(len(files), size, size, 3))
     with (vmae.whole_file(path) as whole, zipfile.ZipFile(whole, "w") as archive,
           archive.open("arr_0.npy", "w", force_zip64=True) as array):
         np.lib.format.write_array_header_1_0(array, header)
@@ -168,7 +165,7 @@ def save_npz(files, path):
 def main():
     args = options()
     model, schedule, ckpt = ldm.load_ldm(args.ckpt, args.stats)            # the EMA weights
-    sampler, given = pick_sampler(args, schedule)    # by default DDIM, or Euler
+    sampler, given = pick_sampler(args, schedule)          # by default DDIM, or Euler
     labels = pick_labels(args.label, ckpt["classes"])      # none without classes
     w = guidance(args.cfg, ckpt["classes"])
     device = vmae.start(args.device)
@@ -184,7 +181,7 @@ def main():
     parts = [part for part in torch.arange(args.n).split(args.batch)
              if not done.issuperset(files[i] for i in part)][RANK::WORLD]
     for part in tqdm(parts, "sampling", dynamic_ncols=True, disable=RANK > 0):
-        for i, image in zip(part, drawn(part).permute(0, 2, 3, 1).numpy()):   # (H, W, 3) each
+        for i, image in zip(part, drawn(part).permute(0, 2, 3, 1).numpy()):    # (H, W, 3) each
             with vmae.whole_file(files[i]) as file:        # PNG: FID would notice JPEG's losses
                 Image.fromarray(image).save(file, "png")
     vmae.agree(0)
@@ -193,7 +190,7 @@ def main():
     first = torch.from_numpy(np.stack([Image.open(file) for file in files[:64]]))  # (64, H, W, 3)
     vmae.save_grid(vmae.to_float(first.permute(0, 3, 1, 2)).split(8), out / "grid.png")
     if args.npz:                            # for evaluate.py fid, or ADM's
-        save_npz(files, out / "samples.npz")
+        save_npz(files, ae.img_size, out / "samples.npz")
     if args.trajectory:                     # the first 8 images, one per row, at ten of the steps
         record, at = [], np.linspace(0, args.steps - 1, min(10, args.steps)).round().astype(int)
         drawn(torch.arange(min(8, args.n)), record=record)

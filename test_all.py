@@ -890,8 +890,9 @@ def test_batches_fit_the_memory_of_common_cards():
         net = vmae.import_lpips().LPIPS(pretrained=False, pnet_rand=True, net="vgg", verbose=False)
         net.requires_grad_(False).eval()
         cases = [(ldm.DiT(**ldm.dit_args(size, 32, 16, 0)), dit_loss) for size in ldm.sizes]
+        args = SimpleNamespace(lambda_p=0.5)
         for rows, disc in ((vmae.sizes, None), (vmae.conv_sizes, vmae.discriminator(256))):
-            loss = functools.partial(train_vmae.trial_loss, lambda_p=0.5, net=net, disc=disc)
+            loss = functools.partial(train_vmae.trial_loss, args=args, net=net, disc=disc)
             cases += [(vmae.build(dict(row, img_size=256)), loss) for row in rows.values()]
         for model, loss in cases:
             with torch.autocast("cpu", torch.bfloat16):    # as on CUDA
@@ -952,7 +953,7 @@ def test_two_micro_batches_equal_one_and_memory_is_named():
         assert "larger --batch" in raises(InputError, train_vmae.micro_batches, args, "cpu", 0, 0)
     model = VMAE(**TINY_VMAE)
     with patch(model, "encode_tokens", wraps=model.encode_tokens) as encode:   # whole: the most
-        train_vmae.trial_loss(2, model, 0, None, None)
+        train_vmae.trial_loss(2, model, SimpleNamespace(lambda_p=0), None, None)
     assert encode.call_args.args[1].shape == (2, 16)
     model, cpu = torch.nn.Linear(4, 4), torch.device("cpu")
     for world, batch, micro in ((2, 8, 4), (7, 16, 2), (1, 16, 16)):       # with lots of memory

@@ -7,8 +7,6 @@
 Each image and its mirror image are encoded once, into moments_*.pt in --out; training reads only
 these. Also writes last.pt, log.jsonl and preview_*.png, samples of the EMA weights.
 """
-import argparse
-
 import vmae                                 # before torch, see there
 import numpy as np
 import torch
@@ -59,9 +57,9 @@ def statistics(rows):
 
 def options():
     """The command line -> as parse; `main` chooses the options that are still None."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], usage="%(prog)s [options]")
-    common_options(parser, "runs/ldm", RECIPES, "small on CUDA for a folder, otherwise tiny",
-                   "that of stage one", "that of stage one")
+    parser = common_options(
+        __doc__, "runs/ldm", RECIPES, "small on CUDA for a folder, otherwise tiny",
+        "that of stage one", "that of stage one")
     add = parser.add_argument
     add("--vmae", type=vmae.checkpoint, default="runs/vmae", help="stage one (default: runs/vmae)")
     add("--no-classes", action="store_true", help="ignore sub-folders, train unconditionally")
@@ -147,7 +145,6 @@ def main():
     start = resume(args, saved, parts)
     ema.n = start                           # its warm-up goes on, too
     low_precision = matmul_precision(args, device)
-
     with low_precision():
         mine = micro_batches(args, device, model, lambda n: ldm.loss_LDM(
             model, schedule, torch.zeros(n, ae.latent_dim, ae.grid, ae.grid, device=device)))
@@ -181,9 +178,8 @@ def main():
             fine = update(parts["opt"], model, lr)         # clip, step, zero
             ema.update(model)               # what is sampled, and what sample.py will load
 
-            log.step(step + 1, fine, lr,
-                     lambda path: measure(ema.model, ae, schedule, entries, held_out, path), parts,
-                     **entries)
+            log.step(step + 1, fine, lr, lambda path: measure(
+                ema.model, ae, schedule, entries, held_out, path), parts, **entries)
 
 if __name__ == "__main__":
     vmae.cli(main)

@@ -9,8 +9,7 @@
 
 Writes into --out: last.pt; log.jsonl, one JSON object per line; preview_*.png, whose rows are the
 original, the input (masked or noisy) and the reconstruction. Of a folder also: images.json, the
-list of its files, unreadable.jsonl, and images_*.pt, its decoded images. train_ldm.py shares the
-plumbing.
+list of its files, unreadable.jsonl, and images_*.pt, its decoded images.
 """
 import argparse, functools, itertools, json, math, os, re, signal, sys, time
 from concurrent.futures import ThreadPoolExecutor
@@ -30,8 +29,9 @@ def default(table, key, *others):
     known = [f"{name} {row[key]}" for name, row in table.items() if key in row]
     return f"(default: {', '.join([*known, *others])})"
 
-def common_options(parser, out, recipes, model, data, val):
-    """The options of both trainers. model, data, val: their defaults, in words for the help."""
+def common_options(doc, out, recipes, model, data, val):
+    """-> a parser of both trainers' options. model, data, val: defaults, in words for the help."""
+    parser = argparse.ArgumentParser(description=doc.split("\n")[0], usage="%(prog)s [options]")
     add = parser.add_argument
     add("--data", help=f"folder of images, whose sub-folders are classes (default: {data})")
     add("--val", help=f"folder of held-out images (default: {val})")
@@ -49,15 +49,15 @@ def common_options(parser, out, recipes, model, data, val):
     add("--resume", action="store_true", help="go on from last.pt in --out, or begin if there is "
         "none; the options that change the run stay as they were")
     add("--compile", action="store_true", help="torch.compile: faster after a slow first step")
+    return parser
 
 # Options that a resumed run does not take over from its checkpoint, and those that may change.
 FRESH = ("resume", "out", "device", "compile")
 FREE = "data val steps lr micro save_every precision no_cache vgg_weights".split()
 
 def parse(parser):
-    """The command line -> (checked options, the checkpoint to go on from, or None). With --resume
-    and no checkpoint the run begins; if the run is complete, the script ends here. InputError if an
-    option contradicts the run, or if --out holds a run and --resume is not given."""
+    """The command line -> (checked options, the checkpoint to go on from, or None). Ends the script
+    if the run is complete. InputError if an option contradicts it, or without --resume."""
     args, saved, old = parser.parse_args(), None, {}
     last = os.path.join(args.out, "last.pt")
     if os.path.exists(last):
@@ -287,11 +287,10 @@ class Log:
         return line
 
     def step(self, step, fine, lr, measure, parts, **entries):
-        """To be called after each step. fine: whether the gradient was finite, a tensor.
-
-        A save is the line of the log, with what measure(path of a picture) finds on held-out
-        images, and then last.pt, from the state of `parts` and `entries`: in this order, so that a
-        run that goes on from there has all lines up to it. Then an interrupted run ends."""
+        """To be called after each step. fine: whether the gradient was finite, a tensor. A save
+        logs what measure(path of a picture) finds on held-out images, and then writes last.pt, from
+        the state of `parts` and `entries`; a run that goes on from there has all lines up to it.
+        Then an interrupted run ends."""
         self.row = (self.row + 1) * ~fine
         self.longest, self.skipped = self.longest.maximum(self.row), self.skipped + ~fine
         stopping = not vmae.agree(not self.signals) and step < self.args.steps     # all at once
@@ -343,9 +342,9 @@ PRESETS = {
 
 def options():
     """The command line -> as parse; fill_in and perceptual choose the options that are None."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], usage="%(prog)s [options]")
-    common_options(parser, "runs/vmae", RECIPES, "tiny to 32 px; above, base on CUDA, else small",
-                   "the built-in faces", "one in twenty of --data, chosen by its path")
+    parser = common_options(
+        __doc__, "runs/vmae", RECIPES, "tiny to 32 px; above, base on CUDA, else small",
+        "the built-in faces", "one in twenty of --data, chosen by its path")
     add = parser.add_argument
     add("--size", type=int, help="px (default: --init's; faces 32; folders 256 on CUDA, else 64)")
     add("--preset", choices=PRESETS, default="vmae", help="an autoencoder of the paper; its row in "
@@ -355,10 +354,9 @@ def options():
     add("--tune", choices=("decoder",), help="train the decoder of --init and leave its encoder as "
         "it is, without a mask and with LPIPS at 10: the authors' last stage; into runs/tuned")
     add("--mask", type=float, help=f"masked share of x {default(PRESETS, 'mask', 'others 0')}")
-    # With the defaults of --whole and --lambda-m, the faces reach a held-out PSNR of 31.0 dB after
-    # 2,200 steps at --lr 1.5e-3. With --whole 0 it is 28.3, because the encoder is used on whole
-    # images. With --lambda-m 1, the authors' balance, it is 28.6: the masked patches have much
-    # larger errors than the visible ones and dominate the sum.
+    # On the faces the held-out PSNR after 2,200 steps at --lr 1.5e-3 is 31.0 dB. With --whole 0 it
+    # is 28.3, because the encoder is used on whole images. With --lambda-m 1, the authors' balance,
+    # it is 28.6: the masked patches have much larger errors than the visible ones.
     add("--whole", type=float, default=0.5, help="share of steps without a mask (default: 0.5)")
     add("--noise", type=float, help=f"noise's deviation {default(PRESETS, 'noise', 'others 0')}")
     add("--lambda-m", type=float, default=0.1, help="weight of L_M (default: %(default)s)")
@@ -391,8 +389,7 @@ def options():
     return args, saved
 
 def fill_in(args, cuda, known):
-    """Choose the options that were not given. known: the checkpoint of --resume or --init, whose
-    model it then is, or None."""
+    """Choose the options that were not given. known: the checkpoint of --resume or --init."""
     if known is not None:
         args.size = args.size or known["model_args"]["img_size"]
         args.arch = "conv" if "channels" in known["model_args"] else "vit"
@@ -465,11 +462,11 @@ def validate(model, x_val, args, path):
     vmae.save_grid(rows, path)
     return {name: round(torch.cat(v).mean().item(), 2) for name, v in found.items() if v}
 
-def trial_loss(n, model, lambda_p, net, disc):
+def trial_loss(n, model, args, net, disc):
     """The loss of n grey images, with every part that the options switch on, for micro_batches."""
     x = torch.zeros(n, 3, model.img_size, model.img_size, device=model.logvar_x.device)
     p, q, mask = model(x, 0.0)              # whole images need more memory than masked ones
-    loss, _ = vmae.loss_VMAE(x, p, q, mask, model.patch_size, lambda_P=lambda_p, lpips_net=net)
+    loss, _ = vmae.loss_VMAE(x, p, q, mask, model.patch_size, lambda_P=args.lambda_p, lpips_net=net)
     return loss if disc is None else loss + disc(torch.cat([x, p.mode()])).float().mean()
 
 def main():
@@ -483,7 +480,7 @@ def main():
     # Convolutions are faster if the channels of a pixel lie side by side in memory.
     layout = torch.channels_last if args.arch == "conv" else torch.contiguous_format
     model = model.to(device, memory_format=layout)
-    lpips_net = perceptual(args, device)    # also sets args.lambda_p
+    lpips = perceptual(args, device)        # also sets args.lambda_p
     parts = {"model": model, "opt": optimiser(model)}      # a checkpoint holds the state of each
     disc = vmae.discriminator(args.size).to(device) if args.lambda_adv > 0 else None
     if disc is not None:
@@ -492,8 +489,7 @@ def main():
     saved = known = None                    # their memory is free again
     low_precision = matmul_precision(args, device)
     with low_precision():
-        mine = micro_batches(args, device, model, lambda n: trial_loss(
-            n, model, args.lambda_p, lpips_net, disc))
+        mine = micro_batches(args, device, model, lambda n: trial_loss(n, model, args, lpips, disc))
     begin(args, model, f"{len(train)} images to train on, {len(val)} held out")
     if args.data:
         train.keep_pixels(args.out, not args.no_cache)
@@ -521,7 +517,7 @@ def main():
                     p, q, mask = model(x_in, mask_ratio, generator)        # mask (B, N), 1 = masked
                     loss, terms = vmae.loss_VMAE(          # a scalar, and {name: scalar}
                         x, p, q, mask, model.patch_size, args.lambda_m if mask_ratio > 0 else 0.0,
-                        args.lambda_p, args.lambda_reg, args.kl_mean, lpips_net)
+                        args.lambda_p, args.lambda_reg, args.kl_mean, lpips)
                     if adversary:           # SD-VAE's addition: the decoder against disc
                         disc.requires_grad_(False)
                         fake = disc(p.mode())                              # (B, 1, h', w')
