@@ -85,7 +85,7 @@ def pick_sampler(args, schedule):
     return function, given
 
 def check_latents(path, ckpt, vmae_path, ae):
-    """InputError unless the latents of the autoencoder `ae` are those of the stage-two checkpoint:
+    """-> the autoencoder `ae`. InputError unless its latents are those of the stage-two checkpoint:
     of the same shape and, if stage one is in the checkpoint, from an encoder that encodes alike.
     The decoder may be another."""
     d, side = ckpt["model_args"]["in_channels"], ckpt["model_args"]["input_size"]
@@ -94,11 +94,11 @@ def check_latents(path, ckpt, vmae_path, ae):
                          f"side of {ae.grid}, those of {path} have {d} on {side}")
     if "vmae" in ckpt:
         theirs = vmae.build_vmae(ckpt["vmae"]).to(ae.logvar_x.device)
-        x = torch.linspace(-1, 1, 3 * ae.img_size**2, device=ae.logvar_x.device)
-        x = x.view(1, 3, ae.img_size, ae.img_size)
+        x = torch.linspace(-1, 1, 3 * ae.img_size**2).view(1, 3, ae.img_size, -1).to(ae.logvar_x)
         if not torch.allclose(ae.encode(x).mu, theirs.encode(x).mu, atol=1e-3):
             raise InputError(f"--vmae {vmae_path}: has another encoder than the stage one inside "
                              f"{path}, and so other latents; name that one, or leave --vmae out")
+    return ae
 
 def stage_one(args, ckpt):
     """The autoencoder of --vmae, or the one inside the checkpoint."""
@@ -106,9 +106,7 @@ def stage_one(args, ckpt):
         raise InputError(f"{args.ckpt}: published weights hold no stage one; name it with --vmae")
     if args.vmae is None:
         return vmae.build_vmae(ckpt["vmae"])
-    ae = vmae.load_vmae(args.vmae)
-    check_latents(args.ckpt, ckpt, args.vmae, ae)
-    return ae
+    return check_latents(args.ckpt, ckpt, args.vmae, vmae.load_vmae(args.vmae))
 
 def decode(z_0, ae, ckpt):
     """Normalised latents z_0 (B, d, h, w) -> images (B, 3, H, W), about [-1, 1]."""

@@ -46,8 +46,7 @@ def common_options(doc, out, recipes, model, data, val):
     add("--device", default="auto", help="cuda, cpu, mps... (default: cuda if there is one)")
     add("--precision", choices=("auto", "float32", "bfloat16"), default="auto", help="numbers in "
         "matrix products; auto: bfloat16 on CUDA from Ampere on, and where a CPU is faster with it")
-    add("--resume", action="store_true", help="go on from last.pt in --out, or begin if there is "
-        "none; the options that change the run stay as they were")
+    add("--resume", action="store_true", help="go on with the run in --out, if any, as it began")
     add("--compile", action="store_true", help="torch.compile: faster after a slow first step")
     return parser
 
@@ -233,11 +232,10 @@ class Log:
         self.row = self.longest = self.skipped = torch.zeros((), device=device)
         path = Path(args.out, "log.jsonl")
         if RANK == 0:
-            lines = path.read_bytes().splitlines(keepends=True) if start and path.exists() else []
-            with vmae.whole_file(path) as file:            # without steps that will run again
-                for line in lines:
-                    step = re.match(rb'{"step": (\d+), .*}\n$', line)      # None: a damaged line
-                    if step and int(step[1]) <= start:
+            text = path.read_bytes() if start and path.exists() else b""
+            with vmae.whole_file(path) as file:            # without damaged lines, and without
+                for line, step in re.findall(rb'({"step": (\d+), .*}\r?\n)', text):
+                    if int(step) <= start:                 # steps that will run again
                         file.write(line)
         self.file = open(path if RANK == 0 else os.devnull, "a")
         self.bar = tqdm(total=args.steps, initial=start, dynamic_ncols=True, mininterval=1,
@@ -268,8 +266,8 @@ class Log:
             row = torch.stack([value.detach().nan_to_num(0, 0, 0), fine, ~fine])
             self.sums[name] = self.sums.get(name, 0) + share * row         # sum, good, bad share
 
-    def line(self, step, lr):
-        """The steps since the log's last line. InputError after ten bad steps in a row."""
+    def means(self, step):
+        """Of the steps since the log's last line. InputError after ten bad steps in a row."""
         sums = torch.stack(list(self.sums.values()))       # (terms, 3)
         if WORLD > 1:
             dist.all_reduce(sums)
@@ -279,12 +277,12 @@ class Log:
             raise InputError(f"step {step}: {broken or 'the gradient'} infinite or NaN, ten times "
                              f"in a row; go on with --resume and a lower --lr")
         speed = (step - self.logged) * self.args.batch / (time.perf_counter() - self.since)
-        line = {"step": step, "lr": lr, "images_per_s": round(speed, 1)}
+        means = {"images_per_s": round(speed, 1)}
         for name, (total, good, _) in sums.items():
-            line[name] = round(total / good, 5) if good else None
+            means[name] = round(total / good, 5) if good else None
         if self.skipped > 0:
-            line["skipped"] = int(self.skipped)
-        return line
+            means["skipped"] = int(self.skipped)
+        return means
 
     def step(self, step, fine, lr, measure, parts, **entries):
         """To be called after each step. fine: whether the gradient was finite, a tensor. A save
@@ -298,13 +296,12 @@ class Log:
         self.bar.update()
         if not saving and step % 50 > 0:
             return
-        line, held_out = self.line(step, lr), {}
+        means, held_out = self.means(step), {}
         if saving and RANK == 0:
             held_out = measure(os.path.join(self.args.out, f"preview_{step:06d}.png"))
-        print(json.dumps(line | held_out), file=self.file, flush=True)
+        print(json.dumps({"step": step, "lr": lr, **means, **held_out}), file=self.file, flush=True)
         self.held_out |= held_out           # the bar keeps the last ones
-        shown = {k: v for k, v in line.items() if k not in ("step", "lr")} | self.held_out
-        self.bar.set_postfix(shown, refresh=False)
+        self.bar.set_postfix(means | self.held_out, refresh=False)
         if saving and RANK == 0:
             states = {name: part.state_dict() for name, part in parts.items()}
             vmae.save_checkpoint(os.path.join(self.args.out, "last.pt"), step=step,
@@ -312,8 +309,7 @@ class Log:
         self.logged, self.sums, self.since = step, {}, time.perf_counter()     # saves do not count
         if stopping:
             vmae.agree(0)                   # until process 0 has saved
-            text = f"stopped after step {step}, which is saved; --resume goes on from there"
-            sys.exit(text if RANK == 0 else 1)
+            sys.exit(1 if RANK else f"stopped after step {step}, which is saved; --resume goes on")
 
 # ---- Stage one --------------------------------------------------------------------------------
 
@@ -372,9 +368,9 @@ def options():
     add("--no-cache", action="store_true", help="decode images in each epoch anew; by default a "
         "folder's decoded images are kept in --out, 3 * size^2 bytes each, if the disk has room")
     given, _ = parser.parse_known_args()    # a first look, for --preset and --tune
-    tuned = dict(mask=0.0, lambda_p=None) if given.tune else {}
-    parser.set_defaults(out=f"runs/{'tuned' if given.tune else given.preset}",
-                        **{**AE, **PRESETS[given.preset], **tuned})
+    parser.set_defaults(out=f"runs/{given.preset}", **AE | PRESETS[given.preset])
+    if given.tune:
+        parser.set_defaults(out="runs/tuned", mask=0.0, lambda_p=None)
     args, saved = parse(parser)
     if args.init and (given.arch or given.model):
         raise InputError("--arch, --model: --init decides the shape of the model; leave them out")
