@@ -118,8 +118,7 @@ def draw(index, labels, model, ae, schedule, ckpt, sampler, seed=0, w=1.0, **opt
     """Images number index (B,) of a seed -> uint8 (B, 3, H, W) on the CPU. labels: to use in turn,
     empty without classes; ae: the autoencoder; w: guidance; options: steps and the sampler's."""
     shape, device = (ae.latent_dim, ae.grid, ae.grid), model.pos_embed.device
-    # One generator per image, on the CPU: the noise depends neither on the batch nor on the device,
-    # and then the images differ by rounding only.
+    # One per image, on the CPU, so that batch and device change an image by rounding only.
     generators = [vmae.seeded(seed, i) for i in index.tolist()]
     y = torch.tensor(labels)[index % len(labels)].to(device) if labels else None           # (B,)
 

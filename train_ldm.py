@@ -4,8 +4,8 @@
     python train_ldm.py --vmae runs/mae                 on the latents of another autoencoder
     python train_ldm.py --no-classes                    unconditional, even if there are classes
 
-Each image and its mirror image are encoded once, into moments_*.pt in --out; training reads only
-these. Also writes last.pt, log.jsonl and preview_*.png, samples of the EMA weights.
+Each image and its mirror image are encoded once, into moments_*.pt in --out, which training reads.
+Also writes last.pt, log.jsonl and preview_*.png, samples of the EMA weights.
 """
 import vmae                                 # before torch, see there
 import numpy as np
@@ -32,8 +32,7 @@ def cache_moments(model, data, run, device, low_precision):
     in float16, as vmae.Rows, made of the stage-one weights and of the data. low_precision: the
     context of stage two's matrix products; on the faces bfloat16 takes half of the time, and moves
     mu by .4 % of its spread, where sigma is 7 %."""
-    def encode(first, last):
-        """For vmae.Rows: the rows from `first` to `last` - 1."""
+    def encode(first, last):                # yields the rows from `first` to `last` - 1
         for x, y in data.batches(torch.arange(first // 2, last // 2)):
             x = vmae.to_float(x.to(device))                                # (B, 3, H, W)
             with low_precision():
