@@ -32,7 +32,8 @@ def cache_moments(model, data, run, device, low_precision):
     in float16, as vmae.Rows, made of the stage-one weights and of the data. low_precision: the
     context of stage two's matrix products; on the faces bfloat16 takes half of the time, and moves
     mu by .4 % of its spread, where sigma is 7 %."""
-    def encode(first, last):                # yields the rows from `first` to `last` - 1
+    def encode(first, last):
+        """For vmae.Rows: the rows from `first` to `last` - 1."""
         for x, y in data.batches(torch.arange(first // 2, last // 2)):
             x = vmae.to_float(x.to(device))                                # (B, 3, H, W)
             with low_precision():
