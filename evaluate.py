@@ -436,11 +436,10 @@ def draw_samples(path, args, cfg):
     """A stage-two checkpoint -> batches of uint8, --n images in all: those of sample.py with seed
     0, --sampler, --steps and guidance cfg. What does not fit is refused before the first batch."""
     model, schedule, ckpt = ldm.load_ldm(path)             # the EMA weights
-    (sampler, _), K = sample.pick_sampler(args, schedule), len(ckpt["classes"])
+    sampler, _ = sample.pick_sampler(args, schedule)
     model, ae = model.to(args.device), vmae.build_vmae(ckpt["vmae"]).to(args.device)
-    w = sample.guidance(cfg, ckpt["classes"])
-    return (sample.draw(index, index % K if K else None, model, ae, schedule, ckpt, sampler,
-                        steps=args.steps, w=w)             # labels (B,), or None
+    labels, w = range(len(ckpt["classes"])), sample.guidance(cfg, ckpt["classes"])
+    return (sample.draw(index, labels, model, ae, schedule, ckpt, sampler, steps=args.steps, w=w)
             for index in torch.arange(args.n).split(args.batch))
 
 def open_source(source, args, size=None):

@@ -9,7 +9,7 @@
 
 Each image is written when it is drawn; the same command again goes on after an interruption.
 """
-import argparse, json, os, re, zipfile
+import argparse, functools, json, os, re, zipfile
 from pathlib import Path
 
 import vmae                                 # before torch, see there
@@ -27,8 +27,7 @@ def options():
     """The command line -> checked options."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], usage="%(prog)s [options]")
     add = parser.add_argument
-    add("--ckpt", type=vmae.checkpoint, default="runs/ldm/last.pt", help="stage-two checkpoint "
-        "(default: %(default)s)")
+    add("--ckpt", type=vmae.checkpoint, default="runs/ldm", help="stage two (default: %(default)s)")
     add("--n", type=int, default=64, help="number of images (default: %(default)s)")
     add("--vmae", type=vmae.checkpoint, help="stage-one checkpoint (default: that inside --ckpt)")
     add("--stats", help="file of latent statistics that comes with the authors' weights")
@@ -81,13 +80,12 @@ def pick_sampler(args, schedule):
         raise InputError(f"--steps {args.steps}: give at most the {schedule.T} of training")
     function, _, own = ldm.SAMPLERS[name]
     given = {o: getattr(args, o) for o in SAMPLER_OPTIONS if getattr(args, o, None) is not None}
-    for option in given:
-        if option not in own:
-            raise InputError(f"--{option}: the sampler {name} has no such option; leave it out")
+    if wrong := sorted(given.keys() - own):
+        raise InputError(f"--{wrong[0]}: the sampler {name} has no such option; leave it out")
     return function, given
 
 def check_latents(path, ckpt, vmae_path, ae):
-    """InputError unless the latents of the autoencoder `ae` are those of the stage-two checkpoint:
+    """-> the autoencoder `ae`. InputError unless its latents are those of the stage-two checkpoint:
     of the same shape and, if stage one is in the checkpoint, from an encoder that encodes alike.
     The decoder may be another."""
     d, side = ckpt["model_args"]["in_channels"], ckpt["model_args"]["input_size"]
@@ -96,11 +94,11 @@ def check_latents(path, ckpt, vmae_path, ae):
                          f"side of {ae.grid}, those of {path} have {d} on {side}")
     if "vmae" in ckpt:
         theirs = vmae.build_vmae(ckpt["vmae"]).to(ae.logvar_x.device)
-        x = torch.linspace(-1, 1, 3 * ae.img_size**2, device=ae.logvar_x.device)
-        x = x.view(1, 3, ae.img_size, ae.img_size)
+        x = torch.linspace(-1, 1, 3 * ae.img_size**2).view(1, 3, ae.img_size, -1).to(ae.logvar_x)
         if not torch.allclose(ae.encode(x).mu, theirs.encode(x).mu, atol=1e-3):
             raise InputError(f"--vmae {vmae_path}: has another encoder than the stage one inside "
                              f"{path}, and so other latents; name that one, or leave --vmae out")
+    return ae
 
 def stage_one(args, ckpt):
     """The autoencoder of --vmae, or the one inside the checkpoint."""
@@ -108,9 +106,7 @@ def stage_one(args, ckpt):
         raise InputError(f"{args.ckpt}: published weights hold no stage one; name it with --vmae")
     if args.vmae is None:
         return vmae.build_vmae(ckpt["vmae"])
-    ae = vmae.load_vmae(args.vmae)
-    check_latents(args.ckpt, ckpt, args.vmae, ae)
-    return ae
+    return check_latents(args.ckpt, ckpt, args.vmae, vmae.load_vmae(args.vmae))
 
 def decode(z_0, ae, ckpt):
     """Normalised latents z_0 (B, d, h, w) -> images (B, 3, H, W), about [-1, 1]."""
@@ -118,13 +114,13 @@ def decode(z_0, ae, ckpt):
     return ae.decode(ldm.denormalise(z_0, mean, std))
 
 @torch.no_grad()
-def draw(index, y, model, ae, schedule, ckpt, sampler, seed=0, w=1.0, **options):
-    """The images with the numbers index (B,) of a seed and the labels y (B,) or None -> uint8
-    (B, 3, H, W) on the CPU. ae: the autoencoder; w: guidance; options: steps and the sampler's."""
+def draw(index, labels, model, ae, schedule, ckpt, sampler, seed=0, w=1.0, **options):
+    """Images number index (B,) of a seed -> uint8 (B, 3, H, W) on the CPU. labels: to use in turn,
+    empty without classes; ae: the autoencoder; w: guidance; options: steps and the sampler's."""
     shape, device = (ae.latent_dim, ae.grid, ae.grid), model.pos_embed.device
-    # One generator per image, on the CPU: the noise depends neither on the batch nor on the device,
-    # and then the images differ by rounding only.
+    # One per image, on the CPU, so that batch and device change an image by rounding only.
     generators = [vmae.seeded(seed, i) for i in index.tolist()]
+    y = torch.tensor(labels)[index % len(labels)].to(device) if labels else None           # (B,)
 
     def noise(_=None):                      # the samplers pass z, for its shape
         return torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
@@ -132,80 +128,69 @@ def draw(index, y, model, ae, schedule, ckpt, sampler, seed=0, w=1.0, **options)
     # On a CPU in float32: the rounding of bfloat16 would make an image depend on its batch.
     fast = device.type == "cuda" and vmae.has_bfloat16(device)
     with torch.autocast(device.type, torch.bfloat16, enabled=fast):
-        y = y if y is None else y.to(device)               # (B,) or None
         z_0 = sampler(model, schedule, noise(), y, w=w, noise=noise, **options)    # (B, d, h, w)
         return vmae.to_uint8(decode(z_0, ae, ckpt)).cpu()                  # (B, 3, H, W)
 
-def begin(out, args, settings):
-    """Make the folder `out` -> the names of its images that this same command drew before it was
+def begin(out, args, settings, files):
+    """Make the folder `out` -> those of `files` that this same command drew before it was
     interrupted. Images of another command are deleted, and so are the files made from them."""
-    files = {name: getattr(args, name) for name in ("ckpt", "vmae", "stats") if getattr(args, name)}
-    settings |= {name: [os.path.abspath(path), os.path.getsize(path), os.stat(path).st_mtime_ns]
-                 for name, path in files.items()}
+    for path in filter(None, (args.ckpt, args.vmae, args.stats)):
+        settings[os.path.abspath(path)] = os.path.getsize(path), os.stat(path).st_mtime_ns
     settings |= {name: getattr(args, name) for name in ("seed", "steps", "batch", *SAMPLER_OPTIONS)}
     note, text = out / "samples.json", json.dumps(settings)
     same = note.exists() and note.read_text() == text
     out.mkdir(parents=True, exist_ok=True)
-    found = {p.name for p in out.iterdir() if re.fullmatch(r"sample_\d{6}\.png", p.name)}
-    kept = {name for name in found if same and int(name[7:13]) < args.n}
-    for name in (found - kept) | {"grid.png", "samples.npz", "trajectory.png"}:
-        (out / name).unlink(missing_ok=True)
+    found = {p for p in out.iterdir() if re.fullmatch(r"sample_\d{6}\.png", p.name)}
+    kept = found.intersection(files if same else ())
+    for path in (found - kept) | {out / "grid.png", out / "samples.npz", out / "trajectory.png"}:
+        path.unlink(missing_ok=True)
     if found - kept:
         print(f"{out}: {len(found - kept)} images of another command are deleted")
     with vmae.whole_file(note) as file:
         file.write(text.encode())
     return kept
 
-def pixels(file):
-    """A PNG -> uint8 (H, W, 3)."""
-    with Image.open(file) as image:
-        return np.array(image)
-
-def save_npz(files, path):
+def save_npz(files, size, path):
     """The PNGs as arr_0, uint8 (N, H, W, 3), in a .npz. One image is in memory at a time."""
-    header = dict(descr="|u1", fortran_order=False, shape=(len(files), *pixels(files[0]).shape))
-    with (vmae.whole_file(path) as file, zipfile.ZipFile(file, "w") as archive,
+    header = dict(descr="|u1", fortran_order=False, shape=(len(files), size, size, 3))
+    with (vmae.whole_file(path) as whole, zipfile.ZipFile(whole, "w") as archive,
           archive.open("arr_0.npy", "w", force_zip64=True) as array):
         np.lib.format.write_array_header_1_0(array, header)
-        for name in files:
-            array.write(pixels(name).tobytes())
+        for file in files:
+            array.write(Image.open(file).tobytes())
 
 def main():
     args = options()
     model, schedule, ckpt = ldm.load_ldm(args.ckpt, args.stats)            # the EMA weights
-    sampler, own_options = pick_sampler(args, schedule)    # by default DDIM, or Euler
-    classes, labels = ckpt["classes"], torch.tensor(pick_labels(args.label, ckpt["classes"]))
-    w = guidance(args.cfg, classes)
+    sampler, given = pick_sampler(args, schedule)          # by default DDIM, or Euler
+    labels = pick_labels(args.label, ckpt["classes"])      # none without classes
+    w = guidance(args.cfg, ckpt["classes"])
     device = vmae.start(args.device)
     model, ae = model.to(device), stage_one(args, ckpt).to(device)         # generator, autoencoder
 
-    def images(numbers, **more):
-        """Draw the images with these numbers (B,) -> uint8 (B, 3, H, W)."""
-        y = labels[numbers % len(labels)] if classes else None             # (B,)
-        return draw(numbers, y, model, ae, schedule, ckpt, sampler, args.seed, w=w,
-                    steps=args.steps, **own_options, **more)
-
-    out, settings = Path(args.out), dict(w=w, labels=labels.tolist(), sampler=sampler.__name__)
-    done = vmae.from_first(lambda: begin(out, args, settings))
+    drawn = functools.partial(draw, labels=labels, model=model, ae=ae, schedule=schedule, ckpt=ckpt,
+                              sampler=sampler, seed=args.seed, w=w, steps=args.steps, **given)
+    out, settings = Path(args.out), dict(w=w, labels=labels, sampler=sampler.__name__)
     files = [out / f"sample_{i:06d}.png" for i in range(args.n)]
+    done = vmae.from_first(lambda: begin(out, args, settings, files))
     # Whole batches, also after an interruption: rounding depends a little on how many images are
     # drawn at once, so the files are then the same for any number of processes.
     parts = [part for part in torch.arange(args.n).split(args.batch)
-             if not done.issuperset(files[i].name for i in part)][RANK::WORLD]
+             if not done.issuperset(files[i] for i in part)][RANK::WORLD]
     for part in tqdm(parts, "sampling", dynamic_ncols=True, disable=RANK > 0):
-        for i, image in zip(part, images(part).permute(0, 2, 3, 1).numpy()):   # (H, W, 3) each
+        for i, image in zip(part, drawn(part).permute(0, 2, 3, 1).numpy()):    # (H, W, 3) each
             with vmae.whole_file(files[i]) as file:        # PNG: FID would notice JPEG's losses
                 Image.fromarray(image).save(file, "png")
     vmae.agree(0)
     if RANK > 0:                            # process 0 does the rest
         return
-    first = torch.stack([torch.from_numpy(pixels(file)) for file in files[:64]])   # (64, H, W, 3)
+    first = torch.from_numpy(np.stack([Image.open(file) for file in files[:64]]))  # (64, H, W, 3)
     vmae.save_grid(vmae.to_float(first.permute(0, 3, 1, 2)).split(8), out / "grid.png")
     if args.npz:                            # for evaluate.py fid, or ADM's
-        save_npz(files, out / "samples.npz")
+        save_npz(files, ae.img_size, out / "samples.npz")
     if args.trajectory:                     # the first 8 images, one per row, at ten of the steps
         record, at = [], np.linspace(0, args.steps - 1, min(10, args.steps)).round().astype(int)
-        images(torch.arange(min(8, args.n)), record=record)
+        drawn(torch.arange(min(8, args.n)), record=record)
         estimates = [decode(record[k], ae, ckpt) for k in at]              # (8, 3, H, W) each
         vmae.save_grid(torch.stack(estimates, 1), out / "trajectory.png")  # (8, 10, 3, H, W)
     print(f"{args.n} images in {out}, an overview in {out}/grid.png")

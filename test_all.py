@@ -879,10 +879,8 @@ def test_batches_fit_the_memory_of_common_cards():
         return args.micro * (saved[2] - saved[1]) / 2**30 + 5 * weights
 
     def dit_loss(n, model):
-        with low():
-            return ldm.loss_LDM(model, ldm.Schedule(), torch.zeros(n, 16, 32, 32))
+        return ldm.loss_LDM(model, ldm.Schedule(), torch.zeros(n, 16, 32, 32))
 
-    low = functools.partial(torch.autocast, "cpu", torch.bfloat16)         # as on CUDA
     fused = F.scaled_dot_product_attention                 # on a CPU ours is in float32
     with (patch(vmae, "fused_attention", fused), patch(ldm, "fused_attention", fused),
           FakeTensorMode(), warnings.catch_warnings(), mock.patch.dict(ldm.sizes, tiny=REAL)):
@@ -890,12 +888,13 @@ def test_batches_fit_the_memory_of_common_cards():
         net = vmae.import_lpips().LPIPS(pretrained=False, pnet_rand=True, net="vgg", verbose=False)
         net.requires_grad_(False).eval()
         cases = [(ldm.DiT(**ldm.dit_args(size, 32, 16, 0)), dit_loss) for size in ldm.sizes]
+        args = SimpleNamespace(lambda_p=0.5)
         for rows, disc in ((vmae.sizes, None), (vmae.conv_sizes, vmae.discriminator(256))):
-            loss = functools.partial(train_vmae.trial_loss, size=256, lambda_p=0.5, lpips_net=net,
-                                     disc=disc, low_precision=low)
+            loss = functools.partial(train_vmae.trial_loss, args=args, net=net, disc=disc)
             cases += [(vmae.build(dict(row, img_size=256)), loss) for row in rows.values()]
         for model, loss in cases:
-            saved = {n: train_vmae.saved_bytes(lambda: loss(n, model=model)) for n in (1, 2)}
+            with torch.autocast("cpu", torch.bfloat16):    # as on CUDA
+                saved = {n: train_vmae.saved_bytes(lambda: loss(n, model=model)) for n in (1, 2)}
             weights = sum(p.numel() for p in model.parameters()) * 4 / 2**30
             assert 5 < micro(24, saved) < 20 and 2 < micro(12, saved) < 9
 
@@ -922,13 +921,11 @@ def test_bad_batches_are_skipped_and_ten_in_a_row_stop_the_run():
 
 def test_speed_in_the_log_leaves_saves_out():
     args, fine = SimpleNamespace(steps=20, batch=4, save_every=10, out="."), torch.tensor(True)
-    with (patch(train_vmae.time, "perf_counter", side_effect=[0, 5, 60, 100, 110, 120, 120]),
+    with (patch(train_vmae.time, "perf_counter", side_effect=[0, 5, 100, 110, 120]),
           train_vmae.Log(args, 0, "cpu") as log):          # begins at 0 s
-        for step in range(1, 21):
+        for step in range(1, 21):                          # at 5 s, then a save until 100 s; 110 s
             log.add({"L_R": torch.ones(())}, 1)
-            if log.step(step, fine, 0.1):                  # at 5 s, and at 110 s
-                log.save(lambda path: {"PSNR_val": 30.0}, {})              # from 60 to 100 s
-    assert log.line["images_per_s"] == 10 * 4 / 10
+            log.step(step, fine, 0.1, lambda path: {"PSNR_val": 30.0}, {})
     assert [line["images_per_s"] for line in log_of(".")] == [10 * 4 / 5, 10 * 4 / 10]
     assert load("last.pt")["step"] == 20
 
@@ -954,7 +951,7 @@ def test_two_micro_batches_equal_one_and_memory_is_named():
         assert "larger --batch" in raises(InputError, train_vmae.micro_batches, args, "cpu", 0, 0)
     model = VMAE(**TINY_VMAE)
     with patch(model, "encode_tokens", wraps=model.encode_tokens) as encode:   # whole: the most
-        train_vmae.trial_loss(2, 16, model, 0, None, None, contextlib.nullcontext)
+        train_vmae.trial_loss(2, model, SimpleNamespace(lambda_p=0), None, None)
     assert encode.call_args.args[1].shape == (2, 16)
     model, cpu = torch.nn.Linear(4, 4), torch.device("cpu")
     for world, batch, micro in ((2, 8, 4), (7, 16, 2), (1, 16, 16)):       # with lots of memory

@@ -4,11 +4,9 @@
     python train_ldm.py --vmae runs/mae                 on the latents of another autoencoder
     python train_ldm.py --no-classes                    unconditional, even if there are classes
 
-Each image and its mirror image are encoded once, into moments_*.pt in --out; training reads only
-these. Also writes last.pt, log.jsonl and preview_*.png, samples of the EMA weights.
+Each image and its mirror image are encoded once, into moments_*.pt in --out, which training reads.
+Also writes last.pt, log.jsonl and preview_*.png, samples of the EMA weights.
 """
-import argparse
-
 import vmae                                 # before torch, see there
 import numpy as np
 import torch
@@ -58,16 +56,14 @@ def statistics(rows):
 # ---- Stage two --------------------------------------------------------------------------------
 
 def options():
-    """The command line -> as parse; fill_in chooses the options that are still None."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], usage="%(prog)s [options]")
-    common_options(parser, "runs/ldm", RECIPES, "small on CUDA for a folder, otherwise tiny",
-                   "that of stage one")
+    """The command line -> as parse; `main` chooses the options that are still None."""
+    parser = common_options(
+        __doc__, "runs/ldm", RECIPES, "small on CUDA for a folder, otherwise tiny",
+        "that of stage one", "that of stage one")
     add = parser.add_argument
-    add("--vmae", type=vmae.checkpoint, default="runs/vmae/last.pt", help="stage-one checkpoint "
-        "(default: %(default)s)")
+    add("--vmae", type=vmae.checkpoint, default="runs/vmae", help="stage one (default: runs/vmae)")
     add("--no-classes", action="store_true", help="ignore sub-folders, train unconditionally")
-    add("--init", type=vmae.checkpoint, help="stage-two checkpoint to start from, ours or the "
-        "authors' LightningDiT")
+    add("--init", type=vmae.checkpoint, help="stage two to start from, ours or a LightningDiT's")
     add("--stats", help="file of latent statistics that comes with the authors' --init")
     add("--objective", choices=("eps", "v", "flow"), help="what the network predicts; eps is the "
         "paper's L_LDM, flow what its experiments used (default: that of --init, otherwise v)")
@@ -75,19 +71,10 @@ def options():
         "2020; cosine, Nichol 2021 (default: that of --init, otherwise cosine)")
     add("--drop", type=float, default=DROP, help="share of labels replaced by the null class, "
         "which guidance needs (default: %(default)s)")
-    args, saved = parse(parser, 2)
+    args, saved = parse(parser)
     if args.stats and not args.init:
         raise InputError("--stats: are those of published weights; name these with --init")
     return args, saved
-
-def fill_in(args, stage_one, cuda):
-    """Choose the options that were not given. Data and held-out folder are those of stage one, so
-    that what stage one held out is not trained on here."""
-    data, val = stage_one["train_args"]["data"], stage_one["train_args"]["val"]
-    args.val = args.val or (val if args.data in (None, data) else None)
-    args.data = args.data or data
-    args.model = args.model or ("small" if cuda and args.data else "tiny")
-    use_recipe(args, RECIPES)
 
 def read_init(args, ae, classes):
     """--init -> the dict of load_ldm, with the number of classes of this run's data. The shape of
@@ -113,16 +100,14 @@ def held_out_latents(val, classes, ae, mean, std):
     known = classes and val.classes == classes             # the folder --val may have others
     return ldm.normalise(z, mean, std), y.to(device) if known else None
 
-def measure(ema, ae, schedule, mean, std, classes, held_out, path):
+@torch.no_grad()
+def measure(model, ae, schedule, ckpt, held_out, path):
     """-> {"L_..._val": the loss of the EMA weights on held-out latents, always with the same times
     and noise}. Saves a preview: the first 32 images that sample.py would draw, 8 per row."""
-    with torch.no_grad():
-        generator = torch.Generator(mean.device).manual_seed(0)
-        loss = ldm.loss_LDM(ema.model, schedule, *held_out, generator)
-    index, K = torch.arange(32), len(classes)
-    x = sample.draw(index, index % K if K else None, ema.model, ae, schedule,
-                    dict(latent_mean=mean, latent_std=std), ldm.sampler_for(schedule), steps=50,
-                    w=sample.guidance(None, classes))      # uint8 (32, 3, H, W)
+    generator = torch.Generator(held_out[0].device).manual_seed(0)
+    loss = ldm.loss_LDM(model, schedule, *held_out, generator)
+    x = sample.draw(torch.arange(32), range(len(ckpt["classes"])), model, ae, schedule, ckpt,
+                    ldm.sampler_for(schedule), steps=50, w=sample.guidance(None, ckpt["classes"]))
     vmae.save_grid(vmae.to_float(x).split(8), path)
     return {f"L_{schedule.objective}_val": round(loss.item(), 5)}
 
@@ -130,7 +115,12 @@ def main():
     args, saved = options()
     device = vmae.start(args.device)
     stage_one = saved["vmae"] if saved else vmae.read_stage_one(args.vmae)
-    fill_in(args, stage_one, device.type == "cuda")        # args are complete from here on
+    # By default the folders are stage one's, so that what it held out is not trained on here.
+    theirs = stage_one["train_args"]
+    args.val = args.val or (theirs["val"] if args.data in (None, theirs["data"]) else None)
+    args.data = args.data or theirs["data"]
+    args.model = args.model or ("small" if device.type == "cuda" and args.data else "tiny")
+    use_recipe(args, RECIPES)               # args are complete from here on
     ae = vmae.build_vmae(stage_one).to(device)             # the autoencoder, frozen
     data, val = vmae.open_images(args.data, ae.img_size, args.val, args.out)   # as stage one had
     classes = [] if args.no_classes else data.classes
@@ -148,21 +138,16 @@ def main():
     if init:                                # strict=False: the table of labels may be missing
         model.load_state_dict(init["ema"], strict=False)
     schedule_args = {"kind": "cosine", "objective": "v", **init.get("schedule", {})}
-    given = {"kind": args.schedule, "objective": args.objective}
-    schedule_args |= {name: value for name, value in given.items() if value}
-    args.schedule, args.objective = schedule_args["kind"], schedule_args["objective"]
+    args.schedule = schedule_args["kind"] = args.schedule or schedule_args["kind"]
+    args.objective = schedule_args["objective"] = args.objective or schedule_args["objective"]
     schedule, ema = ldm.Schedule(**schedule_args), ldm.EMA(model)
     parts = {"model": model, "ema": ema.model, "opt": optimiser(model)}
-    start = resume(args, saved, model_args, parts)
+    start = resume(args, saved, parts)
     ema.n = start                           # its warm-up goes on, too
     low_precision = matmul_precision(args, device)
-
-    def trial(n):                           # for micro_batches
-        z_0 = torch.zeros(n, ae.latent_dim, ae.grid, ae.grid, device=device)
-        with low_precision():
-            return ldm.loss_LDM(model, schedule, z_0)
-
-    mine = micro_batches(args, device, model, trial)
+    with low_precision():
+        mine = micro_batches(args, device, model, lambda n: ldm.loss_LDM(
+            model, schedule, torch.zeros(n, ae.latent_dim, ae.grid, ae.grid, device=device)))
     begin(args, model, f"{len(data)} images, {len(classes) or 'no'} classes")
     if args.data:
         data.folder.keep(args.out)
@@ -173,14 +158,15 @@ def main():
     net = torch.compile(model) if args.compile else model  # shares the weights of model
     batches = ahead(rows, args, start, mine, device)
     held_out = held_out_latents(val, classes, ae, mean, std)               # z_0, y
+    entries = dict(model_args=model_args, schedule=schedule_args, classes=classes,
+                   latent_mean=mean.cpu(), latent_std=std.cpu(), vmae=stage_one)
 
     with Log(args, start, device) as log:
         for step in range(start, args.steps):
             lr = learning_rate(step, args.steps, args.lr)  # up, then down a cosine
             for number in mine:             # the micro-batches, whose gradients are summed
                 generator = vmae.seeded(args.seed, step, number, device=device)
-                moments, y = (
-                    v.to(device, non_blocking=device.type == "cuda") for v in next(batches))
+                moments, y = next(batches)  # (B, 2d, h, w), (B,)
                 z = vmae.Gaussian(*moments.float().chunk(2, 1)).sample(generator)  # anew each time
                 z_0 = ldm.normalise(z, mean, std)                          # (B, d, h, w)
                 y = model.y_embedder.drop(y, args.drop, generator) if classes else None    # (B,)
@@ -192,11 +178,8 @@ def main():
             fine = update(parts["opt"], model, lr)         # clip, step, zero
             ema.update(model)               # what is sampled, and what sample.py will load
 
-            if log.step(step + 1, fine, lr):
-                log.save(
-                    lambda path: measure(ema, ae, schedule, mean, std, classes, held_out, path),
-                    parts, model_args=model_args, schedule=schedule_args, classes=classes,
-                    latent_mean=mean.cpu(), latent_std=std.cpu(), vmae=stage_one)
+            log.step(step + 1, fine, lr, lambda path: measure(
+                ema.model, ae, schedule, entries, held_out, path), parts, **entries)
 
 if __name__ == "__main__":
     vmae.cli(main)

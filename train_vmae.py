@@ -9,10 +9,9 @@
 
 Writes into --out: last.pt; log.jsonl, one JSON object per line; preview_*.png, whose rows are the
 original, the input (masked or noisy) and the reconstruction. Of a folder also: images.json, the
-list of its files, unreadable.jsonl, and images_*.pt, its decoded images. train_ldm.py shares the
-plumbing.
+list of its files, unreadable.jsonl, and images_*.pt, its decoded images.
 """
-import argparse, functools, itertools, json, math, os, signal, sys, time
+import argparse, functools, itertools, json, math, os, re, signal, sys, time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -30,18 +29,15 @@ def default(table, key, *others):
     known = [f"{name} {row[key]}" for name, row in table.items() if key in row]
     return f"(default: {', '.join([*known, *others])})"
 
-def common_options(parser, out, recipes, default_model, inherited=None):
-    """The options of both trainers, with the same names, order and meaning. inherited: what stage
-    two has for --data and --val if they are not given."""
+def common_options(doc, out, recipes, model, data, val):
+    """-> a parser of both trainers' options. model, data, val: defaults, in words for the help."""
+    parser = argparse.ArgumentParser(description=doc.split("\n")[0], usage="%(prog)s [options]")
     add = parser.add_argument
-    add("--data", help="folder of images, whose sub-folders are classes (default: "
-        f"{inherited or 'the built-in faces'})")
-    add("--val", help="folder of held-out images (default: "
-        f"{inherited or 'one in twenty of --data, chosen by its path'})")
-    add("--model", choices=recipes, help=f"size of the network (default: {default_model})")
+    add("--data", help=f"folder of images, whose sub-folders are classes (default: {data})")
+    add("--val", help=f"folder of held-out images (default: {val})")
+    add("--model", choices=recipes, help=f"size of the network (default: {model})")
     add("--batch", type=int, help=f"images per optimiser step {default(recipes, 'batch')}")
-    add("--micro", type=int, help="images at once; the gradients of a batch's parts are summed "
-        "(default: what fits into the device's memory)")
+    add("--micro", type=int, help="images at once, gradients summed (default: what memory holds)")
     add("--steps", type=int, help=f"optimiser steps in all {default(recipes, 'steps')}")
     add("--lr", type=float, help=f"peak learning rate {default(recipes, 'lr')}")
     add("--save-every", type=int, default=1000, help="steps between checkpoints (default: 1000)")
@@ -50,19 +46,17 @@ def common_options(parser, out, recipes, default_model, inherited=None):
     add("--device", default="auto", help="cuda, cpu, mps... (default: cuda if there is one)")
     add("--precision", choices=("auto", "float32", "bfloat16"), default="auto", help="numbers in "
         "matrix products; auto: bfloat16 on CUDA from Ampere on, and where a CPU is faster with it")
-    add("--resume", action="store_true", help="go on from last.pt in --out, or begin if there is "
-        "none; the options that change the run stay as they were")
+    add("--resume", action="store_true", help="go on with the run in --out, if any, as it began")
     add("--compile", action="store_true", help="torch.compile: faster after a slow first step")
+    return parser
 
 # Options that a resumed run does not take over from its checkpoint, and those that may change.
 FRESH = ("resume", "out", "device", "compile")
-FREE = (*FRESH, "data", "val", "steps", "lr", "micro", "save_every", "precision", "no_cache",
-        "vgg_weights")
+FREE = "data val steps lr micro save_every precision no_cache vgg_weights".split()
 
-def parse(parser, stage):
-    """The command line -> (checked options, the checkpoint to go on from, or None). With --resume
-    and no checkpoint the run begins; if the run is complete, the script ends here. InputError if an
-    option contradicts the run, or if --out holds a run and --resume is not given. stage: 1 or 2."""
+def parse(parser):
+    """The command line -> (checked options, the checkpoint to go on from, or None). Ends the script
+    if that run is complete. InputError if an option contradicts it, or if --resume is missing."""
     args, saved, old = parser.parse_args(), None, {}
     last = os.path.join(args.out, "last.pt")
     if os.path.exists(last):
@@ -71,9 +65,11 @@ def parse(parser, stage):
         if not args.resume:
             raise InputError(f"{last} holds step {saved['step']} of a run; go on with --resume, or "
                              f"begin another one with --out")
-        if ("vmae" in saved) != (stage == 2):              # stage two's contain stage one
+        if ("vmae" in saved) != ("vmae" in args):          # stage two's: stage one, and its option
             raise InputError(f"{last}: a checkpoint of the other stage; give another --out")
         old = {k: v for k, v in saved["train_args"].items() if k in args and k not in FRESH}
+        if math.ceil(old["batch"] / old["micro"]) < WORLD:
+            old["micro"] = None             # chosen for fewer processes: micro_batches does it anew
         parser.set_defaults(**old)
     elif args.resume:
         vmae.say(f"{last}: no checkpoint yet, so the run begins")
@@ -84,8 +80,6 @@ def parse(parser, stage):
         if name not in FREE and getattr(args, name) != value:
             raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: the run in "
                              f"{args.out} has {value}; leave it out, or begin another with --out")
-    if saved and args.micro == old["micro"] and math.ceil(args.batch / args.micro) < WORLD:
-        args.micro = None                   # chosen for fewer processes: micro_batches does it anew
     if saved and saved["step"] >= args.steps:
         vmae.say(f"{last}: complete, at step {saved['step']} of {args.steps}")
         sys.exit()
@@ -99,8 +93,7 @@ def use_recipe(args, recipes):
 def matmul_precision(args, device):
     """Choose --precision, if it is auto -> a context in which matrix products have it."""
     if args.precision == "auto":
-        fast = vmae.agree(int(vmae.has_bfloat16(device)))
-        args.precision = "bfloat16" if fast else "float32"
+        args.precision = "bfloat16" if vmae.agree(vmae.has_bfloat16(device)) else "float32"
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True              # shapes repeat: try all algorithms once
         torch.set_float32_matmul_precision("high")         # what remains in float32: as TF32
@@ -110,14 +103,12 @@ def saved_bytes(function):
     """Run function(), a forward pass -> the bytes that it keeps for the backward pass."""
     storages = {}
 
-    def keep(tensor):
-        storage = tensor.untyped_storage()
-        storages[storage._cdata] = storage.nbytes()        # several views may share one
+    def keep(tensor):                       # several views may share one storage
+        storages[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss = function()                   # holds its graph, so that no storage is used twice
-    del loss
+        _loss = function()                  # holds its graph, so that no storage is used twice
     return sum(storages.values())
 
 def free_memory(device):
@@ -158,24 +149,23 @@ def shares(n, args, start, parts):
         return torch.randperm(n, generator=vmae.seeded(args.seed, epoch)).tolist()
 
     for step in itertools.count(start):
-        places = range(step * args.batch, (step + 1) * args.batch)
-        batch = [order(p // n)[p % n] for p in places]
+        batch = [order(p // n)[p % n] for p in range(step * args.batch, (step + 1) * args.batch)]
         for part in parts:
             yield sorted(batch[part * args.micro:(part + 1) * args.micro])
 
 def ahead(data, args, start, parts, device):
     """Iterator without end over what this process trains on, data.batch(list) for each list of
-    `shares`. A thread draws the next batch while a GPU works on this one, into memory that a GPU
-    can copy from by itself (pinned). On a CPU it would only take the cores from the training."""
+    `shares`, on `device`. A thread draws the next batch while a GPU works on this one, into memory
+    that a GPU can copy from by itself (pinned). On a CPU it would only take cores from training."""
     batches = map(data.batch, shares(len(data), args, start, parts))
     if device.type != "cuda":
-        yield from batches
+        yield from ([v.to(device) for v in batch] for batch in batches)
     batches = ([v.pin_memory() for v in batch] for batch in batches)
     with ThreadPoolExecutor(1) as pool:
         following = pool.submit(next, batches)
         while True:
             batch, following = following.result(), pool.submit(next, batches)
-            yield batch
+            yield [v.to(device, non_blocking=True) for v in batch]
 
 def learning_rate(step, steps, peak):
     """Linear warm-up over 2 % of the run, while AdamW's moments settle; a cosine down to zero."""
@@ -186,11 +176,9 @@ def optimiser(model):
     """AdamW as in the authors' recipes, with betas (.9, .95). Weight decay acts on matrices, not on
     norms, biases and what else has one side of 1, which have no reason to shrink."""
     trained = [p for p in model.parameters() if p.requires_grad]           # not a frozen encoder
-    decays = {True: [], False: []}
-    for p in trained:
-        decays[p.ndim > 1 and min(p.shape) > 1].append(p)
-    groups = [{"params": decays[True], "weight_decay": 0.05},
-              {"params": decays[False], "weight_decay": 0.0}]
+    matrices = [p for p in trained if p.ndim > 1 and min(p.shape) > 1]
+    others = [p for p in trained if p.ndim < 2 or min(p.shape) == 1]
+    groups = [dict(params=matrices, weight_decay=0.05), dict(params=others, weight_decay=0.0)]
     return torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)        # one kernel per step
 
 def update(opt, model, lr):
@@ -203,8 +191,7 @@ def update(opt, model, lr):
         dist.all_reduce(flat)               # the sum over the processes
         for g, part in zip(grads, flat.split([g.numel() for g in grads])):
             g.copy_(part.view_as(g))
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    fine = norm.isfinite()
+    fine = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).isfinite()
     for group in opt.param_groups:
         group["lr"] = lr
     opt.found_inf = (~fine).float()
@@ -212,7 +199,7 @@ def update(opt, model, lr):
     opt.zero_grad()
     return fine
 
-def resume(args, ckpt, model_args, parts):
+def resume(args, ckpt, parts):
     """Load the state of `parts`, by name, from the checkpoint `ckpt` -> step, 0 without one.
     InputError if it does not fit, or if the processes do not see the same checkpoint."""
     for name, part in parts.items() if ckpt else ():
@@ -231,34 +218,28 @@ def begin(args, model, what):
     """Make the run folder and print what will run."""
     os.makedirs(args.out, exist_ok=True)
     count = sum(p.numel() for p in model.parameters()) / 1e6
-    options = " ".join(f"{name}={value}" for name, value in vars(args).items())
-    vmae.say(f"{what}, {count:.2f} M parameters\n{options}")
+    vmae.say(f"{what}, {count:.2f} M parameters\n{vars(args)}")
 
 class Log:
     """The bar on the screen, log.jsonl and last.pt in the run folder, which process 0 writes. It
-    also says when to save, and ends the run after a step that SIGTERM or Ctrl-C interrupts. All
-    sums stay on the device, and are read every 50 steps and at each save only."""
+    also ends the run after a step that SIGTERM or Ctrl-C interrupts. All sums stay on the device,
+    and are read every 50 steps and at each save only."""
 
     def __init__(self, args, start, device):
         self.args, self.logged, self.since = args, start, time.perf_counter()  # step, and when
         self.sums, self.held_out, self.signals = {}, {}, []
         # Bad batches in a row up to now, the longest such row, and all since the start.
         self.row = self.longest = self.skipped = torch.zeros((), device=device)
+        path = Path(args.out, "log.jsonl")
         if RANK == 0:
-            path = Path(args.out, "log.jsonl")
-            lines = path.read_text().splitlines() if start and path.exists() else []
-            with vmae.whole_file(path) as file:            # without steps that will run again
-                file.writelines(f"{line}\n".encode() for line in lines if self.at(line) <= start)
-            self.file = open(path, "a")
-            self.bar = tqdm(total=args.steps, initial=start, dynamic_ncols=True, mininterval=1)
-
-    @staticmethod
-    def at(line):
-        """The step of a line of the log; infinite if the line is damaged."""
-        try:
-            return json.loads(line)["step"]
-        except (ValueError, KeyError, TypeError):
-            return math.inf
+            text = path.read_bytes() if start and path.exists() else b""
+            with vmae.whole_file(path) as file:            # without damaged lines, and without
+                for line, step in re.findall(rb'({"step": (\d+), .*}\r?\n)', text):
+                    if int(step) <= start:                 # steps that will run again
+                        file.write(line)
+        self.file = open(path if RANK == 0 else os.devnull, "a")
+        self.bar = tqdm(total=args.steps, initial=start, dynamic_ncols=True, mininterval=1,
+                        disable=RANK > 0)
 
     def __enter__(self):
         def catch(number, _):
@@ -272,77 +253,63 @@ class Log:
     def __exit__(self, kind, error, trace):
         for number, handler in self.usual.items():
             signal.signal(number, handler)
-        if RANK == 0:
-            self.bar.close()
-            self.file.close()
+        self.bar.close()
+        self.file.close()
         if kind is torch.OutOfMemoryError:
             less = f"--micro {self.args.micro // 2}" if self.args.micro > 1 else "a smaller --size"
             raise InputError(f"out of memory with {self.args.micro} images at once; give {less}")
 
     def add(self, terms, share):
-        """Losses of a micro-batch that is this share of the batch. What is not finite is left out
-        of their means."""
+        """Losses of this share of a batch; what is not finite is left out of their means."""
         for name, value in terms.items():
             fine = value.detach().isfinite()
             row = torch.stack([value.detach().nan_to_num(0, 0, 0), fine, ~fine])
             self.sums[name] = self.sums.get(name, 0) + share * row         # sum, good, bad share
 
-    def step(self, step, fine, lr):
-        """To be called after each step -> whether it is time to save. fine: whether the gradient
-        was finite, a tensor. InputError after ten bad steps in a row."""
-        self.row = (self.row + 1) * ~fine
-        self.longest, self.skipped = self.longest.maximum(self.row), self.skipped + ~fine
-        interrupted = not vmae.agree(int(not self.signals))    # all after the same step
-        self.stopping = interrupted and step < self.args.steps
-        saving = self.stopping or step % self.args.save_every == 0 or step == self.args.steps
-        if RANK == 0:
-            self.bar.update()
-        if not saving and step % 50 > 0:
-            return False
+    def means(self, step):
+        """Of the steps since the log's last line. InputError after ten bad steps in a row."""
         sums = torch.stack(list(self.sums.values()))       # (terms, 3)
         if WORLD > 1:
             dist.all_reduce(sums)
         sums = dict(zip(self.sums, sums.tolist()))
         if self.longest >= 10:
-            broken = [name for name, (_, _, bad) in sums.items() if bad > 0]
-            raise InputError(f"step {step}: {' and '.join(broken) or 'the gradient'} infinite or "
-                             f"NaN, ten times in a row; go on from the last checkpoint with "
-                             f"--resume and a lower --lr")
+            broken = " and ".join(name for name, (_, _, bad) in sums.items() if bad > 0)
+            raise InputError(f"step {step}: {broken or 'the gradient'} infinite or NaN, ten times "
+                             f"in a row; go on with --resume and a lower --lr")
         speed = (step - self.logged) * self.args.batch / (time.perf_counter() - self.since)
-        self.line = {"step": step, "lr": lr, "images_per_s": round(speed, 1)}
+        means = {"images_per_s": round(speed, 1)}
         for name, (total, good, _) in sums.items():
-            self.line[name] = round(total / good, 5) if good else None
+            means[name] = round(total / good, 5) if good else None
         if self.skipped > 0:
-            self.line["skipped"] = int(self.skipped)
-        if not saving:
-            self.write({})
-        return saving
+            means["skipped"] = int(self.skipped)
+        return means
 
-    def write(self, held_out):
-        """One line in the log, with what a save has measured on held-out images."""
-        if RANK == 0:
-            print(json.dumps({**self.line, **held_out}), file=self.file, flush=True)
-            self.held_out = held_out or self.held_out      # the bar keeps the last ones
-            shown = {k: v for k, v in self.line.items() if k not in ("step", "lr")}
-            self.bar.set_postfix(**shown, **self.held_out, refresh=False)
-        self.logged, self.since, self.sums = self.line["step"], time.perf_counter(), {}
-
-    def save(self, measure, parts, **entries):
-        """Process 0: measure(path of a picture) -> what to log of held-out images; then last.pt,
-        from the state of `parts` and `entries`. The line comes before the checkpoint, so that a run
-        that goes on from there has all lines up to it. Then end the run, if it was interrupted."""
-        step = self.line["step"]
-        picture = os.path.join(self.args.out, f"preview_{step:06d}.png")
-        self.write(measure(picture) if RANK == 0 else {})
-        if RANK == 0:
+    def step(self, step, fine, lr, measure, parts, **entries):
+        """To be called after each step. fine: whether the gradient was finite, a tensor. A save
+        logs what measure(path of a picture) finds on held-out images, and then writes last.pt, from
+        the state of `parts` and `entries`; a run that goes on from there has all lines up to it.
+        Then an interrupted run ends."""
+        self.row = (self.row + 1) * ~fine
+        self.longest, self.skipped = self.longest.maximum(self.row), self.skipped + ~fine
+        stopping = not vmae.agree(not self.signals) and step < self.args.steps     # all at once
+        saving = stopping or step % self.args.save_every == 0 or step == self.args.steps
+        self.bar.update()
+        if not saving and step % 50 > 0:
+            return
+        means, held_out = self.means(step), {}
+        if saving and RANK == 0:
+            held_out = measure(os.path.join(self.args.out, f"preview_{step:06d}.png"))
+        print(json.dumps({"step": step, "lr": lr, **means, **held_out}), file=self.file, flush=True)
+        self.held_out |= held_out           # the bar keeps the last ones
+        self.bar.set_postfix(means | self.held_out, refresh=False)
+        if saving and RANK == 0:
+            states = {name: part.state_dict() for name, part in parts.items()}
             vmae.save_checkpoint(os.path.join(self.args.out, "last.pt"), step=step,
-                                 train_args=vars(self.args), **entries,
-                                 **{name: part.state_dict() for name, part in parts.items()})
-        self.since = time.perf_counter()    # a save does not count as training
-        if self.stopping:
+                                 train_args=vars(self.args), **entries, **states)
+        self.logged, self.sums, self.since = step, {}, time.perf_counter()     # saves do not count
+        if stopping:
             vmae.agree(0)                   # until process 0 has saved
-            text = f"stopped after step {step}, which is saved; --resume goes on from there"
-            sys.exit(text if RANK == 0 else 1)
+            sys.exit(1 if RANK else f"stopped after step {step}, which is saved; --resume goes on")
 
 # ---- Stage one --------------------------------------------------------------------------------
 
@@ -352,14 +319,17 @@ class Log:
 RECIPES = {"tiny": dict(batch=16, steps=3200, lr=4e-3),
            "small": dict(batch=16, steps=8000, lr=1e-3),
            "base": dict(batch=128, steps=100_000, lr=2e-4)}
+CONV_RECIPES = {                            # of the convolutional bodies
+    **RECIPES, "tiny": dict(RECIPES["tiny"], lr=1.5e-3),   # 20.0 dB after 400 steps, not 18.2
+    "base": dict(RECIPES["base"], batch=16)}               # 22 times the operations of VMAE
 
 # The autoencoders that the paper compares: defaults of the options below, AE's with the changes of
 # a row in PRESETS. lambda_reg = 0 makes the latent a point. lambda_p = None: `perceptual` decides.
 # Two values are ours. The authors' lambda_reg of 1e-6 leaves vmae's sigma at .016 of mu's spread;
 # 1e-4 raises it to .12 and costs .2 dB. With Esser's lambda_adv of 0.5 sdvae's discriminator learnt
-# nothing on the faces; with 0.1 it does.
+# nothing on the faces; with 0.1 it does. adv_start: no option, fill_in sets it, --resume keeps it.
 AE = dict(arch="conv", mask=0.0, noise=0.0, lambda_reg=0.0, kl_mean="zero", lambda_p=0.0,
-          lambda_adv=0.0)
+          lambda_adv=0.0, adv_start=None)
 PRESETS = {
     "ae": {}, "dae": dict(noise=0.2), "vae": dict(lambda_reg=3e-4),
     "sdvae": dict(lambda_reg=1e-5, lambda_p=None, lambda_adv=0.1),
@@ -368,24 +338,21 @@ PRESETS = {
 
 def options():
     """The command line -> as parse; fill_in and perceptual choose the options that are None."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], usage="%(prog)s [options]")
-    common_options(parser, "runs/vmae", RECIPES, "tiny to 32 px; above, base on CUDA, else small")
+    parser = common_options(
+        __doc__, "runs/vmae", RECIPES, "tiny to 32 px; above, base on CUDA, else small",
+        "the built-in faces", "one in twenty of --data, chosen by its path")
     add = parser.add_argument
-    add("--size", type=int, help="pixels (default: that of --init; faces 32; a folder 256 on CUDA, "
-        "else 64)")
+    add("--size", type=int, help="px (default: --init's; faces 32; folders 256 on CUDA, else 64)")
     add("--preset", choices=PRESETS, default="vmae", help="an autoencoder of the paper; its row in "
-        "PRESETS has the defaults of some options below, and --out is runs/NAME (default: "
-        "%(default)s)")
+        "PRESETS has defaults of options below; into runs/NAME (default: %(default)s)")
     add("--arch", choices=("vit", "conv"), help="VMAE's transformer or SD-VAE's convolutions")
-    add("--init", type=vmae.checkpoint, help="checkpoint to start from: ours, or a published VMAE "
-        "or SD3-style VAE")
+    add("--init", type=vmae.checkpoint, help="start from ours, a published VMAE or SD3-style VAE")
     add("--tune", choices=("decoder",), help="train the decoder of --init and leave its encoder as "
         "it is, without a mask and with LPIPS at 10: the authors' last stage; into runs/tuned")
     add("--mask", type=float, help=f"masked share of x {default(PRESETS, 'mask', 'others 0')}")
-    # With the defaults of --whole and --lambda-m, the faces reach a held-out PSNR of 31.0 dB after
-    # 2,200 steps at --lr 1.5e-3. With --whole 0 it is 28.3, because the encoder is used on whole
-    # images. With --lambda-m 1, the authors' balance, it is 28.6: the masked patches have much
-    # larger errors than the visible ones and dominate the sum.
+    # With these defaults held-out PSNR on the faces is 31.0 dB after 2,200 steps at --lr 1.5e-3;
+    # with --whole 0 it is 28.3, because the encoder is used on whole images; with --lambda-m 1, the
+    # authors' balance, 28.6: the masked patches' errors are much larger and dominate the sum.
     add("--whole", type=float, default=0.5, help="share of steps without a mask (default: 0.5)")
     add("--noise", type=float, help=f"noise's deviation {default(PRESETS, 'noise', 'others 0')}")
     add("--lambda-m", type=float, default=0.1, help="weight of L_M (default: %(default)s)")
@@ -400,12 +367,11 @@ def options():
     add("--vgg-weights", help="local copy of torchvision's vgg16-397923af.pth, for LPIPS")
     add("--no-cache", action="store_true", help="decode images in each epoch anew; by default a "
         "folder's decoded images are kept in --out, 3 * size^2 bytes each, if the disk has room")
-    parser.set_defaults(adv_start=None)     # no option: `fill_in` sets it, --resume keeps it
     given, _ = parser.parse_known_args()    # a first look, for --preset and --tune
-    tuned = dict(mask=0.0, lambda_p=None) if given.tune else {}
-    parser.set_defaults(out=f"runs/{'tuned' if given.tune else given.preset}",
-                        **{**AE, **PRESETS[given.preset], **tuned})
-    args, saved = parse(parser, 1)
+    parser.set_defaults(out=f"runs/{given.preset}", **AE | PRESETS[given.preset])
+    if given.tune:
+        parser.set_defaults(out="runs/tuned", mask=0.0, lambda_p=None)
+    args, saved = parse(parser)
     if args.init and (given.arch or given.model):
         raise InputError("--arch, --model: --init decides the shape of the model; leave them out")
     if args.tune and not args.init:
@@ -419,8 +385,7 @@ def options():
     return args, saved
 
 def fill_in(args, cuda, known):
-    """Choose the options that were not given. known: the checkpoint of --resume or --init, whose
-    model it then is, or None."""
+    """Choose the options that were not given. known: the checkpoint of --resume or --init."""
     if known is not None:
         args.size = args.size or known["model_args"]["img_size"]
         args.arch = "conv" if "channels" in known["model_args"] else "vit"
@@ -428,11 +393,7 @@ def fill_in(args, cuda, known):
         raise InputError(f"--mask {args.mask}: convolutions cannot skip patches; give --mask 0")
     args.size = args.size or (32 if args.data is None else 256 if cuda else 64)
     args.model = args.model or ("tiny" if args.size <= 32 else "base" if cuda else "small")
-    if args.arch == "conv" and args.model == "base":       # 22 times the operations of VMAE
-        args.batch = args.batch or 16
-    if args.arch == "conv" and args.model == "tiny":       # 20.0 dB after 400 steps, not 18.2
-        args.lr = args.lr or 1.5e-3
-    use_recipe(args, RECIPES)
+    use_recipe(args, RECIPES if args.arch == "vit" else CONV_RECIPES)
     # Late (Esser 2021): an early x_hat is too easy to tell from x.
     args.adv_start = args.steps // 2 if args.adv_start is None else args.adv_start
 
@@ -448,19 +409,16 @@ def new_model(args, known):
         raise InputError(f"--size {args.size} --mask {args.mask}: {error}") from None
     if known is not None:
         weights = vmae.resize_positions(known["model"], model)
-        model = vmae.build_vmae(dict(known, model_args=model_args, model=weights))
-        model.train().requires_grad_(True)
+        model = vmae.build_vmae(dict(known, model_args=model_args, model=weights)).train()
     if args.lambda_reg == 0:
         vmae.drop_variance(model)
-    if args.tune == "decoder":              # the encoder is frozen, so the latents stay as they are
-        for name, p in model.named_parameters():
-            p.requires_grad_(name.startswith(("decoder", "from_latent", "mask_token")))
+    for name, p in model.named_parameters():               # a frozen encoder keeps its latents
+        p.requires_grad_(not args.tune or name.startswith(("decoder", "from_latent", "mask_token")))
     return model, model_args
 
 def perceptual(args, device):
     """Set args.lambda_p, if it is None -> the LPIPS network, or None if that weight is 0."""
-    asked_for = args.lambda_p is not None or args.vgg_weights
-    net = None
+    net, asked_for = None, args.lambda_p is not None or args.vgg_weights
     if args.lambda_p is None:               # on the small faces VGG would cost more than the rest
         args.lambda_p = 10.0 if args.tune else (0.5 if args.data else 0.0)
     if args.vgg_weights and args.lambda_p == 0:
@@ -484,31 +442,28 @@ def is_whole(step, share):
 def validate(model, x_val, args, path):
     """Held-out x_val (B, 3, H, W) -> {"PSNR_val": of whole images, "PSNR_m_val": of the masked
     patches, masked as in training}, in dB. Saves 8 as rows of original, input, reconstruction."""
-    device, P, whole, masked, rows = model.logvar_x.device, model.patch_size, [], [], []
-    generator = torch.Generator(device).manual_seed(0)
-    for x in (part.to(device) for part in x_val.split(8)):                 # (8, 3, H, W)
-        a = vmae.to_uint8(x).cpu()                         # psnr is in float64, unknown to MPS
-        whole.append(vmae.psnr(a, vmae.to_uint8(model.decode(model.encode(x).mode())).cpu()))
-        x_in = x + args.noise * torch.randn(x.shape, generator=generator, device=device)
+    P, generator = model.patch_size, torch.Generator(x_val.device).manual_seed(0)
+    found, rows = {"PSNR_val": [], "PSNR_m_val": []}, []
+    for x in x_val.split(8):                                               # (8, 3, H, W)
+        x_in = x + args.noise * torch.randn(x.shape, generator=generator, device=x.device)
         p, _, mask = model(x_in, args.mask, generator)     # as in training
         seen = vmae.patchify(x_in, P) * (1 - mask[..., None])              # grey where masked
         rows = rows or [x, vmae.unpatchify(seen, P, *x.shape[2:]), p.mode()]
+        x_hat = model.decode(model.encode(x).mode())       # and as in use
+        a, whole, guess = (vmae.to_uint8(v).cpu() for v in (x, x_hat, p.mode()))
+        found["PSNR_val"].append(vmae.psnr(a, whole))      # (8,), in float64, unknown to MPS
         if args.mask > 0:                   # as many in each image: a long row of pixels for psnr
-            pair, hidden = (a, vmae.to_uint8(p.mode()).cpu()), mask.cpu() == 1
-            pair = [vmae.patchify(v, P)[hidden].view(len(x), 1, 1, -1) for v in pair]
-            masked.append(vmae.psnr(*pair))                # (B,)
+            pair = [vmae.patchify(v, P)[mask.cpu() == 1].view(len(x), 1, 1, -1) for v in (a, guess)]
+            found["PSNR_m_val"].append(vmae.psnr(*pair))
     vmae.save_grid(rows, path)
-    found = {"PSNR_val": whole, "PSNR_m_val": masked} if masked else {"PSNR_val": whole}
-    return {name: round(torch.cat(values).mean().item(), 2) for name, values in found.items()}
+    return {name: round(torch.cat(v).mean().item(), 2) for name, v in found.items() if v}
 
-def trial_loss(n, size, model, lambda_p, lpips_net, disc, low_precision):
+def trial_loss(n, model, args, net, disc):
     """The loss of n grey images, with every part that the options switch on, for micro_batches."""
-    x = torch.zeros(n, 3, size, size, device=model.logvar_x.device)
-    with low_precision():
-        p, q, mask = model(x, 0.0)          # whole images need more memory than masked ones
-        loss, _ = vmae.loss_VMAE(x, p, q, mask, model.patch_size, lambda_P=lambda_p,
-                                 lpips_net=lpips_net)
-        return loss if disc is None else loss + disc(torch.cat([x, p.mode()])).float().mean()
+    x = torch.zeros(n, 3, model.img_size, model.img_size, device=model.logvar_x.device)
+    p, q, mask = model(x, 0.0)              # whole images need more memory than masked ones
+    loss, _ = vmae.loss_VMAE(x, p, q, mask, model.patch_size, lambda_P=args.lambda_p, lpips_net=net)
+    return loss if disc is None else loss + disc(torch.cat([x, p.mode()])).float().mean()
 
 def main():
     args, saved = options()
@@ -521,16 +476,16 @@ def main():
     # Convolutions are faster if the channels of a pixel lie side by side in memory.
     layout = torch.channels_last if args.arch == "conv" else torch.contiguous_format
     model = model.to(device, memory_format=layout)
-    lpips_net = perceptual(args, device)    # also sets args.lambda_p
+    lpips = perceptual(args, device)        # also sets args.lambda_p
     parts = {"model": model, "opt": optimiser(model)}      # a checkpoint holds the state of each
     disc = vmae.discriminator(args.size).to(device) if args.lambda_adv > 0 else None
     if disc is not None:
         parts.update(disc=disc, disc_opt=optimiser(disc))  # and SD-VAE's discriminator
-    start = resume(args, saved, model_args, parts)
+    start = resume(args, saved, parts)
     saved = known = None                    # their memory is free again
     low_precision = matmul_precision(args, device)
-    mine = micro_batches(args, device, model, lambda n: trial_loss(
-        n, args.size, model, args.lambda_p, lpips_net, disc, low_precision))
+    with low_precision():
+        mine = micro_batches(args, device, model, lambda n: trial_loss(n, model, args, lpips, disc))
     begin(args, model, f"{len(train)} images to train on, {len(val)} held out")
     if args.data:
         train = train.keep_pixels(args.out, not args.no_cache)
@@ -539,7 +494,7 @@ def main():
         for half in halves:
             setattr(model, half, torch.compile(getattr(model, half), dynamic=False))
     batches = ahead(train, args, start, mine, device)
-    x_val = vmae.to_float(val.batch(val.some(64).tolist())[0])             # (64, 3, H, W)
+    x_val = vmae.to_float(val.batch(val.some(64).tolist())[0].to(device))  # (64, 3, H, W)
 
     # x -> x_v -> q(z|x_v) -> z -> p(x|z) -> L_VMAE. dae adds noise to x, sdvae an adversary.
     with Log(args, start, device) as log:
@@ -549,18 +504,16 @@ def main():
             adversary = disc is not None and step >= args.adv_start
             for number in mine:             # the micro-batches, whose gradients are summed
                 generator = vmae.seeded(args.seed, step, number, device=device)
-                x, _ = next(batches)        # uint8
-                x = vmae.to_float(x.to(device, non_blocking=device.type == "cuda"))
+                x, _ = next(batches)        # uint8 (B, 3, H, W)
+                x_in = x = vmae.random_flip(vmae.to_float(x), generator)
                 share = len(x) / args.batch
-                x = vmae.random_flip(x, generator)                         # (B, 3, H, W)
-                x_in = x
                 if args.noise > 0:          # only for dae
                     x_in = x + args.noise * torch.randn(x.shape, generator=generator, device=device)
                 with low_precision():
                     p, q, mask = model(x_in, mask_ratio, generator)        # mask (B, N), 1 = masked
                     loss, terms = vmae.loss_VMAE(          # a scalar, and {name: scalar}
                         x, p, q, mask, model.patch_size, args.lambda_m if mask_ratio > 0 else 0.0,
-                        args.lambda_p, args.lambda_reg, args.kl_mean, lpips_net)
+                        args.lambda_p, args.lambda_reg, args.kl_mean, lpips)
                     if adversary:           # SD-VAE's addition: the decoder against disc
                         disc.requires_grad_(False)
                         fake = disc(p.mode())                              # (B, 1, h', w')
@@ -578,9 +531,8 @@ def main():
             if adversary:
                 fine = fine & update(parts["disc_opt"], disc, lr)
 
-            if log.step(step + 1, fine, lr):
-                log.save(lambda path: validate(model, x_val, args, path), parts,   # PSNR, in dB
-                         model_args=model_args)
+            log.step(step + 1, fine, lr, lambda path: validate(model, x_val, args, path), parts,
+                     model_args=model_args)
 
 if __name__ == "__main__":
     vmae.cli(main)
