@@ -49,8 +49,9 @@ class ConvBN(nn.Module):
 
 class Mixed(nn.Module):
     """Branches that read the same input; their outputs are joined along the channels. branches:
-    name -> convolutions in a row, each (channels, height[, width]); the last may be a dict of two,
-    both outputs. branch_pool begins with the pool, whose stride the last convolutions have."""
+    name -> list of convolutions, each (channels, kernel height[, kernel width]). The last entry may
+    be a dict of two, {"a": ..., "b": ...}: both read what comes before, and both are outputs.
+    branch_pool begins with the pool. The last convolution has the pool's stride."""
 
     def __init__(self, c_in, pool, **branches):
         super().__init__()
@@ -209,9 +210,10 @@ def cholesky(sigma):
     return L
 
 def frechet_distance(mu1, sigma1, mu2, sigma2):
-    """FID = |mu1 - mu2|^2 + tr(S1) + tr(S2) - 2 tr sqrt(S1 S2). Heusel 2017, Eq. 6. The last trace
-    sums the singular values of A^T B, where S1 = A A^T and S2 = B B^T: their squares are S1 S2's
-    eigenvalues. mu (D,), sigma (D, D), numpy or torch. ValueError for others or no covariance."""
+    """FID = |mu1 - mu2|^2 + tr(S1) + tr(S2) - 2 tr sqrt(S1 S2). Heusel 2017, Eq. 6.
+    tr sqrt(S1 S2) is the sum of the square roots of the eigenvalues of S1 S2. With S1 = A A^T and
+    S2 = B B^T these are the squared singular values of A^T B; we sum the singular values. In
+    float64. mu (D,), sigma (D, D), numpy or torch. ValueError for other shapes or no covariance."""
     mu1, sigma1, mu2, sigma2 = (np.asarray(v) for v in (mu1, sigma1, mu2, sigma2))
     if mu1.shape != mu2.shape or any(s.shape != (mu1.size, mu1.size) for s in (sigma1, sigma2)):
         raise ValueError(f"statistics of {sigma1.shape} and {sigma2.shape} do not compare")
@@ -259,9 +261,10 @@ def precision_recall(real, fake, k=3):
     return on_manifold(fake, real), on_manifold(real, fake)
 
 class Judge(nn.Module):
-    """A small U-Net that learns what the faces' renderer knows: object, pattern, each pixel's part.
-    Its features, in standard deviations of the training faces, replace Inception's without a
-    download. They are no FID: they know only these faces, at 32 px, and compare with each other."""
+    """A small U-Net that learns what the renderer of the built-in faces knows: object, pattern, and
+    the part at each pixel. Its features take the place of Inception's, without a download. They are
+    no FID: they know only these faces, at 32 px, and distances in them compare with each other
+    alone. Each feature is in standard deviations of the training faces."""
 
     def __init__(self):
         super().__init__()
@@ -802,7 +805,7 @@ def compare(args):
                  `faces`, otherwise gFID, if Inception's weights can be had"""
     args.runs = args.runs or [str(path.parent) for path in sorted(Path("runs").glob("*/last.pt"))
                               if "vmae" not in vmae.read_checkpoint(path)]
-    if len(args.runs) < 2:
+    if len(set(args.runs)) < 2:
         raise FileNotFoundError("Fig. 2 needs two runs; train a second preset, or name them")
     rows, (vgg, inception) = [], args.nets
     runs = {run: vmae.checkpoint(run) for run in args.runs}
@@ -835,7 +838,7 @@ def compare(args):
     n = args.n if "generation, gFID" in axes else None
     report(args, "Comparison (Fig. 2)", rows, n, rescaled=shapes)
     radar(f"{args.out}/compare.png", axes, shapes)
-    if len(axes) == 4:
+    if not axes[-1].startswith("generation"):
         print("skipped generation: takes runs of stage two, and on photographs Inception's weights")
 
 def faces(args):
@@ -885,7 +888,7 @@ def neighbours(args):
                      "ratio": near / usual if usual else math.nan})
         shown += [train.batch(row.tolist())[0] for row in index[:len(x)][:16].T]
     report(args, f"Distance to the nearest of {len(train)} training images, median", rows)
-    names = [f"nearest {k} by {space}" for space in spaces for k in range(1, 6)]
+    names = [f"nearest {k} by {space}" for space in spaces for k in range(1, index.shape[1] + 1)]
     picture(shown, ["samples", *names], f"{args.out}/neighbours.png")
 
 # ---- The command line -------------------------------------------------------------------------

@@ -140,7 +140,7 @@ def begin(out, args, settings, files):
     note, text = out / "samples.json", json.dumps(settings)
     same = note.exists() and note.read_text() == text
     out.mkdir(parents=True, exist_ok=True)
-    found = {p for p in out.iterdir() if re.fullmatch(r"sample_\d{6}\.png", p.name)}
+    found = {p for p in out.iterdir() if re.fullmatch(r"sample_\d{6,}\.png", p.name)}
     kept = found.intersection(files if same else ())
     for path in (found - kept) | {out / "grid.png", out / "samples.npz", out / "trajectory.png"}:
         path.unlink(missing_ok=True)

@@ -1723,9 +1723,10 @@ def test_hostile_files_are_one_line_and_execute_nothing():
     refuses(sample.main, {f"--ckpt {name}": name for name in words} | {
         "--ckpt runs/vmae": "stage-two checkpoint"}, "--out new")
     for name, entries in (("nan", dict(ema={k: v * math.nan for k, v in theirs["ema"].items()})),
+                          ("inner", dict(vmae={**theirs["vmae"], "model": nan})),
                           ("other", dict(model_args=dict(theirs["model_args"], depth=9)))):
         torch.save({**theirs, **entries}, f"{name}.pt")
-        refuses(sample.main, {f"--ckpt {name}.pt": name}, "--out new")
+        refuses(sample.main, {f"--ckpt {name}.pt": "NaN" if name == "inner" else name}, "--out new")
     for name in ("cut", "payload", "nan", "less", "wide", "half"):        # as the run to go on with
         os.makedirs(f"run_{name}"), shutil.copy(f"{name}.pt", f"run_{name}/last.pt")
         refuses(train_vmae.main, {f"--resume --steps 9 --out run_{name}": f"run_{name}/last.pt"})
@@ -1961,6 +1962,7 @@ def test_nothing_given_is_ignored_and_nothing_trained_is_overwritten():
     refuses(evaluate.main, {
         "reconstruct --ckpt runs/vmae runs/large": "do not compare",
         "compare runs/vmae runs/gone": "runs/gone: no such",
+        "compare runs/vmae runs/vmae": "needs two runs",
         "compare runs/vmae runs/large": "do not compare",
         "fid --fake gone --real faces": "gone: no such"})
     ae = trained("--preset ae --init runs/vmae", "ae")     # a point, whatever it began as
@@ -1995,7 +1997,8 @@ def test_bad_input_is_one_line():
         "--mask 1.0": "--mask", "--mask -1": "--mask", "--mask 0.99": "leaves 0 of 16",
         "--size 18": "multiple of the patch", "--steps 0": "--steps", "--lr nan": "--lr",
         "--whole 7": "--whole", "--lambda-m -1": "--lambda-m", "--lr inf": "--lr",
-        "--device abacus": "--device", "--vgg-weights text/a.jpg": "a.jpg cannot be read",
+        "--device abacus": "--device", "--device meta": "--device meta",
+        "--vgg-weights text/a.jpg": "a.jpg cannot be read",
         "--lambda-p 1 --vgg-weights no.pth": "no.pth cannot be read",
         "--vgg-weights other.pth": "other.pth cannot be read"}, "--data data --size 16")
     refuses(evaluate.main, {"": "runs/vmae/last.pt: no such", "efficiency --size 60": "--size",

@@ -46,7 +46,8 @@ def common_options(doc, out, recipes, model, data, val):
     add("--device", default="auto", help="cuda, cpu, mps... (default: cuda if there is one)")
     add("--precision", choices=("auto", "float32", "bfloat16"), default="auto", help="numbers in "
         "matrix products; auto: bfloat16 on CUDA from Ampere on, and where a CPU is faster with it")
-    add("--resume", action="store_true", help="go on with the run in --out, if any, as it began")
+    add("--resume", action="store_true", help="go on from last.pt in --out, or begin if there is "
+        "none; the options that change the run stay as they were")
     add("--compile", action="store_true", help="torch.compile: faster after a slow first step")
     return parser
 
@@ -65,7 +66,7 @@ def parse(parser):
         if not args.resume:
             raise InputError(f"{last} holds step {saved['step']} of a run; go on with --resume, or "
                              f"begin another one with --out")
-        if ("vmae" in saved) != ("vmae" in args):          # stage two's: stage one, and its option
+        if ("vmae" in saved) != ("vmae" in args):          # only stage two has it, in both
             raise InputError(f"{last}: a checkpoint of the other stage; give another --out")
         old = {k: v for k, v in saved["train_args"].items() if k in args and k not in FRESH}
         if math.ceil(old["batch"] / old["micro"]) < WORLD:
@@ -218,7 +219,8 @@ def begin(args, model, what):
     """Make the run folder and print what will run."""
     os.makedirs(args.out, exist_ok=True)
     count = sum(p.numel() for p in model.parameters()) / 1e6
-    vmae.say(f"{what}, {count:.2f} M parameters\n{vars(args)}")
+    options = " ".join(f"{name}={value}" for name, value in vars(args).items())
+    vmae.say(f"{what}, {count:.2f} M parameters\n{options}")
 
 class Log:
     """The bar on the screen, log.jsonl and last.pt in the run folder, which process 0 writes. It
@@ -267,7 +269,8 @@ class Log:
             self.sums[name] = self.sums.get(name, 0) + share * row         # sum, good, bad share
 
     def means(self, step):
-        """Of the steps since the log's last line. InputError after ten bad steps in a row."""
+        """-> what to log: speed, and means of the losses, since the last line. InputError if ten
+        steps in a row were bad."""
         sums = torch.stack(list(self.sums.values()))       # (terms, 3)
         if WORLD > 1:
             dist.all_reduce(sums)
@@ -291,7 +294,7 @@ class Log:
         Then an interrupted run ends."""
         self.row = (self.row + 1) * ~fine
         self.longest, self.skipped = self.longest.maximum(self.row), self.skipped + ~fine
-        stopping = not vmae.agree(not self.signals) and step < self.args.steps     # all at once
+        stopping = not vmae.agree(not self.signals) and step < self.args.steps     # all or none
         saving = stopping or step % self.args.save_every == 0 or step == self.args.steps
         self.bar.update()
         if not saving and step % 50 > 0:

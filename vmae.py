@@ -360,7 +360,8 @@ def say(text):
         print(text)
 
 def agree(value):
-    """Wait for all processes -> the least of their values. On the CPU: none waits for its GPU."""
+    """Wait for all processes -> the smallest of their values. By way of the CPU, so that no process
+    waits for its GPU."""
     smallest = torch.tensor(value, dtype=torch.float64)
     if WORLD > 1:
         dist.all_reduce(smallest, dist.ReduceOp.MIN)
@@ -394,8 +395,9 @@ def resize_positions(weights, model):
     return {**weights, "pos_embed": new, "decoder_pos_embed": new}
 
 def drop_variance(model):
-    """For lambda_reg = 0: shrink q(z|x) to its mean, for good: Gaussian clamps logvar to -30 (sigma
-    3e-7), below which there is no gradient; weight decay acts on the zero matrix, not the bias."""
+    """For lambda_reg = 0: shrink q(z|x) to its mean, sigma = 3e-7. Gaussian clamps a logvar of -40
+    to -30; below the clamp the gradient is zero, so training leaves these weights alone (weight
+    decay acts on the matrix, which is zero, and not on the bias)."""
     last = model.to_latent if isinstance(model, VMAE) else model.encoder.conv_out
     last.weight.data[model.latent_dim:] = 0
     last.bias.data[model.latent_dim:] = -40
@@ -473,6 +475,8 @@ def build_vmae(ckpt):
     except Exception as error:
         raise InputError(f"{ckpt.get('path', 'checkpoint')}: its weights do not fit its model_args "
                          f"({reason(error)})") from None
+    if not all(v.isfinite().all() for v in model.state_dict().values()):
+        raise InputError(f"{ckpt.get('path', 'checkpoint')}: its weights are infinite or NaN")
     return model.eval().requires_grad_(False)
 
 def published(path, ckpt, num_heads):
@@ -617,7 +621,8 @@ class Folder:
         self.classes = sorted(tops) if len(tops) > 1 and "" not in tops else []
 
     def keep(self, run):
-        """Keep the entries in a run folder, for a later start, and a list of unreadable files."""
+        """Keep the entries in a run folder, so that a later start opens new files only, and a list
+        of the unreadable files, which all processes share."""
         self.list = Path(run, "unreadable.jsonl")
         kept = {"images.json": [(self.root, self.files)], self.list.name: self.unreadable}
         for name, lines in kept.items() if RANK == 0 else ():
@@ -640,7 +645,8 @@ class Folder:
         warnings.warn(f"skipped {what}, {count} so far")
 
 def to_float(x):
-    """0..255 -> [-1, 1], any shape. In memory and on their way to a GPU images are uint8."""
+    """0..255 -> [-1, 1], any shape. Until they are on the device that computes with them, images
+    are uint8, in memory and on their way to a GPU."""
     return x / 127.5 - 1
 
 class Images:
@@ -780,8 +786,9 @@ def hsv(h, s, v):
     return v - v * s * torch.minimum(k, 4 - k).clamp(0, 1)
 
 class Faces(Images):
-    """Procedural faces; the class is the object. Face i of a seed is the same everywhere: the first
-    FACES_TRAIN to train on, FACES_VAL held out. `render` returns pattern and parts as well."""
+    """Procedural faces; the class is the object. Face number i of a seed is the same everywhere.
+    The first FACES_TRAIN are for training, the next FACES_VAL are held out. `render` also returns
+    pattern and parts."""
 
     def __init__(self, size, split="train", seed=0):
         self.size, self.seed, self.classes, self.kept = size, seed, list(OBJECTS), {}
@@ -953,8 +960,9 @@ VGG_URL = "https://download.pytorch.org/models/vgg16-397923af.pth"
 VGG_LAST = "features.28.weight"             # its last convolution, by which we know the network
 
 def load_weights(what, url, path, option, key):
-    """Published weights -> (path, state dict): the local copy `path`, or torch hub's, or downloaded
-    with a check of the hash. InputError names URL, path and option if that fails or lacks `key`."""
+    """Published weights -> (path, state dict): from the local copy `path`; without it from torch
+    hub's cache; otherwise downloaded, with a check of the hash. InputError names URL, path and
+    option if they cannot be had, or if they lack the entry `key`."""
     file = Path(path or Path(torch.hub.get_dir(), "checkpoints", Path(url).name))
     try:
         if not path and not file.exists():
@@ -977,8 +985,9 @@ def load_lpips(vgg_weights=None):
     return net.eval().requires_grad_(False)
 
 def import_lpips():
-    """The lpips package, even beside a torchvision that was built for another torch. The import of
-    such a one stops for want of two compiled operators. lpips uses none, so we declare them."""
+    """The lpips package, even beside a torchvision that was built for another torch. Such a
+    torchvision has no compiled operators, and its import stops where it describes two of them to
+    torch. lpips uses none, so it is enough to declare that these two exist."""
     try:
         import lpips
     except RuntimeError:
@@ -1027,8 +1036,9 @@ def start(name):
     if name == "cuda" and WORLD > 1:
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
-        device = torch.zeros(0, device=name).device
-    except (RuntimeError, AssertionError):
+        device = (probe := torch.zeros(1, device=name)).device
+        probe.item()                        # "meta" has tensors, but no numbers in them
+    except (RuntimeError, AssertionError, ImportError):
         raise InputError(f"--device {name}: torch finds no such device, try cpu") from None
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -1082,8 +1092,9 @@ def conv3(c_in, c_out):
     return nn.Conv2d(c_in, c_out, 3, padding=1)
 
 class GroupNorm(nn.GroupNorm):
-    """GroupNorm (Wu & He 2018) in 32 groups, or in C if there are fewer channels. In float32, which
-    autocast sees to on a GPU; in bfloat16 it takes two thirds of a training step on a CPU."""
+    """GroupNorm (Wu & He 2018) in 32 groups, or in C if there are fewer channels. In float32 also
+    beside products in bfloat16: autocast sees to that on a GPU, but not on a CPU, where the norm in
+    bfloat16 would take two thirds of a training step."""
 
     def __init__(self, C):
         super().__init__(min(32, C), C, eps=1e-6)
@@ -1130,7 +1141,8 @@ def up(C):
     return nn.Sequential(named(nearest=nn.Upsample(scale_factor=2), conv=conv3(C, C)))
 
 def levels(channels, blocks, name, step):
-    """For each width residual blocks, then the step to the next size (down or up) with its name."""
+    """Residual blocks for each width, between them the step to the next size: `step` is down or up,
+    `name` its name in published weights."""
     rows = []
     for i, (c_in, c_out) in enumerate(zip((channels[0], *channels), channels), 1):
         resize = {name: step(c_out)} if i < len(channels) else {}
@@ -1182,8 +1194,9 @@ conv_sizes = {                              # the rows of `sizes`, with the same
     "base": dict(channels=(128, 256, 512, 512), latent_dim=16)}            # SD3's, 83.82 M
 
 def discriminator(img_size):
-    """PatchGAN (Isola 2017): image -> scores (B, 1, h', w'), high if it looks real, per patch of 70
-    pixels (34 below 64 px, 16 below 32). GroupNorm: a score must not depend on the whole batch."""
+    """PatchGAN (Isola 2017): image -> scores (B, 1, h', w'), one per patch of 70 pixels (34 below
+    64 px, 16 below 32 px), high if it looks real. With GroupNorm in place of BatchNorm a score does
+    not depend on the other images of the batch."""
     layers = 3 if img_size >= 64 else (2 if img_size >= 32 else 1)
     net = [nn.Conv2d(3, 64, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
     for i, C in enumerate((64, 128, 256)[:layers], 1):
