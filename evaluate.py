@@ -409,17 +409,19 @@ class Run:
         self.model = vmae.build_vmae(ckpt).to(args.device)                 # frozen
 
     def held_out(self):
-        """--n images of --data, or held out in training, always the same -> how many; batches of
-        uint8 (B, 3, S, S) and labels (B,)."""
-        size, data, val = self.model.img_size, self.trained["data"], self.trained["val"]
-        which = f"{self.args.data or val or data or 'the faces'} at {size} px"
-        if vars(self.args).setdefault("which", which) != which:
+        """--n images of --data, or of those held out in training, always the same -> how many, and
+        batches of uint8 (B, 3, S, S) and labels (B,). All runs of a command share one dataset."""
+        args, size = self.args, self.model.img_size
+        data, val = self.trained["data"], self.trained["val"]
+        which = f"{args.data or val or data or 'the faces'} at {size} px"
+        if "which" not in args:
+            args.which, args.images = which, (vmae.ImageFolder(args.data, size) if args.data
+                                              else vmae.open_images(data, size, val)[1])
+        if args.which != which:
             raise InputError(f"{self.path}: would be measured on {which}, the runs before it on "
-                             f"{self.args.which}; such numbers do not compare")
-        images = (vmae.ImageFolder(self.args.data, size) if self.args.data
-                  else vmae.open_images(data, size, val)[1])
-        numbers = images.some(self.args.n)
-        return len(numbers), images.batches(numbers, self.args.batch)
+                             f"{args.which}; such numbers do not compare")
+        numbers = args.images.some(args.n)
+        return len(numbers), args.images.batches(numbers, args.batch)
 
     def encode(self, images):
         """uint8 (N, 3, S, S) -> the mode of the posterior (N, d, h, w), on the CPU."""

@@ -1975,6 +1975,9 @@ def test_a_folder_says_what_surprises_and_never_holds_our_own_output():
     data = ImageFolder("data", 16)
     assert len(data) == 24 and data.classes == ["left", "right"]
     assert len(ImageFolder("data/samples", 16)) == 2       # asked for by name they are data
+    with patch(vmae, "Folder", wraps=vmae.Folder) as reads:
+        measured("reconstruct", "--data data --ckpt data/runs/vmae data/runs/ldm")
+    assert reads.call_count == 1
     said = {}
     os.makedirs("deep"), shutil.copytree("data", "deep/data", symlinks=True)
     Image.new("RGB", (20, 20)).save("data/beside.jfif")
