@@ -390,9 +390,9 @@ class Features:
 # ---- The images, models and weights that the options name -------------------------------------
 
 def optional_net(args, what, url, option, load):
-    """A network with published weights, or None: if the sub-command has no use for it, or if its
-    weights are neither here nor to be fetched; then a line says so."""
-    path = getattr(args, option.replace("-", "_"), None)   # None: of no use; "": wherever it is
+    """-> the network with published weights, or None if the sub-command does not use it, or if
+    there are no weights and none may be downloaded, which a line then says."""
+    path = getattr(args, option.replace("-", "_"), None)   # None: no such option; "": not given
     cached = Path(torch.hub.get_dir(), "checkpoints", Path(url).name).exists()
     if path or path == "" and (args.download or cached):
         return load(path).to(args.device)
@@ -453,12 +453,12 @@ def open_source(source, args, size=None):
     checkpoint, which is sampled. size: of a folder (default: that of its first image) or faces."""
     if source.endswith(".npz"):
         images = read_npz(source, "arr_0")["arr_0"]
-        S = (size,) if size else images.shape[1:2]         # (H,)
-        if images.dtype != np.uint8 or images.shape[1:] != (*S, *S, 3):
+        side = size or (images.shape[1] if images.ndim == 4 else 0)
+        if images.dtype != np.uint8 or images.shape[1:] != (side, side, 3):
             raise InputError(f"{source}: arr_0 is {images.dtype} {images.shape}; it must be uint8 "
                              f"(N, H, W, 3) with H = W = {size or 'any'}; a folder is resized")
         images = torch.from_numpy(images[:args.n]).permute(0, 3, 1, 2)
-        return *S, len(images), images.split(args.batch)
+        return side, len(images), images.split(args.batch)
     if os.path.isfile(source):
         size = ldm.load_ldm(source)[2]["vmae"]["model_args"]["img_size"]
         return size, args.n, draw_samples(source, args, args.cfg)
@@ -536,7 +536,7 @@ def plot(path, series, x_label, y_label, lines=True):
     """Save a PNG of series, name -> [(x, y), ...], joined by lines, or as dots without outliers."""
     points = np.array([p for curve in series.values() for p in curve])     # (M, 2)
     low, high = np.percentile(points, (0, 100) if lines else (0.5, 99.5), axis=0)      # (2,) each
-    low, span = np.where(high > low, (low, high - low), (low - 0.5, np.ones(2)))   # one value
+    low, span = np.where(high > low, low, low - 0.5), np.where(high > low, high - low, 1)  # (2,)
     digits = [max(0, 1 - math.floor(math.log10(v / 4))) for v in span]     # enough to tell ticks
     grid, curves = [], {}
     texts = [((680, 625), x_label, "mm"), ((130, 26), y_label, "lm")]
@@ -856,13 +856,13 @@ def faces(args):
     judged, rows = jury(args.device), []
     for path in args.ckpt:
         run, ckpt = Run(path, args), vmae.read_checkpoint(path)
-        if data := ckpt.get("train_args", {}).get("data"):     # of a run of stage two: of both
+        if data := ckpt.get("train_args", {}).get("data"):     # None for the built-in faces
             raise InputError(f"{path}: was trained on {data}, not on the faces")
         x, y = zip(*vmae.Faces(run.model.img_size, "val").batches(torch.arange(args.n), args.batch))
         sets = {"held out": (x, torch.cat(y)), "reconstructed": (map(run.again, x), torch.cat(y))}
-        classes = ckpt.get("classes")       # None: a checkpoint of stage one
-        for w in () if classes is None else args.cfg if classes else [1.0]:
-            kind = torch.arange(args.n) % 4 if classes else None
+        weights = args.cfg if ckpt.get("classes") else [1.0]   # no classes, so no guidance
+        kind = torch.arange(args.n) % 4 if ckpt.get("classes") else None
+        for w in weights if "classes" in ckpt else []:     # a stage one draws no samples
             sets[f"samples, w = {w}"] = draw_samples(path, args, w), kind
         for name, (batches, wanted) in sets.items():
             batches = tqdm(batches, name, dynamic_ncols=True)
@@ -896,10 +896,11 @@ def neighbours(args):
 # ---- The command line -------------------------------------------------------------------------
 
 HELP = {
-    "ckpt": "checkpoints of either stage, or published weights", "steps": "network calls per image",
-    "runs": "run folders, or checkpoints", "sampler": "ddim, ddpm or euler (default: as sample.py)",
+    "ckpt": "checkpoints of either stage (neighbours: of stage two), or published weights",
+    "runs": "run folders, or checkpoints", "steps": "network calls per image",
+    "sampler": "ddim, ddpm or euler (default: as sample.py)", "time": "also measure seconds",
     "fake": "a stage-two checkpoint, which is sampled; a folder; a .npz with arr_0",
-    "real": "a folder; a .npz of mu and sigma, or arr_0; faces, built in (default: as in training)",
+    "real": "folder, .npz (mu and sigma, or arr_0), or the word faces (default: as in training)",
     "data": "folder of images, none of them trained on (default: those held out in training)",
     "size": "side of the images in pixels", "batch": "images at a time", "n": "images at most",
     "pairs": "images per side whose features are kept, 8 KB each, for KID, precision, recall",
@@ -909,7 +910,7 @@ HELP = {
     "download": "fetch weights that are missing", "cfg": "guidance weight of samples, 1: none",
     "inception-weights": "a copy of FID's InceptionV3 (default: torch hub's cache)",
     "vgg-weights": "a copy of VGG-16, for LPIPS (default: torch hub's cache)",
-    "save-stats": "write the real side's statistics to this .npz", "time": "also measure seconds",
+    "save-stats": "write the real side's statistics to this .npz",
     "out": "folder of table and picture (default: that of the checkpoint, otherwise runs)"}
 INCEPTION = {"resize": "pytorch-fid", "fast": False, "inception-weights": "", "download": False}
 NETS, FIRST, SECOND = {**INCEPTION, "vgg-weights": ""}, ["runs/vmae/last.pt"], ["runs/ldm/last.pt"]
@@ -928,9 +929,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], usage="%(prog)s [command]")
     commands = parser.add_subparsers(metavar="command", prog=parser.prog)
     for function, own in COMMANDS.items():
-        about = re.split(r"[.?]\s+(?=[A-Z`])", function.__doc__)[0]        # its first sentence
+        about = re.split(r"\.\s+(?=[A-Z`])|(?<=\?)\s", function.__doc__)[0]    # its first sentence
         command = commands.add_parser(function.__name__, help=about)
-        command.set_defaults(function=function, sampler=None, steps=50)    # of sample.py
+        command.set_defaults(function=function, sampler=None, steps=50)    # as sample.py's
         for name, default in {"batch": 64, "device": "auto", "out": "", **own}.items():
             choices = ("pytorch-fid", "clean") if name == "resize" else None
             flag, nargs = (name, "*") if name == "runs" else (f"--{name}", "+")
@@ -942,7 +943,7 @@ def main():
                 kind = dict(action="store_true")
             note = " (default: %(default)s)" if default and default is not True else ""
             command.add_argument(flag, default=default, help=HELP[name] + note, **kind)
-    everything = not sys.argv[1:]           # that needs no download or Inception, slow on a CPU
+    everything = not sys.argv[1:]           # then run all commands but fid and faces, the slow ones
     names = [function.__name__ for function in COMMANDS if function not in (fid, faces)]
     for line in [[name] for name in names] if everything else [sys.argv[1:]]:
         args = vmae.check(parser.parse_args(line))

@@ -23,8 +23,8 @@ import torch.nn.functional as F
 
 def normalise(z, mean, std):
     """(z - mean) / std per channel. z (B, d, h, w); mean, std (d,), kept in the checkpoint.
-    Diffusion ends on noise of variance 1 and expects data of the same scale. L_reg does not give
-    it: it acts on sigma alone (kl_mean="free"), or with a small weight ("zero")."""
+    Diffusion ends on noise of variance 1 and expects data of the same scale. L_reg does not ensure
+    this: with kl_mean="free" it acts on sigma alone, and with "zero" its weight is small."""
     return (z - mean.view(1, -1, 1, 1)) / std.view(1, -1, 1, 1)
 
 def denormalise(z, mean, std):
@@ -55,7 +55,7 @@ class Schedule:
         else:
             u = torch.linspace(0, 1, T + 1, dtype=torch.float64)           # Nichol's t / T
             f = ((u + 0.008) / 1.008 * math.pi / 2).cos() ** 2
-            beta = 1 - f[1:] / f[:-1]       # so that alpha_bar = f / f[0], but for the clamp
+            beta = 1 - f[1:] / f[:-1]       # so that alpha_bar = f / f[0], except for the clamp
         # Nichol's last alpha_bar is 2.4e-9, where an eps that is off by .01 is a z_0 that is off by
         # 200. Ho's last, 4e-5, is the least that we take; z_T is N(0, 1) all the same.
         self.alpha_bar = (1 - beta.clamp(max=0.999)).cumprod(0).clamp(min=4e-5)    # (T,), float64
@@ -129,10 +129,10 @@ def loss_LDM(model, schedule, z_0, y=None, generator=None):
     if schedule.objective == "eps":         # t is uniform, as in the paper and in Ho 2020
         t = torch.randint(schedule.T, (len(z_0),), generator=generator, device=z_0.device)  # (B,)
     else:
-        # Shapes and patterns are decided at medium noise. Samples of the faces at w = 1 were at a
-        # distance of 46 with a uniform t, and of 33 to 36 with five distributions around this one
-        # (1,900 steps of batch 16, patches of 2). With eps it is the other way round, 78 and 454:
-        # an eps that is a little off at high noise is a z_0 that is far off.
+        # Shapes and patterns are decided at medium noise. Samples of the faces at w = 1 had a
+        # Frechet distance (evaluate.py faces) of 46 with a uniform t, and of 33 to 36 with five
+        # distributions like this one (1,900 steps of batch 16, patches of 2). With eps a uniform t
+        # is better, 78 against 454: an eps a little off at high noise makes a z_0 that is far off.
         u = logit_normal(z_0, 0.4, 0.7, generator)         # (B,), the cosine schedule's t / T
         t = schedule.nearest((u * math.pi / 2).cos() ** 2)     # (B,)
     eps = torch.randn(z_0.shape, generator=generator, device=z_0.device)   # (B, d, h, w)
@@ -240,7 +240,7 @@ SAMPLERS = {
         "clip": CLIP, "eta": "share of DDPM's noise, 0 to 1 (default: 0)"}),
     "ddpm": (ddpm_sample, ("eps", "v"), {"clip": CLIP}),
     "euler": (euler_sample, ("flow",), {
-        "shift": "of the times; below 1, smaller steps near the noise (default: 1)",
+        "shift": "spacing of times; below 1: smaller steps near the noise (default: 1)",
         "interval": "guide from this time on, 0 (noise) to 1 (image) (default: 0)"})}
 
 def fitting_samplers(objective):
@@ -478,7 +478,7 @@ class EMA:
 def read(path):
     """A file of tensors and plain values -> its dict. OSError, in one sentence, if that fails."""
     if not os.path.isfile(path):
-        raise FileNotFoundError(f"{path}: no such checkpoint; train_ldm.py makes one")
+        raise FileNotFoundError(f"{path}: no such checkpoint or file")
     try:
         return dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception:
@@ -488,9 +488,9 @@ def published(path, ckpt):
     """A checkpoint of the authors' LightningDiT -> a dict as in ours, without latent_mean,
     latent_std and vmae. The shapes of the weights give DiT's arguments. Prints what was left over.
     OSError for another model, or a part of it."""
-    weights = ckpt.get("ema") or ckpt.get("model") or ckpt
-    weights = {re.sub(r"^(module\.|_orig_mod\.)+", "", k): v for k, v in weights.items()}
     try:
+        weights = ckpt.get("ema") or ckpt.get("model") or ckpt
+        weights = {re.sub(r"^(module\.|_orig_mod\.)+", "", k): v for k, v in weights.items()}
         D, d, P, _ = weights["x_embedder.proj.weight"].shape               # (D, d, P, P)
         num_classes = len(weights["y_embedder.embedding_table.weight"]) - 1    # the last is null
         args = dict(
@@ -499,7 +499,7 @@ def published(path, ckpt):
             num_heads=D // weights["feat_rope.freqs_cos"].shape[1], num_classes=num_classes)
         model = DiT(**args)
         missing, left_over = model.load_state_dict(weights, strict=False)
-    except (KeyError, RuntimeError) as error:
+    except Exception as error:
         raise OSError(f"{path}: neither a stage-two checkpoint, such as runs/ldm/last.pt, nor a "
                       f"LightningDiT ({str(error).splitlines()[-1].strip()})") from None
     if missing:
@@ -519,12 +519,12 @@ def load_ldm(path, stats=None):
     if not {"model_args", "ema", "latent_mean", "latent_std", "vmae"} <= set(ckpt):
         ckpt = published(path, ckpt)
     if stats is not None:
-        numbers = read(stats)               # in the authors' files each has shape (1, d, 1, 1)
-        for name in ("mean", "std"):
-            ckpt[f"latent_{name}"] = torch.as_tensor(numbers.get(name, ())).float().flatten()
-            if len(ckpt[f"latent_{name}"]) != ckpt["model_args"]["in_channels"]:
-                raise OSError(f"{stats}: holds no {name} of the latent's "
-                              f"{ckpt['model_args']['in_channels']} channels")
+        numbers, d = read(stats), ckpt["model_args"]["in_channels"]
+        try:                                # in the authors' files each has shape (1, d, 1, 1)
+            for name in ("mean", "std"):
+                ckpt[f"latent_{name}"] = torch.as_tensor(numbers[name]).float().reshape(d)
+        except Exception:
+            raise OSError(f"{stats}: holds no mean and std of the {d} latent channels") from None
     if "latent_mean" not in ckpt:
         raise OSError(f"{path}: published weights come with a file of latent statistics; name it "
                       f"with --stats of sample.py or train_ldm.py")

@@ -115,10 +115,10 @@ def decode(z_0, ae, ckpt):
 
 @torch.no_grad()
 def draw(index, labels, model, ae, schedule, ckpt, sampler, seed=0, w=1.0, **options):
-    """Images number index (B,) of a seed -> uint8 (B, 3, H, W) on the CPU. labels: to use in turn,
-    empty without classes; ae: the autoencoder; w: guidance; options: steps and the sampler's."""
+    """Image numbers index (B,) -> uint8 (B, 3, H, W) on the CPU. labels: image i gets label number
+    i % len(labels), none if empty. ae: the autoencoder; w: guidance; options: steps, sampler's."""
     shape, device = (ae.latent_dim, ae.grid, ae.grid), model.pos_embed.device
-    # One per image, on the CPU, so that batch and device change an image by rounding only.
+    # One generator per image, on the CPU: batch and device then change an image by rounding only.
     generators = [vmae.seeded(seed, i) for i in index.tolist()]
     y = torch.tensor(labels)[index % len(labels)].to(device) if labels else None           # (B,)
 
@@ -133,17 +133,20 @@ def draw(index, labels, model, ae, schedule, ckpt, sampler, seed=0, w=1.0, **opt
 
 def begin(out, args, settings, files):
     """Make the folder `out` -> those of `files` that this same command drew before it was
-    interrupted. Images of another command are deleted, and so are the files made from them."""
+    interrupted. Images of another command are deleted, and so are the files made from them; but
+    without a samples.json no file in the folder is ours."""
     for path in filter(None, (args.ckpt, args.vmae, args.stats)):
         settings[os.path.abspath(path)] = os.path.getsize(path), os.stat(path).st_mtime_ns
     settings |= {name: getattr(args, name) for name in ("seed", "steps", "batch", *SAMPLER_OPTIONS)}
     note, text = out / "samples.json", json.dumps(settings)
-    same = note.exists() and note.read_text() == text
+    before = note.read_text() if note.exists() else ""
     out.mkdir(parents=True, exist_ok=True)
-    found = {p for p in out.iterdir() if re.fullmatch(r"sample_\d{6,}\.png", p.name)}
-    kept = found.intersection(files if same else ())
-    for path in (found - kept) | {out / "grid.png", out / "samples.npz", out / "trajectory.png"}:
-        path.unlink(missing_ok=True)
+    ours = list(out.iterdir()) if before else []
+    found = {p for p in ours if re.fullmatch(r"sample_\d{6,}\.png", p.name)}
+    kept = found.intersection(files if before == text else ())
+    made = {p for p in ours if p.name in ("grid.png", "samples.npz", "trajectory.png")}
+    for path in (found - kept) | made:
+        path.unlink()
     if found - kept:
         print(f"{out}: {len(found - kept)} images of another command are deleted")
     with vmae.whole_file(note) as file:

@@ -441,6 +441,7 @@ def test_faces_repeat_whatever_the_batch_and_have_all_levels():
     train, val = Faces(8, "train"), Faces(8, "val")        # which share no face
     assert train.first + len(train) <= val.first and len(val) >= 256
     assert not torch.equal(val.render([0])[0], train.render([0])[0])
+    assert len(list(val)) == len(val)                      # a loop ends, and meets no other face
 
 def test_folder_reads_every_mode_crops_the_centre_and_turns_by_exif():
     for mode in ("1", "L", "P", "CMYK"):
@@ -505,6 +506,9 @@ def test_caches_belong_to_one_folder_with_its_labels_and_size():
 def test_nobody_else_s_file_is_deleted():
     save_images("data", 30)
     os.mkdir("run")
+    both_stages(), os.mkdir("samples"), Path("samples/samples.npz").touch()
+    runs(sample.main, "--n 1 --steps 1")                   # the first time no file there is ours
+    assert os.path.exists("samples/samples.npz")
     theirs = ["images_000.png", "images_backup.zip", f"images_{'a' * 16}.pt", "moments_0.pt"]
     for name in theirs:
         Path("run", name).touch()
@@ -1707,7 +1711,9 @@ def test_hostile_files_are_one_line_and_execute_nothing():
            "nan": (changed(model=nan), "NaN"), "less": (changed(model=less), "do not fit"),
            "more": (changed(model=more), "do not fit"),
            "wide": (changed(model_args=wide), "do not fit"),
-           "half": ({"model_args": ours["model_args"]}, "neither stage one")}
+           "half": ({"model_args": ours["model_args"]}, "neither stage one"),
+           "tensor": ({"model": torch.zeros(3)}, "not a checkpoint"),
+           "number": ({"vmae": 3}, "neither stage one")}
     for name, (content, _) in bad.items():
         torch.save(content, f"{name}.pt")
     whole = Path("runs/vmae/last.pt").read_bytes()
@@ -1909,7 +1915,10 @@ def test_sampling_depends_on_the_seed_alone_and_refuses_what_does_not_fit():
         "--eta 2": "--eta", "--cfg nan": "--cfg"})
     go = "--init flat/last.pt --no-classes --batch 4 --out on --steps"
     runs(train_ldm.main, f"{go} 1"), runs(train_ldm.main, f"{go} 2 --resume")
+    torch.save({"mean": "abc", "std": "abc"}, "words.pt")
     refuses(train_ldm.main, {
+        "--init flat/last.pt --model base --no-classes --out new": "leave --model out",
+        "--init flat/last.pt --stats words.pt --no-classes --out new": "words.pt: holds no mean",
         "--init flat/last.pt --schedule cosine --no-classes --out new": "linear",
         "--steps 3 --out flat --resume --objective v": "the run in flat has eps",
         f"{go} 3 --resume --schedule cosine": "the run in on has linear"})
@@ -1922,7 +1931,7 @@ def test_nothing_given_is_ignored_and_nothing_trained_is_overwritten():
         "--data data --size 16": "holds step 2",
         f"{go} --preset vmae --arch conv": "--arch conv: the",
         f"{go} --lambda-adv 0.1": "the run in runs/vmae has 0.0", f"{go} --seed 1": "--seed 1",
-        f"{new} --val data": "give --data as well",
+        f"{new} --val data": "leave --val out",
         f"{new} --init runs/vmae --model base": "--init",
         f"{new} --init runs/vmae/last.pt --arch conv": "decides the shape",
         "--data data/left --out runs/vmae --init runs/vmae --size 16": "holds step 2"})

@@ -28,10 +28,10 @@ DROP = 0.1             # default of --drop; Ho & Salimans 2022 found 0.1 and 0.2
 
 @torch.no_grad()
 def cache_moments(model, data, run, device, low_precision):
-    """q(z|x) of each image, row 2i, and of its mirror image, row 2i + 1: mu and logvar, (2d, h, w)
-    in float16, as vmae.Rows, made of the stage-one weights and of the data. low_precision: the
-    context of stage two's matrix products; on the faces bfloat16 takes half of the time, and moves
-    mu by .4 % of its spread, where sigma is 7 %."""
+    """-> vmae.Rows, kept in `run` and made anew if stage one's weights or the data change. Rows 2i
+    and 2i + 1 hold q(z|x) of image i and of its mirror image: mu and logvar, (2d, h, w), float16.
+    low_precision: makes the context; after the default run bfloat16 halves the time and moves mu by
+    .4 % of its spread, of which sigma is 7 %."""
     def encode(first, last):
         """For vmae.Rows: the rows from `first` to `last` - 1."""
         for x, y in data.batches(torch.arange(first // 2, last // 2)):
@@ -43,7 +43,7 @@ def cache_moments(model, data, run, device, low_precision):
     weights = b"".join(v.cpu().numpy().tobytes() for v in model.state_dict().values())
     row_bytes = 2 * 2 * model.latent_dim * model.grid**2   # mu and logvar, two bytes each
     rows = vmae.Rows(run, "moments", weights + data.fingerprint(), 2 * len(data), row_bytes)
-    return rows.build("encoding, with their mirror images,", encode)
+    return rows.build("encoding, mirror images included,", encode)
 
 def statistics(rows):
     """Mean and standard deviation of z per channel, (d,) each, for normalise, from 2,048 rows at
@@ -56,7 +56,7 @@ def statistics(rows):
 # ---- Stage two --------------------------------------------------------------------------------
 
 def options():
-    """The command line -> as parse; `main` chooses the options that are still None."""
+    """The command line -> what parse returns. `main` chooses the options that are still None."""
     parser = common_options(
         __doc__, "runs/ldm", RECIPES, "small on CUDA for a folder, otherwise tiny",
         "that of stage one", "that of stage one")
@@ -73,7 +73,9 @@ def options():
         "which guidance needs (default: %(default)s)")
     args, saved = parse(parser)
     if args.stats and not args.init:
-        raise InputError("--stats: are those of published weights; name these with --init")
+        raise InputError("--stats: belongs to published weights; name these with --init")
+    if args.init and args.model and not saved:
+        raise InputError("--model: --init decides the shape of the network; leave --model out")
     return args, saved
 
 def read_init(args, ae, classes):
@@ -122,7 +124,7 @@ def main():
     args.model = args.model or ("small" if device.type == "cuda" and args.data else "tiny")
     use_recipe(args, RECIPES)               # args are complete from here on
     ae = vmae.build_vmae(stage_one).to(device)             # the autoencoder, frozen
-    data, val = vmae.open_images(args.data, ae.img_size, args.val, args.out)   # as stage one had
+    data, val = vmae.open_images(args.data, ae.img_size, args.val, args.out)   # at its size
     classes = [] if args.no_classes else data.classes
     if not classes and args.drop != DROP:
         vmae.say("--drop: has no effect here, as there are no classes")

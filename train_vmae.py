@@ -66,7 +66,7 @@ def parse(parser):
         if not args.resume:
             raise InputError(f"{last} holds step {saved['step']} of a run; go on with --resume, or "
                              f"begin another one with --out")
-        if ("vmae" in saved) != ("vmae" in args):          # only stage two has it, in both
+        if ("vmae" in saved) != ("vmae" in args):          # stage two has this entry and option
             raise InputError(f"{last}: a checkpoint of the other stage; give another --out")
         old = {k: v for k, v in saved["train_args"].items() if k in args and k not in FRESH}
         if math.ceil(old["batch"] / old["micro"]) < WORLD:
@@ -75,9 +75,9 @@ def parse(parser):
     elif args.resume:
         vmae.say(f"{last}: no checkpoint yet, so the run begins")
     args = vmae.check(parser.parse_args())
-    for name in {"data", "val", "init", "vmae"} & vars(args).keys():       # wherever we go on
+    for name in {"data", "val", "init", "vmae"} & vars(args).keys():       # from any folder
         setattr(args, name, getattr(args, name) and os.path.abspath(getattr(args, name)))
-    for name, value in old.items():         # now the defaults: what differs was given
+    for name, value in old.items():         # they are the defaults now: what differs was given
         if name not in FREE and getattr(args, name) != value:
             raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: the run in "
                              f"{args.out} has {value}; leave it out, or begin another with --out")
@@ -92,7 +92,7 @@ def use_recipe(args, recipes):
         setattr(args, name, getattr(args, name) or value)
 
 def matmul_precision(args, device):
-    """Choose --precision, if it is auto -> a context in which matrix products have it."""
+    """Choose --precision, if it is auto -> a function that makes a context for matrix products."""
     if args.precision == "auto":
         args.precision = "bfloat16" if vmae.agree(vmae.has_bfloat16(device)) else "float32"
     if device.type == "cuda":
@@ -124,9 +124,9 @@ def free_memory(device):
 def micro_batches(args, device, model, forward):
     """Choose --micro, if it was not given -> the numbers of this process's parts of each batch.
 
-    forward(n): the loss of n images. What it keeps grows with n, so that two passes tell what one
-    image takes. Gradients and AdamW's moments are as large as the weights, three times; of what is
-    then free, a third is left for what lives shortly, and for fragments."""
+    forward(n): the loss of n images. What it keeps in memory grows with n, so two passes tell how
+    much one image takes. Gradients and AdamW's two moments take three times the memory of the
+    weights. A third of what is then free is left for short-lived tensors and fragmentation."""
     if args.micro is None:
         weights = sum(p.numel() * p.element_size() for p in model.parameters())
         free = free_memory(device) - 3 * weights
@@ -142,9 +142,9 @@ def micro_batches(args, device, model, forward):
     return range(RANK, parts, WORLD)
 
 def shares(n, args, start, parts):
-    """The numbers below n that make this process's parts of each batch, from step `start` on,
-    without end. Position p of all batches is place p % n of epoch p // n, which is shuffled anew.
-    Each list is sorted, because a file is read faster from front to back."""
+    """Yield this process's parts of each batch, from step `start` on, without end: sorted lists of
+    numbers below n (a file is read faster from front to back). The batches are cut, one after the
+    other, from the epochs in a row; each epoch is a new random order of all n numbers."""
     @functools.lru_cache(2)
     def order(epoch):
         return torch.randperm(n, generator=vmae.seeded(args.seed, epoch)).tolist()
@@ -294,7 +294,7 @@ class Log:
         Then an interrupted run ends."""
         self.row = (self.row + 1) * ~fine
         self.longest, self.skipped = self.longest.maximum(self.row), self.skipped + ~fine
-        stopping = not vmae.agree(not self.signals) and step < self.args.steps     # all or none
+        stopping = not vmae.agree(not self.signals) and step < self.args.steps     # one stops all
         saving = stopping or step % self.args.save_every == 0 or step == self.args.steps
         self.bar.update()
         if not saving and step % 50 > 0:
@@ -326,11 +326,12 @@ CONV_RECIPES = {                            # of the convolutional bodies
     **RECIPES, "tiny": dict(RECIPES["tiny"], lr=1.5e-3),   # 20.0 dB after 400 steps, not 18.2
     "base": dict(RECIPES["base"], batch=16)}               # 22 times the operations of VMAE
 
-# The autoencoders that the paper compares: defaults of the options below, AE's with the changes of
-# a row in PRESETS. lambda_reg = 0 makes the latent a point. lambda_p = None: `perceptual` decides.
-# Two values are ours. The authors' lambda_reg of 1e-6 leaves vmae's sigma at .016 of mu's spread;
-# 1e-4 raises it to .12 and costs .2 dB. With Esser's lambda_adv of 0.5 sdvae's discriminator learnt
-# nothing on the faces; with 0.1 it does. adv_start: no option, fill_in sets it, --resume keeps it.
+# The autoencoders that the paper compares. AE has defaults for the options below; each row of
+# PRESETS says what its autoencoder changes. lambda_reg = 0: z is mu. lambda_p = None: `perceptual`
+# chooses it. Two values are not the authors': their lambda_reg of 1e-6 leaves vmae's sigma at .016
+# of mu's spread; ours, 1e-4, raises it to .12 and costs .2 dB. With Esser's lambda_adv of 0.5
+# sdvae's discriminator learnt nothing on the faces; with our 0.1 it does. adv_start is no option:
+# fill_in sets it, and --resume keeps it.
 AE = dict(arch="conv", mask=0.0, noise=0.0, lambda_reg=0.0, kl_mean="zero", lambda_p=0.0,
           lambda_adv=0.0, adv_start=None)
 PRESETS = {
@@ -340,15 +341,16 @@ PRESETS = {
     "vmae": dict(arch="vit", mask=0.6, lambda_reg=1e-4, kl_mean="free", lambda_p=None)}
 
 def options():
-    """The command line -> as parse; fill_in and perceptual choose the options that are None."""
+    """The command line -> what parse returns. fill_in and perceptual choose options still None."""
     parser = common_options(
         __doc__, "runs/vmae", RECIPES, "tiny to 32 px; above, base on CUDA, else small",
         "the built-in faces", "one in twenty of --data, chosen by its path")
     add = parser.add_argument
-    add("--size", type=int, help="px (default: --init's; faces 32; folders 256 on CUDA, else 64)")
-    add("--preset", choices=PRESETS, default="vmae", help="an autoencoder of the paper; its row in "
-        "PRESETS has defaults of options below; into runs/NAME (default: %(default)s)")
-    add("--arch", choices=("vit", "conv"), help="VMAE's transformer or SD-VAE's convolutions")
+    add("--size", type=int, help="image side (default: --init's; faces 32; 256 on CUDA, else 64)")
+    add("--preset", choices=PRESETS, default="vmae", help="autoencoder of the paper; sets defaults "
+        "of options below (PRESETS), and --out to runs/NAME (default: %(default)s)")
+    add("--arch", choices=("vit", "conv"), help="VMAE's transformer, or SD-VAE's convolutions, with "
+        "another default --lr (tiny) and --batch (base) (default: vmae, mae vit, others conv)")
     add("--init", type=vmae.checkpoint, help="start from ours, a published VMAE or SD3-style VAE")
     add("--tune", choices=("decoder",), help="train the decoder of --init and leave its encoder as "
         "it is, without a mask and with LPIPS at 10: the authors' last stage; into runs/tuned")
@@ -357,7 +359,7 @@ def options():
     # with --whole 0 it is 28.3, because the encoder is used on whole images; with --lambda-m 1, the
     # authors' balance, 28.6: the masked patches' errors are much larger and dominate the sum.
     add("--whole", type=float, default=0.5, help="share of steps without a mask (default: 0.5)")
-    add("--noise", type=float, help=f"noise's deviation {default(PRESETS, 'noise', 'others 0')}")
+    add("--noise", type=float, help=f"std of noise on x {default(PRESETS, 'noise', 'others 0')}")
     add("--lambda-m", type=float, default=0.1, help="weight of L_M (default: %(default)s)")
     add("--lambda-reg", type=float, help="weight of L_reg; with 0 z has no variance "
         f"{default(PRESETS, 'lambda_reg', 'others 0')}")
@@ -382,7 +384,7 @@ def options():
     idle = {"lambda_m": args.mask == 0, "whole": args.mask == 0, "kl_mean": args.lambda_reg == 0,
             "no_cache": not args.data}
     for name in [n for n in idle if idle[n] and getattr(args, n) != parser.get_default(n)]:
-        vmae.say(f"--{name.replace('_', '-')}: has no effect here")
+        vmae.say(f"--{name.replace('_', '-')}: has no effect beside the other options")
     if args.compile and args.lambda_adv > 0:
         raise InputError("--compile: cannot be given with an adversarial loss (--lambda-adv)")
     return args, saved
@@ -455,7 +457,7 @@ def validate(model, x_val, args, path):
         x_hat = model.decode(model.encode(x).mode())       # and as in use
         a, whole, guess = (vmae.to_uint8(v).cpu() for v in (x, x_hat, p.mode()))
         found["PSNR_val"].append(vmae.psnr(a, whole))      # (8,), in float64, unknown to MPS
-        if args.mask > 0:                   # as many in each image: a long row of pixels for psnr
+        if args.mask > 0:                   # each image hides as many pixels, here in one row
             pair = [vmae.patchify(v, P)[mask.cpu() == 1].view(len(x), 1, 1, -1) for v in (a, guess)]
             found["PSNR_m_val"].append(vmae.psnr(*pair))
     vmae.save_grid(rows, path)

@@ -17,10 +17,10 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 
-# While torch's threads wait for each other they spin, so long that a second training on the same
-# cores slows both down fifteen- to fifty-fold. With 3,000 rounds each of the two keeps 43 % of its
-# speed, and one alone loses a tenth; with 1,000 it is 59 % and a sixth (2 cores of an Intel Xeon).
-# To be set before torch is loaded, so the scripts import this file first.
+# torch's threads wait for each other in a busy loop, so long that a second training on the same
+# cores slows both down 15 to 50 times. If they give up after 3,000 rounds, each of the two keeps
+# 43 % of its speed, but one training alone loses 10 % (1,000 rounds: 59 % and 17 %; 2 Xeon cores).
+# torch reads this number when it is loaded, so the scripts import this file first.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
@@ -33,7 +33,7 @@ from PIL import Image, ImageOps
 from torch.utils.data import default_collate
 from tqdm import tqdm
 
-# Glossary: the letters in every shape comment of this repository
+# Glossary: the letters in shape comments (but in metrics N is images, in convolutions C a width)
 #
 #   B  images in a batch           P  side of a patch in pixels    D  width of the transformer
 #   C  colour channels, always 3   N  patches (tokens) per image   d  latent channels per token
@@ -68,7 +68,7 @@ def random_mask(B, h, w, mask_ratio, generator=None, device="cpu"):
     V = math.floor(N * (1 - mask_ratio) + 1e-9)            # in floats 10 * (1 - 0.9) is below 1
     if not 0 < V <= N:
         raise ValueError(f"a mask ratio of {mask_ratio} leaves {max(V, 0)} of {N} patches visible; "
-                         f"it must be at least 0 and leave one")
+                         f"it must be at least 0 and leave one patch visible")
     # One number per patch; the V smallest stay visible. To mask blocks, smooth `noise` over h, w.
     noise = torch.rand(B, h, w, generator=generator, device=device)        # (B, h, w)
     keep = noise.flatten(1).argsort(1)[:, :V].sort(1).values               # (B, V)
@@ -115,8 +115,8 @@ class Gaussian:
 
         Sum over the channels of a token, mean over tokens and batch: a scalar, in nats per token.
         This pulls sigma, the noise of one latent, not the spread of the means over the images: with
-        our weights sigma ends at .12 of that spread. ldm.normalise then gives z unit variance. What
-        the weight costs and brings in both stages: table 4 in README."""
+        lambda_reg = 1e-4 sigma ends near .1 of that spread. ldm.normalise then gives z unit
+        variance. Table 4 in README shows what other lambda_reg do to both stages."""
         mu, logvar = self.mu.float(), self.logvar.float()
         kl = logvar.exp() - 1 - logvar + (mu**2 if mean == "zero" else 0)
         return 0.5 * kl.sum(1).mean()
@@ -144,13 +144,14 @@ def loss_M(p, x, mask, P):
 def loss_P(lpips_net, x, x_hat):
     """L_P = E[sum_l w_l ||psi_l(x) - psi_l(x_hat)||^2], LPIPS on VGG features. Section 4.3.
 
-    x, x_hat: (B, 3, H, W) in [-1, 1]. It compares whole images, as the authors' code does. psi_l
-    has unit length at each place. The features may be in bfloat16 (under autocast), the distance is
-    in float32. lpips_net: from load_lpips."""
-    psi, psi_hat = (lpips_net.net(lpips_net.scaling_layer(v)) for v in (x, x_hat))
+    x, x_hat: (B, 3, H, W) in [-1, 1]; whole images are compared, as in the authors' code. psi_l has
+    unit length at each place. The features may be in bfloat16 (under autocast), the distance is in
+    float32. lpips_net: from load_lpips."""
+    psi = lpips_net.net(lpips_net.scaling_layer(x))        # the features of five layers
+    psi_hat = lpips_net.net(lpips_net.scaling_layer(x_hat))
     with torch.autocast(x.device.type, enabled=False):
-        unit = [[F.normalize(v.float(), dim=1, eps=1e-10) for v in net] for net in (psi, psi_hat)]
-        return sum(w(((a - b) ** 2)).mean() for w, a, b in zip(lpips_net.lins, *unit))
+        unit = [F.normalize(v.float(), dim=1, eps=1e-10) for v in (*psi, *psi_hat)]
+        return sum(w((a - b) ** 2).mean() for w, a, b in zip(lpips_net.lins, unit[:5], unit[5:]))
 
 def loss_VMAE(x, p, q, mask, P, lambda_M=0.1, lambda_P=0.0, lambda_reg=1e-4, kl_mean="free",
               lpips_net=None):
@@ -360,8 +361,8 @@ def say(text):
         print(text)
 
 def agree(value):
-    """Wait for all processes -> the smallest of their values. By way of the CPU, so that no process
-    waits for its GPU."""
+    """Wait for all processes -> the smallest of their values. They exchange them on the CPU, so
+    that no process waits for its GPU."""
     smallest = torch.tensor(value, dtype=torch.float64)
     if WORLD > 1:
         dist.all_reduce(smallest, dist.ReduceOp.MIN)
@@ -376,8 +377,8 @@ def from_first(function):
 
 # ---- Sizes, positions, checkpoints ------------------------------------------------------------
 
-# VMAE's arguments, but for the size of the images. tiny: the default run, 32 px on a CPU. small:
-# small photographs on a CPU. base: the paper's f8d16 (patches of 8 pixels, d = 16); at 256 px
+# Rows of VMAE's arguments, without img_size. tiny: the default run, 32 px on a CPU. small: small
+# photographs on a CPU. base: the paper's f8d16 (patches of 8 pixels, d = 16); at 256 px it holds
 # 11.19 M numbers, of which 10.80 M are learned and the rest are fixed positions.
 sizes = {
     "tiny": dict(patch_size=4, embed_dim=128, depth=2, num_heads=4, latent_dim=16),
@@ -385,9 +386,9 @@ sizes = {
     "base": dict(patch_size=8, embed_dim=192, depth=12, num_heads=12, latent_dim=16)}
 
 def resize_positions(weights, model):
-    """Weights of another image size, with the positions of `model`'s grid: the sines and cosines at
-    the new places, which the authors' bilinear resize approximates. On faces at twice the training
-    size both reach 35.0 dB; new places that count on beyond the trained grid reach 23.6 dB."""
+    """Weights trained at another image size -> the same with positions for `model`'s grid: sines at
+    places spread over the trained grid, which the authors' bilinear resize approximates. On faces
+    of twice the training size both reach 35.0 dB; places beyond the trained grid reach 23.6 dB."""
     old = weights.get("pos_embed")
     if old is None or old.shape[1] == model.grid**2:       # a convolution has no positions
         return weights
@@ -449,14 +450,14 @@ def read_checkpoint(path, *needed):
         ckpt = (read_safetensors(path) if str(path).endswith(".safetensors") else
                 torch.load(path, map_location="cpu", weights_only=True))
         missing = sorted(set(needed) - ckpt.keys())
-        weights = [v for w in (ckpt, *map(ckpt.get, ("model", "ema", "state_dict")))
-                   for v in (w or {}).values()]
-        nan = not all(v.isfinite().all() for v in weights if torch.is_tensor(v))
+        groups = [ckpt, *(ckpt.get(name) or {} for name in ("model", "ema", "state_dict"))]
+        weights = [v for group in groups for v in group.values() if torch.is_tensor(v)]
+        nan = not all(v.isfinite().all() for v in weights)
     except Exception:
         raise InputError(f"{path}: not a checkpoint, or a damaged one") from None
     if missing or nan:
         raise InputError(f"{path}: " + ("has weights that are infinite or NaN" if nan else
-                                        f"lacks {', '.join(missing)}; it is of another kind"))
+                                        f"lacks {', '.join(missing)}; give another file or --out"))
     return ckpt
 
 def reason(error):
@@ -512,7 +513,8 @@ def read_stage_one(path, num_heads=12):
     """Any checkpoint -> a dict of stage one's model_args, model and train_args, and the path.
     num_heads: of published weights, which do not say it, nor what they were trained on."""
     ckpt = read_checkpoint(path)
-    ckpt = ckpt.get("vmae", ckpt)           # a checkpoint of stage two holds its stage one
+    if isinstance(ckpt.get("vmae"), dict):  # a checkpoint of stage two holds its stage one
+        ckpt = ckpt["vmae"]
     if not {"model_args", "model"} <= ckpt.keys():
         ckpt = published(path, ckpt, num_heads)
     trained = {"data": None, "val": None, **ckpt.get("train_args", {})}
@@ -530,7 +532,8 @@ OUTPUT = {"log.jsonl", "samples.json", "reconstruct.json", "smoothness.json", "s
           "compare.json", "neighbours.json"}           # such a folder was written by our scripts
 MIN_SIDE = 8           # pixels; anything smaller is a placeholder, not a photograph
 MAX_UNREADABLE = 0.01  # share of the files; a collected folder often has a few broken ones
-warnings.filterwarnings("ignore", module="PIL|torchvision")    # of files; of how lpips calls it
+# Pillow warns of what we read, or refuse; torchvision of arguments that it renamed, by lpips.
+warnings.filterwarnings("ignore", module="PIL|torchvision")
 
 def shown(path):
     """A path for a message, in one line: with odd characters, such as a newline, escaped."""
@@ -590,7 +593,7 @@ class Folder:
         if not paths:
             raise InputError(f"{root}: no images in it (looked for {' '.join(EXTENSIONS)})")
         self.root, self.limit = os.path.abspath(root), MAX_UNREADABLE * len(paths)
-        self.unreadable, self.list = {}, Path(os.devnull)  # {path: why}, the file that lists them
+        self.unreadable, self.list = {}, Path(os.devnull)  # {path: why}; no file before `keep`
         with contextlib.suppress(OSError, ValueError, TypeError):  # no such file, damaged, no run
             of, entries = json.loads(Path(run, "images.json").read_bytes())
             known = dict(entries) if of == self.root else {}
@@ -614,7 +617,7 @@ class Folder:
         with ThreadPoolExecutor(16) as pool:    # more than cores, for folders on a network
             bar = tqdm(pool.map(entry, paths), f"headers of {root}", len(paths), delay=2)
             self.files = {path: entry for path, entry in zip(paths, bar) if entry}
-        for path in listed:                 # if sound in its header only, and not mended since
+        for path in listed:                 # found damaged before, and not changed since
             if path in self.files and self.files[path] == known.get(path):
                 self.found_unreadable(path, OSError(f"as {run}/unreadable.jsonl says"))
         tops = {p.split("/")[0] if "/" in p else "" for p in self.files}   # "": in root itself
@@ -654,6 +657,8 @@ class Images:
     class. Training reads data.batch([i, j, ...]): x uint8 (B, 3, size, size), y (B,)."""
 
     def __getitem__(self, i):
+        if not 0 <= i < len(self):
+            raise IndexError(i)             # ends a loop over data
         x, y = self.batch([i])
         return to_float(x[0]), y.item()
 
@@ -668,16 +673,16 @@ class Images:
 class ImageFolder(Images):
     """Images below `root`, recursively, with Folder's classes; y = 0 if there are none.
 
-    split: "train" or "val", about one image in twenty, chosen by its path, so that it changes
-    neither with the machine nor with added files; or "all". folder: the Folder of root, if it has
+    split: "train", "val" or "all". The path of an image alone decides whether it is in "val", as
+    about one in twenty is, so that added files move none. folder: the Folder of root, if it has
     been read. InputError as Folder's."""
 
     def __init__(self, root, size, split="all", folder=None):
         self.size, self.folder = size, folder or Folder(root)
         self.files, self.classes = self.folder.files, self.folder.classes
-        lot = {p: zlib.crc32(os.fsencode(p)) for p in self.files}  # a random-looking number each
-        held_out = {p for p in lot if lot[p] % 20 == 0} or {min(lot, key=lot.get)}
-        splits = {"all": lot.keys(), "val": held_out, "train": lot.keys() - held_out}
+        crc = {p: zlib.crc32(os.fsencode(p)) for p in self.files}  # a random-looking number each
+        held_out = {p for p in crc if crc[p] % 20 == 0} or {min(crc, key=crc.get)}
+        splits = {"all": crc.keys(), "val": held_out, "train": crc.keys() - held_out}
         self.paths = sorted(splits[split])
         if not self.paths:
             raise InputError(f"{root}: one image is not enough, as one is always held out")
@@ -724,14 +729,14 @@ class ImageFolder(Images):
         return ascii((self.size, self.folder.root, self.classes, listing)).encode()
 
 class Rows:
-    """n rows x with labels y, computed once and kept in a run folder, in files of 16 MB of which
-    each appears whole or not at all, so that what an interruption left is used. Under torchrun
-    each process computes its share. made_of: bytes that change with what the rows are made of; the
-    files' names have their hash, and files of the same kind with another hash are deleted."""
+    """n rows x with labels y, computed once and kept in a run folder in files of 16 MB. Each file
+    appears whole or not at all, so that after an interruption only the missing ones are computed.
+    Under torchrun each process computes its share. made_of: bytes that change with what the rows
+    come from; their hash is in the files' names; files of this kind with another are deleted."""
 
     def __init__(self, run, kind, made_of, n, row_bytes):
         key = hashlib.sha256(made_of).hexdigest()[:16]
-        self.n, self.step = n, 2 * max(1, 2**23 // row_bytes)      # rows per file: whole pairs
+        self.n, self.step = n, 2 * max(1, 2**23 // row_bytes)      # rows per file, even: mirrors
         self.files = {first: Path(run, f"{kind}_{key}_{first}.pt")
                       for first in range(0, n, self.step)}
         self.missing = row_bytes * sum(min(self.step, n - first) for first, file
@@ -908,7 +913,7 @@ def open_images(data, size, val=None, run=None):
     data is None. If --val names a folder of its own, nothing of --data is held out. run: see
     Folder. Says what may surprise: images that are enlarged, sub-folders that are no classes."""
     if data is None and val is not None:
-        raise InputError("--val: the faces hold out their own; give --data as well, or no --val")
+        raise InputError("--val: the built-in faces hold out their own; leave --val out")
     if data is None:
         return Faces(size, "train"), Faces(size, "val")
     here = Path(data).resolve()
@@ -1000,7 +1005,7 @@ def import_lpips():
 
 def cli(main):
     """Run a script's main. What the user got wrong ends as one line and exit status 1."""
-    if hasattr(sys.stdout, "reconfigure"):  # a name may hold what it cannot show; stderr escapes it
+    if hasattr(sys.stdout, "reconfigure"):  # it fails on odd names, which stderr escapes by itself
         sys.stdout.reconfigure(errors="backslashreplace")
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
     try:
@@ -1017,7 +1022,7 @@ def cli(main):
     except RuntimeError as error:
         if WORLD == 1 or not re.search("gloo|nccl|peer|store", str(error), re.IGNORECASE):
             raise
-        gone = re.search("reset|closed|abort", str(error), re.IGNORECASE)  # which has said why
+        gone = re.search("reset|closed|abort", str(error), re.IGNORECASE)  # that one says why
         status = f"process {RANK} stops, {'because another one did' if gone else reason(error)}"
     if WORLD > 1:                           # at once: the usual end may abort in gloo's threads
         if isinstance(status, str):
@@ -1141,12 +1146,12 @@ def up(C):
     return nn.Sequential(named(nearest=nn.Upsample(scale_factor=2), conv=conv3(C, C)))
 
 def levels(channels, blocks, name, step):
-    """Residual blocks for each width, between them the step to the next size: `step` is down or up,
-    `name` its name in published weights."""
+    """One level for each width in `channels`: `blocks` residual blocks, then, except in the last
+    level, step(width). `step` is down or up; published weights call it `name`."""
     rows = []
-    for i, (c_in, c_out) in enumerate(zip((channels[0], *channels), channels), 1):
-        resize = {name: step(c_out)} if i < len(channels) else {}
+    for c_in, c_out in zip((channels[0], *channels), channels):
         resnets = [ResnetBlock(c_out if j else c_in, c_out) for j in range(blocks)]
+        resize = {name: step(c_out)} if len(rows) < len(channels) - 1 else {}
         rows.append(named(resnets=nn.Sequential(*resnets), **resize))
     return nn.Sequential(*rows)
 
