@@ -349,8 +349,8 @@ def options():
     add("--size", type=int, help="image side (default: --init's; faces 32; 256 on CUDA, else 64)")
     add("--preset", choices=PRESETS, default="vmae", help="autoencoder of the paper; sets defaults "
         "of options below (PRESETS), and --out to runs/NAME (default: %(default)s)")
-    add("--arch", choices=("vit", "conv"), help="VMAE's transformer, or SD-VAE's convolutions, with "
-        "another default --lr (tiny) and --batch (base) (default: vmae, mae vit, others conv)")
+    add("--arch", choices=("vit", "conv"), help="VMAE's transformer or SD-VAE's convolutions, with "
+        "other defaults of --lr (tiny) and --batch (base) (default: vmae, mae vit, others conv)")
     add("--init", type=vmae.checkpoint, help="start from ours, a published VMAE or SD3-style VAE")
     add("--tune", choices=("decoder",), help="train the decoder of --init and leave its encoder as "
         "it is, without a mask and with LPIPS at 10: the authors' last stage; into runs/tuned")
