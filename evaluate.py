@@ -453,10 +453,10 @@ def open_source(source, args, size=None):
     checkpoint, which is sampled. size: of a folder (default: that of its first image) or faces."""
     if source.endswith(".npz"):
         images = read_npz(source, "arr_0")["arr_0"]
-        side = size or (images.shape[1] if images.ndim == 4 else 0)
+        side = size or (images.shape[1] if images.ndim == 4 else "H")
         if images.dtype != np.uint8 or images.shape[1:] != (side, side, 3):
             raise InputError(f"{source}: arr_0 is {images.dtype} {images.shape}; it must be uint8 "
-                             f"(N, H, W, 3) with H = W = {size or 'any'}; a folder is resized")
+                             f"(N, {side}, {side}, 3); only the images of a folder are resized")
         images = torch.from_numpy(images[:args.n]).permute(0, 3, 1, 2)
         return side, len(images), images.split(args.batch)
     if os.path.isfile(source):

@@ -142,7 +142,7 @@ def begin(out, args, settings, files):
     before = note.read_text() if note.exists() else ""
     out.mkdir(parents=True, exist_ok=True)
     ours = list(out.iterdir()) if before else []
-    found = {p for p in ours if re.fullmatch(r"sample_\d{6,}\.png", p.name)}
+    found = {p for p in ours if re.fullmatch(r"sample_(\d{6}|[1-9]\d{6})\.png", p.name)}
     kept = found.intersection(files if before == text else ())
     made = {p for p in ours if p.name in ("grid.png", "samples.npz", "trajectory.png")}
     for path in (found - kept) | made:

@@ -1005,6 +1005,10 @@ def test_an_interrupted_save_leaves_the_last_one_and_resume_continues_the_same_r
     assert all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"])  # no random state
     steps = [line["step"] for line in log_of("parts")]
     assert steps == [1, 2, 4] and [line["step"] for line in log_of("whole")] == [2, 4]
+    with open("parts/log.jsonl", "ab") as log:             # what a power cut or an editor may leave
+        log.write(b'{"step": 3, "lr\n\xff\xfe\n{"step": 3, "lr": 0{"step": 4, "lr": 1}\n{"step": 3')
+    runs(train_vmae.main, f"{go} parts --steps 5")
+    assert [line["step"] for line in log_of("parts")] == [1, 2, 4, 4, 5]   # whole lines are kept
 
 def test_what_one_process_lacks_and_what_a_checkpoint_holds_count_for_all():
     args = SimpleNamespace(lambda_p=None, vgg_weights=None, tune=None, data="data")
@@ -1713,7 +1717,8 @@ def test_hostile_files_are_one_line_and_execute_nothing():
            "wide": (changed(model_args=wide), "do not fit"),
            "half": ({"model_args": ours["model_args"]}, "neither stage one"),
            "tensor": ({"model": torch.zeros(3)}, "not a checkpoint"),
-           "number": ({"vmae": 3}, "neither stage one")}
+           "number": ({"vmae": 3}, "neither stage one"),
+           "none": (changed(train_args=None), "not a checkpoint")}
     for name, (content, _) in bad.items():
         torch.save(content, f"{name}.pt")
     whole = Path("runs/vmae/last.pt").read_bytes()
@@ -1733,7 +1738,7 @@ def test_hostile_files_are_one_line_and_execute_nothing():
                           ("other", dict(model_args=dict(theirs["model_args"], depth=9)))):
         torch.save({**theirs, **entries}, f"{name}.pt")
         refuses(sample.main, {f"--ckpt {name}.pt": "NaN" if name == "inner" else name}, "--out new")
-    for name in ("cut", "payload", "nan", "less", "wide", "half"):        # as the run to go on with
+    for name in ("cut", "payload", "nan", "less", "wide", "half", "none"):  # as the run to resume
         os.makedirs(f"run_{name}"), shutil.copy(f"{name}.pt", f"run_{name}/last.pt")
         refuses(train_vmae.main, {f"--resume --steps 9 --out run_{name}": f"run_{name}/last.pt"})
     np.savez("objects.npz", arr_0=np.array([Payload()]))
@@ -1743,8 +1748,8 @@ def test_hostile_files_are_one_line_and_execute_nothing():
         np.savez(f"{name}.npz", arr_0=images)
     with tiny_inception:
         refuses(evaluate.main, {"objects.npz": "objects.npz", "floats.npz": "must be uint8",
-                                "number.npz": "must be uint8", "oblong.npz": "with H = W",
-                                "faces --real square.npz": "H = W = 32; a folder is resized"},
+                                "number.npz": "uint8 (N, H, H, 3)", "oblong.npz": "(N, 8, 8, 3)",
+                                "faces --real square.npz": "must be uint8 (N, 32, 32, 3)"},
                 "fid --real faces --out new --fake")
     assert not os.path.exists("pwned")
 
@@ -2010,7 +2015,7 @@ def test_bad_input_is_one_line():
         "--size 18": "multiple of the patch", "--steps 0": "--steps", "--lr nan": "--lr",
         "--whole 7": "--whole", "--lambda-m -1": "--lambda-m", "--lr inf": "--lr",
         "--device abacus": "--device", "--device meta": "--device meta",
-        "--vgg-weights text/a.jpg": "a.jpg cannot be read",
+        "--vgg-weights text/a.jpg": "a.jpg cannot be read (Weights only load failed)",
         "--lambda-p 1 --vgg-weights no.pth": "no.pth cannot be read",
         "--vgg-weights other.pth": "other.pth cannot be read"}, "--data data --size 16")
     refuses(evaluate.main, {"": "runs/vmae/last.pt: no such", "efficiency --size 60": "--size",

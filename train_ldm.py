@@ -15,7 +15,7 @@ import ldm
 import sample
 from train_vmae import (Log, ahead, begin, common_options, learning_rate, matmul_precision,
                         micro_batches, optimiser, parse, resume, update, use_recipe)
-from vmae import InputError
+from vmae import RANK, InputError
 
 # Defaults of --batch, --steps and --lr. For tiny, with patches of 2, batch 16 learnt more than 8 or
 # 32 in the same time on a CPU. The learning rate of small and base is the authors'.
@@ -159,7 +159,8 @@ def main():
     saved = init = None                     # their memory is free again
     net = torch.compile(model) if args.compile else model  # shares the weights of model
     batches = ahead(rows, args, start, mine, device)
-    held_out = held_out_latents(val, classes, ae, mean, std)               # z_0, y
+    if RANK == 0:                           # which alone measures them
+        held_out = held_out_latents(val, classes, ae, mean, std)           # z_0, y
     entries = dict(model_args=model_args, schedule=schedule_args, classes=classes,
                    latent_mean=mean.cpu(), latent_std=std.cpu(), vmae=stage_one)
 

@@ -69,7 +69,7 @@ def parse(parser):
         if ("vmae" in saved) != ("vmae" in args):          # stage two has this entry and option
             raise InputError(f"{last}: a checkpoint of the other stage; give another --out")
         old = {k: v for k, v in saved["train_args"].items() if k in args and k not in FRESH}
-        if math.ceil(old["batch"] / old["micro"]) < WORLD:
+        if math.ceil((old.get("batch") or 1) / (old.get("micro") or 1)) < WORLD:
             old["micro"] = None             # chosen for fewer processes: micro_batches does it anew
         parser.set_defaults(**old)
     elif args.resume:
@@ -236,7 +236,7 @@ class Log:
         if RANK == 0:
             text = path.read_bytes() if start and path.exists() else b""
             with vmae.whole_file(path) as file:            # without damaged lines, and without
-                for line, step in re.findall(rb'({"step": (\d+), .*}\r?\n)', text):
+                for line, step in re.findall(rb'({"step": (\d+), [^{}\n]*}\r?\n)', text):
                     if int(step) <= start:                 # steps that will run again
                         file.write(line)
         self.file = open(path if RANK == 0 else os.devnull, "a")
@@ -499,7 +499,8 @@ def main():
         for half in halves:
             setattr(model, half, torch.compile(getattr(model, half), dynamic=False))
     batches = ahead(train, args, start, mine, device)
-    x_val = vmae.to_float(val.batch(val.some(64).tolist())[0].to(device))  # (64, 3, H, W)
+    if RANK == 0:                           # which alone measures them
+        x_val = vmae.to_float(val.batch(val.some(64).tolist())[0].to(device))  # (64, 3, H, W)
 
     # x -> x_v -> q(z|x_v) -> z -> p(x|z) -> L_VMAE. dae adds noise to x, sdvae an adversary.
     with Log(args, start, device) as log:

@@ -450,6 +450,8 @@ def read_checkpoint(path, *needed):
         ckpt = (read_safetensors(path) if str(path).endswith(".safetensors") else
                 torch.load(path, map_location="cpu", weights_only=True))
         missing = sorted(set(needed) - ckpt.keys())
+        for name in ("model_args", "train_args"):
+            dict(ckpt.get(name, {}))        # raises if it is something else
         groups = [ckpt, *(ckpt.get(name) or {} for name in ("model", "ema", "state_dict"))]
         weights = [v for group in groups for v in group.values() if torch.is_tensor(v)]
         nan = not all(v.isfinite().all() for v in weights)
@@ -975,9 +977,10 @@ def load_weights(what, url, path, option, key):
         weights = dict(torch.load(file, map_location="cpu", weights_only=True))
         if key not in weights:
             raise ValueError(f"it has no {key}")
-    except Exception as error:
-        raise InputError(f"{what}: {file} cannot be read ({reason(error)}); download {url} to that "
-                         f"path, or name a copy with {option}") from None
+    except Exception as error:              # torch's errors are long: their first sentence
+        why = (str(error) or repr(error)).splitlines()[0].split(". ")[0]
+        raise InputError(f"{what}: {file} cannot be read ({why}); download {url} to that path, or "
+                         f"name a copy with {option}") from None
     return file, weights
 
 def load_lpips(vgg_weights=None):
