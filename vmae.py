@@ -1153,8 +1153,8 @@ def levels(channels, blocks, name, step):
     level, step(width). `step` is down or up; published weights call it `name`."""
     rows = []
     for c_in, c_out in zip((channels[0], *channels), channels):
-        resnets = [ResnetBlock(c_out if j else c_in, c_out) for j in range(blocks)]
         resize = {name: step(c_out)} if len(rows) < len(channels) - 1 else {}
+        resnets = [ResnetBlock(c_out if j else c_in, c_out) for j in range(blocks)]
         rows.append(named(resnets=nn.Sequential(*resnets), **resize))
     return nn.Sequential(*rows)
 
