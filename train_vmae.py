@@ -44,8 +44,9 @@ def common_options(doc, out, recipes, model, data, val):
     add("--out", default=out, help="run folder (default: %(default)s)")
     add("--seed", type=int, default=0, help="sets weights, order, masks and noise (default: 0)")
     add("--device", default="auto", help="cuda, cpu, mps... (default: cuda if there is one)")
-    add("--precision", choices=("auto", "float32", "bfloat16"), default="auto", help="numbers in "
-        "matrix products; auto: bfloat16 on CUDA from Ampere on, and where a CPU is faster with it")
+    add("--precision", choices=("auto", "float32", "bfloat16"), default="auto", help="of matrix "
+        "products; auto: bfloat16 on CUDA from Ampere on, or if a CPU is faster with it; float32: "
+        "as TF32 on CUDA")
     add("--resume", action="store_true", help="go on from last.pt in --out, or begin if there is "
         "none; the options that change the run stay as they were")
     add("--compile", action="store_true", help="torch.compile: faster after a slow first step")
