@@ -478,7 +478,7 @@ class EMA:
 def read(path):
     """A file of tensors and plain values -> its dict. OSError, in one sentence, if that fails."""
     if not os.path.isfile(path):
-        raise FileNotFoundError(f"{path}: no such checkpoint or file; train_ldm.py writes checkpoints")
+        raise FileNotFoundError(f"{path}: no such checkpoint or file; train_ldm.py writes last.pt")
     try:
         return dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception:
