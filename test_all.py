@@ -1622,8 +1622,8 @@ def test_two_processes_are_one_run():
 def test_killed_at_any_moment_the_same_line_ends_in_the_same_weights():
     save_images("data", 600, 16)
     go = "--data data --precision float32 --batch 4 --resume --save-every 4 --steps"
-    lines = (f"{go} 24 --size 16 --preset sdvae --lambda-p 0 --out PLACE/sdvae",
-             f"{go} 24 --vmae PLACE/sdvae --out PLACE/ldm")
+    lines = (f"{go} 16 --size 16 --preset sdvae --lambda-p 0 --out PLACE/sdvae",
+             f"{go} 16 --vmae PLACE/sdvae --out PLACE/ldm")
     said = in_child(CHAIN + f"""
 import torch._dynamo                            # AdamW does, which takes seconds in each fork
 def fork(script, line, seconds=None):           # nothing has run here yet, so a fork is safe
@@ -1650,7 +1650,7 @@ print("kills:", kills)
     assert int(said.split()[-1]) >= (25 if LONG else 3), said
     for run in ("sdvae", "ldm"):
         same(load(f"whole/{run}/last.pt"), load(f"parts/{run}/last.pt"))   # bit by bit
-        assert [r["step"] for r in log_of(f"parts/{run}")] == list(range(4, 25, 4))
+        assert [r["step"] for r in log_of(f"parts/{run}")] == [4, 8, 12, 16]
 
 def hostile(folder, count):
     """Write `count` images that somebody damaged -> {name: pixels} of those that are sound."""
