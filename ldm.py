@@ -9,13 +9,16 @@ network predicts v in place of eps (Schedule). Pixel diffusion, L_DM, would be t
 image x_0 in place of the latent z_0, without vmae.py and normalise.
 
 The letters are those of vmae.py, but a patch is P x P latent cells, so N = hw / P^2. In addition: T
-diffusion steps, t the time, alpha_bar the share of the signal in z_t's variance, y a class, w the
-guidance weight (in shapes the grid's width). train_ldm.py trains what this file defines, and
-sample.py draws from it.
+diffusion steps, t the time, alpha_bar the share of the signal in z_t's variance, y a class, cfg the
+weight of classifier-free guidance. train_ldm.py trains what this file defines, and sample.py draws
+from it.
 """
-import copy, math, os, re
+import copy
+import math
+import re
 
-import torch
+from vmae import InputError, fused_attention, last_line, read_checkpoint, say, sincos_positions
+import torch                                # after vmae, see there
 import torch.nn as nn
 import torch.nn.functional as F
 
@@ -49,43 +52,42 @@ class Schedule:
     def __init__(self, kind="cosine", T=1000, objective="v"):
         if kind not in ("linear", "cosine") or objective not in ("eps", "v", "flow"):
             raise ValueError(f"unknown schedule {kind!r} or objective {objective!r}")
-        self.T, self.objective = T, objective
+        self.T = T
+        self.objective = objective
         if kind == "linear":                # Ho's range is for T = 1000
             beta = torch.linspace(1e-4, 0.02, T, dtype=torch.float64) * (1000 / T)  # (T,)
         else:
             u = torch.linspace(0, 1, T + 1, dtype=torch.float64)           # Nichol's t / T
             f = ((u + 0.008) / 1.008 * math.pi / 2).cos() ** 2
             beta = 1 - f[1:] / f[:-1]       # so that alpha_bar = f / f[0], except for the clamp
-        # Nichol's last alpha_bar is 2.4e-9, where an eps that is off by .01 is a z_0 that is off by
-        # 200. Ho's last, 4e-5, is the least that we take; z_T is N(0, 1) all the same.
+        # Nichol's last alpha_bar is 2.4e-9. There an error of .01 in eps becomes one of 200 in z_0.
+        # Ho's last, 4e-5, is the least that we take; z_T is N(0, 1) all the same.
         self.alpha_bar = (1 - beta.clamp(max=0.999)).cumprod(0).clamp(min=4e-5)    # (T,), float64
-        self.table = self.alpha_bar.float()
+        self.table = self.alpha_bar.float()                # the same for training, where t is
 
-    def on(self, device):
-        """alpha_bar on this device, (T,), float32."""
-        if self.table.device != device:     # once: a copy would wait for the GPU
-            self.table = self.table.to(device)
-        return self.table
+    def to(self, device):
+        """Move the table of training to the device of the latents -> self."""
+        self.table = self.table.to(device)
+        return self
 
-    def at(self, t, like):
-        """alpha_bar_t of each sample, (B,) -> (B, 1, 1, 1), on the device of `like`."""
-        return self.on(like.device)[t].view(-1, 1, 1, 1)
+    def alpha_bar_at(self, t):
+        """alpha_bar_t of each sample, t (B,) -> (B, 1, 1, 1)."""
+        return self.table[t].view(-1, 1, 1, 1)
 
-    def nearest(self, alpha_bar):
+    def first_t(self, alpha_bar):
         """(B,) in (0, 1) -> the first t with no more signal than this, (B,)."""
-        rising = -self.on(alpha_bar.device)                # (T,)
-        return torch.searchsorted(rising, -alpha_bar).clamp(max=self.T - 1)
+        return torch.searchsorted(-self.table, -alpha_bar).clamp(max=self.T - 1)
 
     def q_sample(self, z_0, t, eps):
         """z_t = sqrt(alpha_bar_t) z_0 + sqrt(1 - alpha_bar_t) eps, in one jump. Ho 2020, Eq. 4."""
-        alpha_bar = self.at(t, z_0)
+        alpha_bar = self.alpha_bar_at(t)
         return alpha_bar.sqrt() * z_0 + (1 - alpha_bar).sqrt() * eps       # (B, d, h, w)
 
     def target(self, z_0, t, eps):
         """What the network should answer to z_t: eps or v."""
         if self.objective == "eps":
             return eps
-        alpha_bar = self.at(t, z_0)
+        alpha_bar = self.alpha_bar_at(t)
         return alpha_bar.sqrt() * eps - (1 - alpha_bar).sqrt() * z_0
 
     def z0_eps(self, z_t, output, alpha_bar, clip=None):
@@ -93,7 +95,8 @@ class Schedule:
 
         clip: bound z_0 to [-clip, clip], in standard deviations of the latent. eps is computed from
         the bounded z_0, so that the two still add up to z_t."""
-        a, b = math.sqrt(alpha_bar), math.sqrt(1 - alpha_bar)              # z_t = a z_0 + b eps
+        a = math.sqrt(alpha_bar)
+        b = math.sqrt(1 - alpha_bar)        # z_t = a z_0 + b eps
         if self.objective == "eps":
             z_0 = (z_t - b * output) / a
         else:
@@ -121,20 +124,20 @@ def logit_normal(z_0, mean, std, generator=None):
 def loss_LDM(model, schedule, z_0, y=None, generator=None):
     """L_LDM = E || eps - eps_theta(z_t, t, tau_theta(y)) ||^2, Section 3.2; or the same with v.
 
-    z_0: normalised latents (B, d, h, w); y: classes (B,) or None. t is uniform for eps; for v most
-    are in the middle. Returns the mean over everything, a scalar in float32. generator: on z_0's
-    device, for a repeatable loss."""
+    z_0: normalised latents (B, d, h, w), on the device of the schedule; y: classes (B,) or None. t
+    is uniform for eps; for v most are in the middle. Returns the mean over everything, a scalar in
+    float32. generator: on z_0's device, for a repeatable loss."""
     if schedule.objective == "flow":
         return loss_flow(model, z_0, y, generator)
     if schedule.objective == "eps":         # t is uniform, as in the paper and in Ho 2020
         t = torch.randint(schedule.T, (len(z_0),), generator=generator, device=z_0.device)  # (B,)
     else:
-        # Shapes and patterns are decided at medium noise. Samples of the faces at w = 1 had a
+        # Shapes and patterns are decided at medium noise. Samples of the faces at cfg = 1 had a
         # Frechet distance (evaluate.py faces) of 46 with a uniform t, and of 33 to 36 with five
         # distributions like this one (1,900 steps of batch 16, patches of 2). With eps a uniform t
         # is better, 78 against 454: an eps a little off at high noise makes a z_0 that is far off.
         u = logit_normal(z_0, 0.4, 0.7, generator)         # (B,), the cosine schedule's t / T
-        t = schedule.nearest((u * math.pi / 2).cos() ** 2)     # (B,)
+        t = schedule.first_t((u * math.pi / 2).cos() ** 2)     # (B,)
     eps = torch.randn(z_0.shape, generator=generator, device=z_0.device)   # (B, d, h, w)
     output = model(schedule.q_sample(z_0, t, eps), t, y).float()           # (B, d, h, w)
     return F.mse_loss(output, schedule.target(z_0, t, eps))
@@ -153,23 +156,24 @@ def loss_flow(model, z_0, y=None, generator=None):
     velocity = model(share * z_0 + (1 - share) * eps, t, y).float()        # (B, d, h, w)
     return F.mse_loss(velocity, z_0 - eps)
 
-# ---- Guidance and samplers. model: (z_t, t, y) -> output; for w != 1 it needs a y_embedder ----
+# ---- Guidance and samplers. model: (z_t, t, y) -> output; for cfg != 1 it needs a y_embedder --
 
-def guided(model, z_t, t, y, w):
-    """Classifier-free guidance: out = out_null + w (out_y - out_null), on every channel.
+def guided(model, z_t, t, y, cfg):
+    """Classifier-free guidance: out = out_null + cfg (out_y - out_null), on every channel.
 
-    w = 1 is the plain conditional model, in one pass. w > 1 favours what is typical of y, at the
-    cost of variety. out_null is for the null class. Ho & Salimans 2022, Eq. 6; their w is w - 1."""
+    cfg = 1 is the plain conditional model, in one pass. cfg > 1 favours what is typical of y, at
+    the cost of variety. out_null is for the null class. Ho & Salimans 2022, Eq. 6; their weight is
+    cfg - 1."""
     t = torch.full((len(z_t),), t, device=z_t.device)                      # (B,)
-    if y is None or w == 1:
+    if y is None or cfg == 1:
         return model(z_t, t, y).float()
     null = model.y_embedder.null(len(y), y.device)                         # (B,)
     both = model(torch.cat([z_t, z_t]), torch.cat([t, t]), torch.cat([y, null])).float()
     out_y, out_null = both.chunk(2)                                        # (B, d, h, w) each
-    return out_null + w * (out_y - out_null)
+    return out_null + cfg * (out_y - out_null)
 
 @torch.no_grad()
-def ddpm_sample(model, schedule, z_T, y=None, steps=None, w=1.0, noise=torch.randn_like,
+def ddpm_sample(model, schedule, z_T, y=None, steps=None, cfg=1.0, noise=torch.randn_like,
                 record=None, clip=None):
     """Ancestral sampling, Ho 2020, Algorithm 2 with Eq. 11. t' < t is the sampler's next step:
 
@@ -177,12 +181,12 @@ def ddpm_sample(model, schedule, z_T, y=None, steps=None, w=1.0, noise=torch.ran
         alpha = alpha_bar_t / alpha_bar_t',  beta = 1 - alpha,
         sigma^2 = (1 - alpha_bar_t') / (1 - alpha_bar_t) beta   (the posterior's variance, Eq. 7)
 
-    z_T (B, d, h, w) ~ N(0, 1); y (B,) or None; steps: 1 to T (default T); w: see guided; noise(z)
+    z_T (B, d, h, w) ~ N(0, 1); y (B,) or None; steps: 1 to T (default T); cfg: see guided; noise(z)
     draws N(0, 1) in z's shape; record: a list that receives the estimate of z_0 at each step; clip:
     see Schedule.z0_eps. Returns z_0. ValueError for a wrong number of steps."""
     z = z_T
     for t, bar, bar_next in schedule.steps(schedule.T if steps is None else steps):
-        z_0, eps = schedule.z0_eps(z, guided(model, z, t, y, w), bar, clip)
+        z_0, eps = schedule.z0_eps(z, guided(model, z, t, y, cfg), bar, clip)
         alpha = bar / bar_next              # of this jump, 1 - beta
         sigma = math.sqrt((1 - bar_next) / (1 - bar) * (1 - alpha))        # 0 at the last step
         z = (z - (1 - alpha) / math.sqrt(1 - bar) * eps) / math.sqrt(alpha)
@@ -192,8 +196,8 @@ def ddpm_sample(model, schedule, z_T, y=None, steps=None, w=1.0, noise=torch.ran
     return z
 
 @torch.no_grad()
-def ddim_sample(model, schedule, z_T, y=None, steps=50, w=1.0, noise=torch.randn_like, record=None,
-                clip=None, eta=0.0):
+def ddim_sample(model, schedule, z_T, y=None, steps=50, cfg=1.0, noise=torch.randn_like,
+                record=None, clip=None, eta=0.0):
     """Song 2021, Eq. 12, with the sigma of Eq. 16. t' < t is the sampler's next step:
 
         z_t' = sqrt(alpha_bar_t') z_0 + sqrt(1 - alpha_bar_t' - sigma^2) eps + sigma * noise
@@ -202,7 +206,7 @@ def ddim_sample(model, schedule, z_T, y=None, steps=50, w=1.0, noise=torch.randn
     eta = 0 is deterministic, an ODE solver's step; eta = 1 is DDPM. Others as ddpm_sample's."""
     z = z_T
     for t, bar, bar_next in schedule.steps(steps):
-        z_0, eps = schedule.z0_eps(z, guided(model, z, t, y, w), bar, clip)
+        z_0, eps = schedule.z0_eps(z, guided(model, z, t, y, cfg), bar, clip)
         sigma = eta * math.sqrt((1 - bar_next) / (1 - bar) * (1 - bar / bar_next))
         z = math.sqrt(bar_next) * z_0 + math.sqrt(max(0.0, 1 - bar_next - sigma**2)) * eps
         z = z + sigma * noise(z) if sigma > 0 else z
@@ -211,8 +215,8 @@ def ddim_sample(model, schedule, z_T, y=None, steps=50, w=1.0, noise=torch.randn
     return z
 
 @torch.no_grad()
-def euler_sample(model, schedule, z_T, y=None, steps=50, w=1.0, noise=None, record=None, shift=1.0,
-                 interval=0.0):
+def euler_sample(model, schedule, z_T, y=None, steps=50, cfg=1.0, noise=None, record=None,
+                 shift=1.0, interval=0.0):
     """Rectified flow's sampler: dz/dt = v_theta(z, t, y) from noise at t = 0 to latents at t = 1,
 
         z <- z + (t' - t) v_theta(z, t, y),    t_i = shift u / (1 + (shift - 1) u),  u = i / steps
@@ -223,42 +227,26 @@ def euler_sample(model, schedule, z_T, y=None, steps=50, w=1.0, noise=None, reco
     path is deterministic. Others as ddpm_sample's."""
     if schedule.objective != "flow" or steps < 1:
         raise ValueError(f"no Euler sampling of {schedule.objective!r} in {steps} steps")
-    z, u = z_T, torch.linspace(0, 1, steps + 1, dtype=torch.float64)
+    z = z_T
+    u = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
     times = (shift * u / (1 + (shift - 1) * u)).tolist()
     for t, t_next in zip(times, times[1:]):
-        v = guided(model, z, t, y, w if t >= interval else 1.0)            # (B, d, h, w)
+        weight = cfg if t >= interval else 1.0
+        v = guided(model, z, t, y, weight)                                 # (B, d, h, w)
         if record is not None:
             record.append(z + (1 - t) * v)  # where a straight path from here would end
         z = z + (t_next - t) * v            # Euler's step
     return z
 
-# name: function, the objectives that it can sample, its own options with their help. sample.py
-# derives its options from this table; the default is the first row that fits the objective.
-CLIP = "bound z_0 to this many standard deviations (default: no bound)"
-SAMPLERS = {
-    "ddim": (ddim_sample, ("eps", "v"), {
-        "clip": CLIP, "eta": "share of DDPM's noise, 0 to 1 (default: 0)"}),
-    "ddpm": (ddpm_sample, ("eps", "v"), {"clip": CLIP}),
-    "euler": (euler_sample, ("flow",), {
-        "shift": "spacing of times; below 1: smaller steps near the noise (default: 1)",
-        "interval": "guide from this time on, 0 (noise) to 1 (image) (default: 0)"})}
+# The samplers by name, and for each objective those that can sample it, the default first.
+SAMPLERS = {"ddim": ddim_sample, "ddpm": ddpm_sample, "euler": euler_sample}
+FITTING = {"eps": ("ddim", "ddpm"), "v": ("ddim", "ddpm"), "flow": ("euler",)}
 
-def fitting_samplers(objective):
-    """Names of the samplers for this objective, the default first."""
-    return [name for name, (_, objectives, _) in SAMPLERS.items() if objective in objectives]
-
-def sampler_for(schedule):
+def default_sampler(schedule):
     """The sampler to use unless another is asked for."""
-    return SAMPLERS[fitting_samplers(schedule.objective)[0]][0]
+    return SAMPLERS[FITTING[schedule.objective][0]]
 
 # ---- Diffusion transformer: DiT (Peebles 2023) with the parts of LightningDiT (Yao 2025) ------
-
-def sincos_positions(D, size):
-    """Fixed 2-D sin-cos positions (1, N, D), half for the column, half for the row (vmae.py)."""
-    omega = 10000.0 ** -(torch.arange(D // 4, dtype=torch.float64) / (D // 4))
-    row, column = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
-    column, row = column.reshape(-1, 1) * omega, row.reshape(-1, 1) * omega    # (N, D/4) each
-    return torch.cat([column.sin(), column.cos(), row.sin(), row.cos()], 1).float()[None]
 
 def modulate(x, shift, scale):
     """adaLN: x (1 + scale) + shift, both from the condition. x (B, N, D); shift, scale (B, D)."""
@@ -274,27 +262,25 @@ class Rope(nn.Module):
         half = head_dim // 2                # for the row; the other for the column
         omega = 10000.0 ** -(torch.arange(0, half, 2, dtype=torch.float64) / half)
         angle = (torch.arange(size)[:, None] * omega).repeat_interleave(2, 1)    # (size, half)
-        row = angle[:, None].expand(size, size, half)
-        angle = torch.cat([row, row.transpose(0, 1)], 2).flatten(0, 1).float()   # (N, head_dim)
+        row = angle[:, None].expand(size, size, half)      # of each place of the grid
+        column = row.transpose(0, 1)
+        angle = torch.cat([row, column], 2).flatten(0, 1).float()                # (N, head_dim)
         self.register_buffer("freqs_cos", angle.cos())
         self.register_buffer("freqs_sin", angle.sin())
 
     def forward(self, x):
-        """x (..., N, head_dim) -> the same: (a, b) -> (a cos - b sin, b cos + a sin); on a CPU in
-        float32, as fused_attention needs it there."""
+        """x (..., N, head_dim) -> the same, where each pair of channels (a, b) has become
+        (a cos - b sin, b cos + a sin).
+
+        On a CPU as the product of complex numbers, (a + ib)(cos + i sin), which takes a third of
+        the time there, and in float32, as fused_attention needs it. Compilers for GPUs know no
+        complex numbers."""
         pairs = x.float().unflatten(-1, (-1, 2))           # (..., N, head_dim/2, 2)
-        if x.device.type == "cpu":          # three times as fast there, but unknown to compilers
+        if x.device.type == "cpu":
             turn = torch.complex(self.freqs_cos[:, ::2], self.freqs_sin[:, ::2])
             return torch.view_as_real(torch.view_as_complex(pairs) * turn).flatten(-2)
-        swapped = torch.stack([-pairs[..., 1], pairs[..., 0]], -1).flatten(-2)
+        swapped = torch.stack([-pairs[..., 1], pairs[..., 0]], -1).flatten(-2)   # (-b, a)
         return torch.addcmul(x * self.freqs_cos, swapped, self.freqs_sin).to(x.dtype)
-
-def fused_attention(q, k, v):
-    """softmax(q k^T / sqrt(head_dim)) v, each (B, heads, N, head_dim), as in vmae.py."""
-    if q.device.type != "cpu":
-        return F.scaled_dot_product_attention(q, k, v)
-    with torch.autocast("cpu", enabled=False):
-        return F.scaled_dot_product_attention(q.float(), k.float(), v.float())
 
 class Attention(nn.Module):
     """Multi-head self-attention on rotated queries and keys."""
@@ -309,7 +295,8 @@ class Attention(nn.Module):
         B, N, D = x.shape
         qkv = self.qkv(x).reshape(B, N, 3, self.num_heads, -1)       # (B, N, 3, heads, D/heads)
         qkv = qkv.permute(2, 0, 3, 1, 4)                             # (3, B, heads, N, D/heads)
-        (q, k), v = rope(qkv[:2]), qkv[2]                            # (B, heads, N, D/heads) each
+        q, k = rope(qkv[:2])                                         # (B, heads, N, D/heads) each
+        v = qkv[2]
         x = fused_attention(q, k, v)                                       # (B, heads, N, D/heads)
         return self.proj(x.transpose(1, 2).reshape(B, N, D))               # (B, N, D)
 
@@ -405,7 +392,8 @@ class DiT(nn.Module):
         super().__init__()
         if input_size % patch_size:
             raise ValueError(f"a grid of {input_size} is not a multiple of patches of {patch_size}")
-        D, size = hidden_size, input_size // patch_size
+        D = hidden_size
+        size = input_size // patch_size     # N = size * size
         self.patch_size = patch_size
         self.register_buffer("pos_embed", sincos_positions(D, size))
         self.x_embedder = nn.ModuleDict({"proj": nn.Conv2d(in_channels, D, patch_size, patch_size)})
@@ -420,14 +408,16 @@ class DiT(nn.Module):
                 nn.init.zeros_(module.bias)
             elif isinstance(module, nn.Embedding):
                 nn.init.normal_(module.weight, std=0.02)
-        for layer in [b.adaLN_modulation[1] for b in self.blocks] + [
-                self.final_layer.adaLN_modulation[1], self.final_layer.linear]:
-            nn.init.zeros_(layer.weight)    # gates, and the output, start at zero
+        for block in self.blocks:           # gates start at zero
+            nn.init.zeros_(block.adaLN_modulation[1].weight)
+        nn.init.zeros_(self.final_layer.adaLN_modulation[1].weight)
+        nn.init.zeros_(self.final_layer.linear.weight)     # and so does the output
 
     def forward(self, z_t, t, y=None):
         """z_t (B, d, h, w), t (B,), y (B,) or None -> output, shaped like z_t. t is in 0..T-1, or
         in [0, 1] for rectified flow; y = None means the null class."""
-        B, d, h, w, P = *z_t.shape, self.patch_size
+        B, d, h, w = z_t.shape
+        P = self.patch_size
         if y is None:
             y = self.y_embedder.null(B, z_t.device)
         c = self.t_embedder(t) + self.y_embedder(y)                        # (B, D)
@@ -441,7 +431,7 @@ class DiT(nn.Module):
 
 # Rows of DiT's arguments; dit_args adds the others. tiny: the default run on a CPU. Patches of 2
 # with D = 192 and 6 blocks are better in the first two minutes, but later they leave a mosaic: 37
-# against 31 in evaluate.py faces at w = 1, after 200 s each. small: DiT-S/2, for the 32 x 32
+# against 31 in evaluate.py faces at cfg = 1, after 200 s each. small: DiT-S/2, for the 32 x 32
 # latents of CelebA-HQ on one consumer GPU. base: the paper's LightningDiT-B/1.
 sizes = {
     "tiny": dict(patch_size=1, hidden_size=144, depth=5, num_heads=4),
@@ -464,7 +454,8 @@ class EMA:
 
     def __init__(self, model, decay=0.9999):
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
-        self.decay, self.n = decay, 0
+        self.decay = decay
+        self.n = 0
 
     @torch.no_grad()
     def update(self, model):
@@ -475,65 +466,65 @@ class EMA:
         for mine, theirs in zip(self.model.buffers(), model.buffers()):
             mine.copy_(theirs)
 
-def read(path):
-    """A file of tensors and plain values -> its dict. OSError, in one sentence, if that fails."""
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"{path}: no such checkpoint or file; train_ldm.py writes last.pt")
-    try:
-        return dict(torch.load(path, map_location="cpu", weights_only=True))
-    except Exception:
-        raise OSError(f"{path}: not a checkpoint, or a damaged one") from None
-
 def published(path, ckpt):
     """A checkpoint of the authors' LightningDiT -> a dict as in ours, without latent_mean,
     latent_std and vmae. The shapes of the weights give DiT's arguments. Prints what was left over.
-    OSError for another model, or a part of it."""
+    InputError for another model, or a part of it."""
     try:
-        weights = ckpt.get("ema") or ckpt.get("model") or ckpt
-        weights = {re.sub(r"^(module\.|_orig_mod\.)+", "", k): v for k, v in weights.items()}
+        weights = {}
+        for name, value in (ckpt.get("ema") or ckpt.get("model") or ckpt).items():
+            name = re.sub(r"^(module\.|_orig_mod\.)+", "", name)           # DDP's, the compiler's
+            weights[name] = value
         D, d, P, _ = weights["x_embedder.proj.weight"].shape               # (D, d, P, P)
         num_classes = len(weights["y_embedder.embedding_table.weight"]) - 1    # the last is null
-        args = dict(
+        depth = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
+        model_args = dict(
             input_size=P * math.isqrt(weights["pos_embed"].shape[1]), patch_size=P, in_channels=d,
-            hidden_size=D, depth=len({k.split(".")[1] for k in weights if k[:7] == "blocks."}),
-            num_heads=D // weights["feat_rope.freqs_cos"].shape[1], num_classes=num_classes)
-        model = DiT(**args)
+            hidden_size=D, depth=depth, num_heads=D // weights["feat_rope.freqs_cos"].shape[1],
+            num_classes=num_classes)
+        model = DiT(**model_args)
         missing, left_over = model.load_state_dict(weights, strict=False)
     except Exception as error:
-        raise OSError(f"{path}: neither a stage-two checkpoint, such as runs/ldm/last.pt, nor a "
-                      f"LightningDiT ({str(error).splitlines()[-1].strip()})") from None
+        raise InputError(f"{path}: neither a stage-two checkpoint, such as runs/ldm/last.pt, nor a "
+                         f"LightningDiT ({last_line(error)})") from None
     if missing:
-        raise OSError(f"{path}: lacks weights of a LightningDiT, such as {missing[0]}")
-    print(f"{path}: {len(weights) - len(left_over)} tensors read, none missing; left over: "
-          f"{', '.join(left_over) or 'none'}")
-    return dict(model_args=args, ema=model.state_dict(), schedule=dict(objective="flow"),
+        raise InputError(f"{path}: lacks weights of a LightningDiT, such as {missing[0]}")
+    say(f"{path}: {len(weights) - len(left_over)} tensors read, none missing; left over: "
+        f"{', '.join(left_over) or 'none'}")
+    return dict(model_args=model_args, ema=model.state_dict(), schedule=dict(objective="flow"),
                 classes=[str(i) for i in range(num_classes)])
 
+def add_statistics(ckpt, stats):
+    """Put the latent statistics in the authors' file `stats`, {"mean": d numbers, "std": d
+    numbers}, into the dict of a checkpoint."""
+    numbers = read_checkpoint(stats)
+    d = ckpt["model_args"]["in_channels"]
+    try:                                    # in the authors' files each has shape (1, d, 1, 1)
+        for name in ("mean", "std"):
+            ckpt[f"latent_{name}"] = torch.as_tensor(numbers[name]).float().reshape(d)
+    except Exception:                       # of many kinds: no such entry, no numbers, too many
+        raise InputError(f"{stats}: holds no mean and std of the {d} latent channels") from None
+
 def load_ldm(path, stats=None):
-    """A stage-two checkpoint, ours or the authors' -> (DiT with the EMA weights, Schedule, dict).
+    """A stage-two checkpoint, ours or the authors', or a run folder -> (DiT with the EMA weights,
+    Schedule, dict).
 
     The dict also holds latent_mean, latent_std, classes and, if it is ours, `vmae`, the whole stage
-    one. stats: the authors' file of latent statistics, {"mean": d numbers, "std": d numbers}.
-    OSError, in one sentence, for anything else."""
-    ckpt = read(path)
+    one. stats: the authors' file of latent statistics, see add_statistics. InputError, in one
+    sentence, for anything else."""
+    ckpt = read_checkpoint(path)
     if not {"model_args", "ema", "latent_mean", "latent_std", "vmae"} <= set(ckpt):
         ckpt = published(path, ckpt)
     if stats is not None:
-        numbers, d = read(stats), ckpt["model_args"]["in_channels"]
-        try:                                # in the authors' files each has shape (1, d, 1, 1)
-            for name in ("mean", "std"):
-                ckpt[f"latent_{name}"] = torch.as_tensor(numbers[name]).float().reshape(d)
-        except Exception:
-            raise OSError(f"{stats}: holds no mean and std of the {d} latent channels") from None
+        add_statistics(ckpt, stats)
     if "latent_mean" not in ckpt:
-        raise OSError(f"{path}: published weights come with a file of latent statistics; name it "
-                      f"with --stats of sample.py or train_ldm.py")
+        raise InputError(f"{path}: published weights come with a file of latent statistics; name "
+                         f"it with --stats of sample.py or train_ldm.py")
     try:
-        model, schedule = DiT(**ckpt["model_args"]), Schedule(**ckpt["schedule"])
+        model = DiT(**ckpt["model_args"])
         model.load_state_dict(ckpt["ema"])
+        schedule = Schedule(**ckpt["schedule"])
     except Exception as error:
-        raise OSError(f"{path}: its weights do not fit its model_args "
-                      f"({str(error).splitlines()[-1].strip()})") from None
-    if not all(v.isfinite().all() for v in model.state_dict().values()):
-        raise OSError(f"{path}: its weights are infinite or NaN")
+        raise InputError(f"{path}: its weights do not fit its model_args "
+                         f"({last_line(error)})") from None
     return model.eval(), schedule, ckpt

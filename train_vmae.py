@@ -8,11 +8,21 @@
     torchrun --nproc-per-node 4 train_vmae.py --data path    several GPUs
 
 Writes into --out: last.pt; log.jsonl, one JSON object per line; preview_*.png, whose rows are the
-original, the input (masked or noisy) and the reconstruction. Of a folder also: images.json, the
-list of its files, unreadable.jsonl, and images_*.pt, its decoded images.
+original, the input (masked or noisy) and the reconstruction; and, of a folder, its decoded images,
+images_*.npy.
 """
-import argparse, functools, itertools, json, math, os, re, signal, sys, time
-from concurrent.futures import ThreadPoolExecutor
+import argparse
+import collections
+import functools
+import itertools
+import json
+import math
+import os
+import re
+import signal
+import sys
+import time
+import warnings
 from pathlib import Path
 
 import vmae                                 # before torch, see there
@@ -22,392 +32,297 @@ from tqdm import tqdm
 
 from vmae import RANK, WORLD, InputError
 
-# ---- Plumbing, shared with train_ldm.py -------------------------------------------------------
+# ---- The autoencoders that the paper compares, and how they are trained -----------------------
 
-def default(table, key, *others):
-    """The text "(default: ...)" for the help of an option: what the rows of a table have for it."""
-    known = [f"{name} {row[key]}" for name, row in table.items() if key in row]
-    return f"(default: {', '.join([*known, *others])})"
-
-def common_options(doc, out, recipes, model, data, val):
-    """-> a parser of both trainers' options. model, data, val: defaults, in words for the help."""
-    parser = argparse.ArgumentParser(description=doc.split("\n")[0], usage="%(prog)s [options]")
-    add = parser.add_argument
-    add("--data", help=f"folder of images, whose sub-folders are classes (default: {data})")
-    add("--val", help=f"folder of held-out images (default: {val})")
-    add("--model", choices=recipes, help=f"size of the network (default: {model})")
-    add("--batch", type=int, help=f"images per optimiser step {default(recipes, 'batch')}")
-    add("--micro", type=int, help="images at once, gradients summed (default: what memory holds)")
-    add("--steps", type=int, help=f"optimiser steps in all {default(recipes, 'steps')}")
-    add("--lr", type=float, help=f"peak learning rate {default(recipes, 'lr')}")
-    add("--save-every", type=int, default=1000, help="steps between checkpoints (default: 1000)")
-    add("--out", default=out, help="run folder (default: %(default)s)")
-    add("--seed", type=int, default=0, help="sets weights, order, masks and noise (default: 0)")
-    add("--device", default="auto", help="cuda, cpu, mps... (default: cuda if there is one)")
-    add("--precision", choices=("auto", "float32", "bfloat16"), default="auto", help="of matrix "
-        "products; auto: bfloat16 on CUDA from Ampere on, or if a CPU is faster with it; float32: "
-        "as TF32 on CUDA")
-    add("--resume", action="store_true", help="go on from last.pt in --out, or begin if there is "
-        "none; the options that change the run stay as they were")
-    add("--compile", action="store_true", help="torch.compile: faster after a slow first step")
-    return parser
-
-# Options that a resumed run does not take over from its checkpoint, and those that may change.
-FRESH = ("resume", "out", "device", "compile")
-FREE = "data val steps lr micro save_every precision no_cache vgg_weights".split()
-
-def parse(parser):
-    """The command line -> (checked options, the checkpoint to go on from, or None). Ends the script
-    if that run is complete. InputError if an option contradicts it, or if --resume is missing."""
-    args, saved, old = parser.parse_args(), None, {}
-    last = os.path.join(args.out, "last.pt")
-    if os.path.exists(last):
-        saved = vmae.read_checkpoint(last, "train_args", "step", "model_args", "model")
-        saved["path"] = last
-        if not args.resume:
-            raise InputError(f"{last} holds step {saved['step']} of a run; go on with --resume, or "
-                             f"begin another one with --out")
-        if ("vmae" in saved) != ("vmae" in args):          # stage two has this entry and option
-            raise InputError(f"{last}: a checkpoint of the other stage; give another --out")
-        old = {k: v for k, v in saved["train_args"].items() if k in args and k not in FRESH}
-        if math.ceil((old.get("batch") or 1) / (old.get("micro") or 1)) < WORLD:
-            old["micro"] = None             # chosen for fewer processes: micro_batches does it anew
-        parser.set_defaults(**old)
-    elif args.resume:
-        vmae.say(f"{last}: no checkpoint yet, so the run begins")
-    args = vmae.check(parser.parse_args())
-    for name in {"data", "val", "init", "vmae"} & vars(args).keys():       # from any folder
-        setattr(args, name, getattr(args, name) and os.path.abspath(getattr(args, name)))
-    for name, value in old.items():         # they are the defaults now: what differs was given
-        if name not in FREE and getattr(args, name) != value:
-            raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: the run in "
-                             f"{args.out} has {value}; leave it out, or begin another with --out")
-    if saved and saved["step"] >= args.steps:
-        vmae.say(f"{last}: complete, at step {saved['step']} of {args.steps}")
-        sys.exit()
-    return args, saved
-
-def use_recipe(args, recipes):
-    """Choose --batch, --steps and --lr, if they were not given."""
-    for name, value in recipes[args.model].items():
-        setattr(args, name, getattr(args, name) or value)
-
-def matmul_precision(args, device):
-    """Choose --precision, if it is auto -> a function that makes a context for matrix products."""
-    if args.precision == "auto":
-        args.precision = "bfloat16" if vmae.agree(vmae.has_bfloat16(device)) else "float32"
-    if device.type == "cuda":
-        torch.backends.cudnn.benchmark = True              # shapes repeat: try all algorithms once
-        torch.set_float32_matmul_precision("high")         # what remains in float32: as TF32
-    return lambda: torch.autocast(device.type, torch.bfloat16, args.precision == "bfloat16")
-
-def saved_bytes(function):
-    """Run function(), a forward pass -> the bytes that it keeps for the backward pass."""
-    storages = {}
-
-    def keep(tensor):                       # several views may share one storage
-        storages[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        _loss = function()                  # holds its graph, so that no storage is used twice
-    return sum(storages.values())
-
-def free_memory(device):
-    """Bytes that this process may use. On CUDA what is free; elsewhere half of what is built in."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    if not hasattr(os, "sysconf"):          # Windows
-        return 8 * 2**30
-    built_in = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return built_in // 2 // int(os.environ.get("LOCAL_WORLD_SIZE", 1))     # set by torchrun
-
-def micro_batches(args, device, model, forward):
-    """Choose --micro, if it was not given -> the numbers of this process's parts of each batch.
-
-    forward(n): the loss of n images. What it keeps in memory grows with n, so two passes tell how
-    much one image takes. Gradients and AdamW's two moments take three times the memory of the
-    weights. A third of what is then free is left for short-lived tensors and fragmentation."""
-    if args.micro is None:
-        weights = sum(p.numel() * p.element_size() for p in model.parameters())
-        free = free_memory(device) - 3 * weights
-        image = saved_bytes(lambda: forward(2)) - saved_bytes(lambda: forward(1))
-        fits = vmae.agree(max(1, int(2 / 3 * free / image)))
-        passes = math.ceil(args.batch / WORLD / fits)      # of each process, in one step
-        args.micro = min(math.ceil(args.batch / passes / WORLD), max(1, args.batch // WORLD))
-    parts = math.ceil(args.batch / args.micro)             # the last one may be smaller
-    if parts < WORLD:
-        enough = f"--micro {args.batch // WORLD}" if args.batch >= WORLD else "a larger --batch"
-        raise InputError(f"--batch {args.batch} --micro {args.micro}: {parts} parts are too few "
-                         f"for {WORLD} processes; give {enough}")
-    return range(RANK, parts, WORLD)
-
-def shares(n, args, start, parts):
-    """Yield this process's parts of each batch, from step `start` on, without end: sorted lists of
-    numbers below n (a file is read faster from front to back). The batches are cut, one after the
-    other, from the epochs in a row; each epoch is a new random order of all n numbers."""
-    @functools.lru_cache(2)
-    def order(epoch):
-        return torch.randperm(n, generator=vmae.seeded(args.seed, epoch)).tolist()
-
-    for step in itertools.count(start):
-        batch = [order(p // n)[p % n] for p in range(step * args.batch, (step + 1) * args.batch)]
-        for part in parts:
-            yield sorted(batch[part * args.micro:(part + 1) * args.micro])
-
-def ahead(data, args, start, parts, device):
-    """Iterator without end over what this process trains on, data.batch(list) for each list of
-    `shares`, on `device`. A thread draws the next batch while a GPU works on this one, into memory
-    that a GPU can copy from by itself (pinned). On a CPU it would only take cores from training."""
-    batches = map(data.batch, shares(len(data), args, start, parts))
-    if device.type != "cuda":
-        yield from ([v.to(device) for v in batch] for batch in batches)
-    batches = ([v.pin_memory() for v in batch] for batch in batches)
-    with ThreadPoolExecutor(1) as pool:
-        following = pool.submit(next, batches)
-        while True:
-            batch, following = following.result(), pool.submit(next, batches)
-            yield [v.to(device, non_blocking=True) for v in batch]
-
-def learning_rate(step, steps, peak):
-    """Linear warm-up over 2 % of the run, while AdamW's moments settle; a cosine down to zero."""
-    warm = min(1, (step + 1) / max(1, steps // 50))        # rises to 1
-    return peak * warm * 0.5 * (1 + math.cos(math.pi * step / steps))
-
-def optimiser(model):
-    """AdamW as in the authors' recipes, with betas (.9, .95). Weight decay acts on matrices, not on
-    norms, biases and what else has one side of 1, which have no reason to shrink."""
-    trained = [p for p in model.parameters() if p.requires_grad]           # not a frozen encoder
-    matrices = [p for p in trained if p.ndim > 1 and min(p.shape) > 1]
-    others = [p for p in trained if p.ndim < 2 or min(p.shape) == 1]
-    groups = [dict(params=matrices, weight_decay=0.05), dict(params=others, weight_decay=0.0)]
-    return torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)        # one kernel per step
-
-def update(opt, model, lr):
-    """One optimiser step with the gradients that all processes have summed, clipped at norm 1, and
-    then zeroed -> whether they were finite, a tensor. If not, nothing is changed: AdamW's kernel
-    leaves out a step if found_inf is 1, so that the CPU does not have to wait for the GPU."""
-    grads = [p.grad for p in model.parameters() if p.grad is not None]
-    if WORLD > 1:                           # as one vector, in one go
-        flat = torch.cat([g.flatten() for g in grads])
-        dist.all_reduce(flat)               # the sum over the processes
-        for g, part in zip(grads, flat.split([g.numel() for g in grads])):
-            g.copy_(part.view_as(g))
-    fine = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).isfinite()
-    for group in opt.param_groups:
-        group["lr"] = lr
-    opt.found_inf = (~fine).float()
-    opt.step()
-    opt.zero_grad()
-    return fine
-
-def resume(args, ckpt, parts):
-    """Load the state of `parts`, by name, from the checkpoint `ckpt` -> step, 0 without one.
-    InputError if it does not fit, or if the processes do not see the same checkpoint."""
-    for name, part in parts.items() if ckpt else ():
-        try:
-            part.load_state_dict(ckpt[name])    # with AdamW's moments, without which the loss jumps
-        except (KeyError, ValueError, RuntimeError) as error:
-            raise InputError(f"{args.out}/last.pt: its {name} does not fit these options "
-                             f"({vmae.reason(error)}); give another --out") from None
-    start = ckpt["step"] if ckpt else 0
-    if vmae.agree(start) != -vmae.agree(-start):           # the least and the greatest
-        raise InputError(f"--out {args.out}: holds step {start} for process {RANK}, another step "
-                         f"for another; all processes need the same folder")
-    return start
-
-def begin(args, model, what):
-    """Make the run folder and print what will run."""
-    os.makedirs(args.out, exist_ok=True)
-    count = sum(p.numel() for p in model.parameters()) / 1e6
-    options = " ".join(f"{name}={value}" for name, value in vars(args).items())
-    vmae.say(f"{what}, {count:.2f} M parameters\n{options}")
-
-class Log:
-    """The bar on the screen, log.jsonl and last.pt in the run folder, which process 0 writes. It
-    also ends the run after a step that SIGTERM or Ctrl-C interrupts. All sums stay on the device,
-    and are read every 50 steps and at each save only."""
-
-    def __init__(self, args, start, device):
-        self.args, self.logged, self.since = args, start, time.perf_counter()  # step, and when
-        self.sums, self.held_out, self.signals = {}, {}, []
-        # Bad batches in a row up to now, the longest such row, and all since the start.
-        self.row = self.longest = self.skipped = torch.zeros((), device=device)
-        path = Path(args.out, "log.jsonl")
-        if RANK == 0:
-            text = path.read_bytes() if start and path.exists() else b""
-            with vmae.whole_file(path) as file:            # without damaged lines, and without
-                for line, step in re.findall(rb'({"step": (\d+), [^{}\n]*}\r?\n)', text):
-                    if int(step) <= start:                 # steps that will run again
-                        file.write(line)
-        self.file = open(path if RANK == 0 else os.devnull, "a")
-        self.bar = tqdm(total=args.steps, initial=start, dynamic_ncols=True, mininterval=1,
-                        disable=RANK > 0)
-
-    def __enter__(self):
-        def catch(number, _):
-            self.signals.append(number)
-            if WORLD == 1:                  # a second one stops at once; torchrun sees to that
-                signal.signal(number, signal.SIG_DFL)
-
-        self.usual = {n: signal.signal(n, catch) for n in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, kind, error, trace):
-        for number, handler in self.usual.items():
-            signal.signal(number, handler)
-        self.bar.close()
-        self.file.close()
-        if kind is torch.OutOfMemoryError:
-            less = f"--micro {self.args.micro // 2}" if self.args.micro > 1 else "a smaller --size"
-            raise InputError(f"out of memory with {self.args.micro} images at once; give {less}")
-
-    def add(self, terms, share):
-        """Losses of this share of a batch; what is not finite is left out of their means."""
-        for name, value in terms.items():
-            fine = value.detach().isfinite()
-            row = torch.stack([value.detach().nan_to_num(0, 0, 0), fine, ~fine])
-            self.sums[name] = self.sums.get(name, 0) + share * row         # sum, good, bad share
-
-    def means(self, step):
-        """-> what to log: speed, and means of the losses, since the last line. InputError if ten
-        steps in a row were bad."""
-        sums = torch.stack(list(self.sums.values()))       # (terms, 3)
-        if WORLD > 1:
-            dist.all_reduce(sums)
-        sums = dict(zip(self.sums, sums.tolist()))
-        if self.longest >= 10:
-            broken = " and ".join(name for name, (_, _, bad) in sums.items() if bad > 0)
-            raise InputError(f"step {step}: {broken or 'the gradient'} infinite or NaN, ten times "
-                             f"in a row; go on with --resume and a lower --lr")
-        speed = (step - self.logged) * self.args.batch / (time.perf_counter() - self.since)
-        means = {"images_per_s": round(speed, 1)}
-        for name, (total, good, _) in sums.items():
-            means[name] = round(total / good, 5) if good else None
-        if self.skipped > 0:
-            means["skipped"] = int(self.skipped)
-        return means
-
-    def step(self, step, fine, lr, measure, parts, **entries):
-        """To be called after each step. fine: whether the gradient was finite, a tensor. A save
-        logs what measure(path of a picture) finds on held-out images, and then writes last.pt, from
-        the state of `parts` and `entries`; a run that goes on from there has all lines up to it.
-        Then an interrupted run ends."""
-        self.row = (self.row + 1) * ~fine
-        self.longest, self.skipped = self.longest.maximum(self.row), self.skipped + ~fine
-        stopping = not vmae.agree(not self.signals) and step < self.args.steps     # one stops all
-        saving = stopping or step % self.args.save_every == 0 or step == self.args.steps
-        self.bar.update()
-        if not saving and step % 50 > 0:
-            return
-        means, held_out = self.means(step), {}
-        if saving and RANK == 0:
-            held_out = measure(os.path.join(self.args.out, f"preview_{step:06d}.png"))
-        print(json.dumps({"step": step, "lr": lr, **means, **held_out}), file=self.file, flush=True)
-        self.held_out |= held_out           # the bar keeps the last ones
-        self.bar.set_postfix(means | self.held_out, refresh=False)
-        if saving and RANK == 0:
-            states = {name: part.state_dict() for name, part in parts.items()}
-            vmae.save_checkpoint(os.path.join(self.args.out, "last.pt"), step=step,
-                                 train_args=vars(self.args), **entries, **states)
-        self.logged, self.sums, self.since = step, {}, time.perf_counter()     # saves do not count
-        if stopping:
-            vmae.agree(0)                   # until process 0 has saved
-            sys.exit(1 if RANK else f"stopped after step {step}, which is saved; --resume goes on")
-
-# ---- Stage one --------------------------------------------------------------------------------
-
-# Defaults of --batch, --steps and --lr for each size. For tiny, batch 16 was the best of 16, 32 and
-# 64 on 2 CPU cores, and 3,200 steps at 4e-3 reach the 32.5 dB for which 1.5e-3 needs 5,000. For
-# base: the authors' learning rate of 8e-4, times sqrt(128 / 2048).
-RECIPES = {"tiny": dict(batch=16, steps=3200, lr=4e-3),
-           "small": dict(batch=16, steps=8000, lr=1e-3),
-           "base": dict(batch=128, steps=100_000, lr=2e-4)}
-CONV_RECIPES = {                            # of the convolutional bodies
-    **RECIPES, "tiny": dict(RECIPES["tiny"], lr=1.5e-3),   # 20.0 dB after 400 steps, not 18.2
-    "base": dict(RECIPES["base"], batch=16)}               # 22 times the operations of VMAE
-
-# The autoencoders that the paper compares. AE has defaults for the options below; each row of
-# PRESETS says what its autoencoder changes. lambda_reg = 0: z is mu. lambda_p = None: `perceptual`
-# chooses it. Two values are not the authors': their lambda_reg of 1e-6 leaves vmae's sigma at .016
-# of mu's spread; ours, 1e-4, raises it to .12 and costs .2 dB. With Esser's lambda_adv of 0.5
-# sdvae's discriminator learnt nothing on the faces; with our 0.1 it does. adv_start is no option:
-# fill_in sets it, and --resume keeps it.
+# AE is the plain autoencoder: only L_R, and z is mu. Each preset says what its autoencoder changes.
+# lambda_reg = 0: z is mu. lambda_p = None: L_P has its weight of .5 on a folder, if the weights of
+# its network can be had.
+# Two values are not the authors'. Their lambda_reg of 1e-6 leaves vmae's sigma at .016 of mu's
+# spread; ours, 1e-4, raises it to .12 and costs .2 dB. With Esser's lambda_adv of 0.5 sdvae's
+# discriminator learnt nothing on the faces; with 0.1 it does.
 AE = dict(arch="conv", mask=0.0, noise=0.0, lambda_reg=0.0, kl_mean="zero", lambda_p=0.0,
-          lambda_adv=0.0, adv_start=None)
+          lambda_adv=0.0)
 PRESETS = {
-    "ae": {}, "dae": dict(noise=0.2), "vae": dict(lambda_reg=3e-4),
+    "ae": {},
+    "dae": dict(noise=0.2),
+    "vae": dict(lambda_reg=3e-4),
     "sdvae": dict(lambda_reg=1e-5, lambda_p=None, lambda_adv=0.1),
     "mae": dict(arch="vit", mask=0.6),
     "vmae": dict(arch="vit", mask=0.6, lambda_reg=1e-4, kl_mean="free", lambda_p=None)}
+TUNED = dict(mask=0.0, lambda_p=None, out="runs/tuned")    # with --tune decoder
 
-def options():
-    """The command line -> what parse returns. fill_in and perceptual choose options still None."""
-    parser = common_options(
-        __doc__, "runs/vmae", RECIPES, "tiny to 32 px; above, base on CUDA, else small",
-        "the built-in faces", "one in twenty of --data, chosen by its path")
-    add = parser.add_argument
-    add("--size", type=int, help="image side (default: --init's; faces 32; 256 on CUDA, else 64)")
-    add("--preset", choices=PRESETS, default="vmae", help="autoencoder of the paper; sets defaults "
-        "of options below (PRESETS), and --out to runs/NAME (default: %(default)s)")
-    add("--arch", choices=("vit", "conv"), help="VMAE's transformer or SD-VAE's convolutions, with "
-        "other defaults of --lr (tiny) and --batch (base) (default: vmae, mae vit, others conv)")
-    add("--init", type=vmae.checkpoint, help="start from ours, a published VMAE or SD3-style VAE")
-    add("--tune", choices=("decoder",), help="train the decoder of --init and leave its encoder as "
-        "it is, without a mask and with LPIPS at 10: the authors' last stage; into runs/tuned")
-    add("--mask", type=float, help=f"masked share of x {default(PRESETS, 'mask', 'others 0')}")
-    # With these defaults held-out PSNR on the faces is 31.0 dB after 2,200 steps at --lr 1.5e-3;
-    # with --whole 0 it is 28.3, because the encoder is used on whole images; with --lambda-m 1, the
-    # authors' balance, 28.6: the masked patches' errors are much larger and dominate the sum.
-    add("--whole", type=float, default=0.5, help="share of steps without a mask (default: 0.5)")
-    add("--noise", type=float, help=f"std of noise on x {default(PRESETS, 'noise', 'others 0')}")
-    add("--lambda-m", type=float, default=0.1, help="weight of L_M (default: %(default)s)")
-    add("--lambda-reg", type=float, help="weight of L_reg; with 0 z has no variance "
-        f"{default(PRESETS, 'lambda_reg', 'others 0')}")
-    add("--lambda-p", type=float, help="weight of L_P, LPIPS (default: vmae, sdvae 0.5 on a folder "
-        "if VGG's weights can be had, otherwise 0)")
-    add("--lambda-adv", type=float, help="weight of the adversarial loss, which begins halfway "
-        f"through the run {default(PRESETS, 'lambda_adv', 'others 0')}")
-    add("--kl-mean", choices=("free", "zero"), help="free: L_reg pulls only the variance, to 1, "
-        f"Section 4.4; zero: the KL of Eq. (1) {default(PRESETS, 'kl_mean', 'others zero')}")
-    add("--vgg-weights", help="local copy of torchvision's vgg16-397923af.pth, for LPIPS")
-    add("--no-cache", action="store_true", help="decode images in each epoch anew; by default a "
-        "folder's decoded images are kept in --out, 3 * size^2 bytes each, if the disk has room")
-    given, _ = parser.parse_known_args()    # a first look, for --preset and --tune
-    parser.set_defaults(out=f"runs/{given.preset}", **AE | PRESETS[given.preset])
-    if given.tune:
-        parser.set_defaults(out="runs/tuned", mask=0.0, lambda_p=None)
-    args, saved = parse(parser)
-    if args.init and (given.arch or given.model):
+# The other options. None means: chosen by `fill_in`. The two weights of the masks were chosen by
+# the PSNR of held-out faces after 2,200 steps at --lr 1.5e-3. It is 31.0 dB; with --whole 0 it is
+# 28.3, because the encoder is used on whole images; with --lambda-m 1, the authors' balance, it is
+# 28.6, because the errors of masked patches are much larger and dominate the sum.
+DEFAULTS = dict(preset="vmae", data=None, val=None, size=None, model=None, init=None, tune=None,
+                whole=0.5, lambda_m=0.1, adv_start=None, vgg_weights=None, no_cache=False)
+
+# Recipes: images per optimiser step, steps, peak learning rate. For tiny on a CPU, batch 16 was the
+# best of 16, 32 and 64, and 3,200 steps at 4e-3 reach the 32.5 dB for which 1.5e-3 needs 5,000. A
+# GPU takes 128 images in the time of 16; 3,000, 6,000 such steps reach 34.1, 35.7 dB. For base: the
+# authors' learning rate of 8e-4, times sqrt(128 / 2048). The convolutional bodies: tiny reaches
+# 20.0 dB after 400 steps of 16 at 1.5e-3, 18.2 at 4e-3; after 1,500 steps of 128 it is 28.3 and
+# 30.4. base takes 22 times the operations of VMAE.
+RECIPES = {  # size, body, device ("cpu" stands for all but CUDA)
+    ("tiny", "vit", "cpu"): dict(batch=16, steps=3200, lr=4e-3),
+    ("tiny", "vit", "cuda"): dict(batch=128, steps=6000, lr=4e-3),
+    ("tiny", "conv", "cpu"): dict(batch=16, steps=3200, lr=1.5e-3),
+    ("tiny", "conv", "cuda"): dict(batch=128, steps=3000, lr=4e-3),
+    ("small", "vit", "cpu"): dict(batch=16, steps=8000, lr=1e-3),
+    ("small", "vit", "cuda"): dict(batch=128, steps=8000, lr=1e-3),
+    ("small", "conv", "cpu"): dict(batch=16, steps=8000, lr=1e-3),
+    ("small", "conv", "cuda"): dict(batch=16, steps=8000, lr=1e-3),
+    ("base", "vit", "cpu"): dict(batch=128, steps=100_000, lr=2e-4),
+    ("base", "vit", "cuda"): dict(batch=128, steps=100_000, lr=2e-4),
+    ("base", "conv", "cpu"): dict(batch=16, steps=100_000, lr=2e-4),
+    ("base", "conv", "cuda"): dict(batch=16, steps=100_000, lr=2e-4)}
+# Pixels at once where memory cannot be tried out (`choose_micro`): 8 images of 256 px take some
+# 5 GB with VMAE base and LPIPS.
+PIXELS_AT_ONCE = {"vit": 8 * 256**2, "conv": 2 * 256**2}
+
+# ---- The training loop ------------------------------------------------------------------------
+
+def main():
+    args, given, saved = read_options()
+    device = vmae.start(args.device)        # cuda, cpu or mps
+    known = saved
+    if saved is None and args.init:
+        known = vmae.read_stage_one(args.init)
+    fill_in(args, device, known)            # args are complete from here on
+    torch.manual_seed(args.seed)            # the same weights in every process
+    model, model_args = new_model(args, known)
+    train, val = vmae.open_images(args.data, args.size, args.val, args.out)
+    model.to(device, memory_format=layout(args))
+    lpips_net = load_perceptual(args, given, device)       # None without L_P
+    states = {"model": model, "opt": optimiser(model)}     # what a checkpoint holds
+    disc = None
+    if args.lambda_adv > 0:                 # SD-VAE's discriminator
+        disc = vmae.discriminator(args.size).to(device)
+        states["disc"] = disc
+        states["disc_opt"] = optimiser(disc)
+    start = load_states(args, saved, states)
+    saved = known = None                    # their memory is free again
+    autocast = matmul_precision(args, device)
+    generator = torch.Generator(device)     # of all that is random in a micro-batch
+
+    def micro_batch(x, mask_ratio, adversary):
+        """The losses of a part of the batch, x uint8 (B, 3, H, W), by name. Their gradients are
+        added to those of the other parts."""
+        x = vmae.random_flip(vmae.to_float(x), generator)                  # (B, 3, H, W)
+        x_in = x
+        if args.noise > 0:                  # dae
+            x_in = x + args.noise * torch.randn(x.shape, generator=generator, device=device)
+        lambda_M = args.lambda_m if mask_ratio > 0 else 0.0
+        with autocast():
+            p, q, mask = model(x_in, mask_ratio, generator)                # x_v -> q -> z -> p
+            loss, terms = vmae.loss_VMAE(x, p, q, mask, model.patch_size, lambda_M, args.lambda_p,
+                                         args.lambda_reg, args.kl_mean, lpips_net)
+            if adversary:                   # sdvae: the decoder against the discriminator
+                disc.requires_grad_(False)
+                fake = disc(p.mode())                                      # (B, 1, h', w')
+                terms["L_G"] = vmae.loss_G(fake, loss, model.last_layer)
+                loss = loss + args.lambda_adv * terms["L_G"]
+        part = len(x) / args.batch
+        (part * loss).backward()
+        if adversary:                       # and the discriminator on x and x_hat
+            disc.requires_grad_(True)
+            with autocast():
+                real, fake = disc(torch.cat([x, p.mode().detach()])).chunk(2)
+            terms["L_D"] = vmae.loss_D(real, fake)
+            (part * terms["L_D"]).backward()
+        return {name: term.detach() for name, term in terms.items()}       # scalars
+
+    def largest_part(n):                    # whole images, every loss
+        grey = torch.zeros(n, 3, args.size, args.size, dtype=torch.uint8, device=device)
+        micro_batch(grey, mask_ratio=0.0, adversary=disc is not None)
+
+    my_micro_batches = choose_micro(args, device, largest_part, states,
+                                    PIXELS_AT_ONCE[args.arch] // args.size**2)
+    begin(args, model, f"{len(train)} images to train on, {len(val)} held out")
+    if args.data:
+        train = train.keep_pixels(args.out, not args.no_cache)
+    batches = read_ahead(train, args, start, my_micro_batches, device)
+    x_val = held_out_images(val, device)                   # (64, 3, H, W)
+    micro_batch = make_fast(micro_batch, args, given, generator, blocks(args, model), lpips_net)
+
+    log = Log(args, start, device)
+    stop = Stop()
+    for step in log.progress(range(start, args.steps)):
+        lr = learning_rate(step, args.steps, args.lr)      # up, then down a cosine
+        mask_ratio = 0.0 if is_whole(step, args.whole) else args.mask
+        adversary = disc is not None and step >= args.adv_start
+        for number in my_micro_batches:
+            x, _ = next(batches)                           # uint8 (B, 3, H, W)
+            generator.manual_seed(vmae.seed_of(args.seed, step, number))
+            terms = micro_batch(x, mask_ratio=mask_ratio, adversary=adversary)
+            log.add(terms, len(x) / args.batch)
+        is_finite = optimiser_step(states["opt"], model, lr)               # clip, step, zero
+        if adversary:
+            is_finite = is_finite & optimiser_step(states["disc_opt"], disc, lr)
+        log.skipped += ~is_finite                          # such a step changed nothing
+
+        done = step + 1
+        stopping = vmae.any_process(stop.received)         # SIGTERM or Ctrl-C, in one of them
+        saving = stopping or done % args.save_every == 0 or done == args.steps
+        if saving or done % 50 == 0:
+            line = {"step": done, "lr": lr, **log.means(done)}     # ends a run that only skips
+            if saving and RANK == 0:
+                line |= validate(model, x_val, args, f"{args.out}/preview_{done:06d}.png")
+            log.write(line)
+        if saving:
+            save(args, states, step=done, model_args=model_args)
+            log.since = time.perf_counter()                # saves do not count as training
+        if stopping:
+            break
+    finish(args, done)
+
+def is_whole(step, share):
+    """Whether this step sees whole images: every other one for 0.5, every fourth for 0.25. This
+    spreads them evenly over the run."""
+    return math.floor((step + 1) * share) > math.floor(step * share)
+
+# ---- Measured at each save --------------------------------------------------------------------
+
+def held_out_images(val, device):
+    """64 held-out images, always the same, (64, 3, H, W); None but in process 0, which measures."""
+    if RANK > 0:
+        return None
+    x, _ = val.batch(val.some(64).tolist())
+    return vmae.to_float(x.to(device))
+
+@torch.no_grad()
+@torch.compiler.set_stance("force_eager")   # these shapes are not worth compiling
+def validate(model, x_val, args, path):
+    """Held-out x_val (B, 3, H, W) -> {"PSNR_val": of whole images, "PSNR_m_val": of the masked
+    patches, masked as in training}, in dB. Saves 8 as rows of original, input, reconstruction."""
+    P = model.patch_size
+    generator = torch.Generator(x_val.device).manual_seed(0)
+    found = {"PSNR_val": [], "PSNR_m_val": []}
+    picture = None
+    for x in x_val.split(8):                                               # (8, 3, H, W)
+        x_in = x + args.noise * torch.randn(x.shape, generator=generator, device=x.device)
+        p, _, mask = model(x_in, args.mask, generator)     # as in training
+        x_hat = model.decode(model.encode(x).mode())       # and as in use
+        if picture is None:
+            seen = vmae.patchify(x_in, P) * (1 - mask[..., None])          # grey where masked
+            picture = [x, vmae.unpatchify(seen, P, *x.shape[2:]), p.mode()]
+        real = vmae.to_uint8(x).cpu()                      # PSNR is in float64, unknown to MPS
+        whole = vmae.to_uint8(x_hat).cpu()
+        guess = vmae.to_uint8(p.mode()).cpu()
+        found["PSNR_val"].append(vmae.psnr(real, whole))   # (8,)
+        if args.mask > 0:                   # each image hides as many pixels, here in one row
+            hidden = mask.cpu() == 1                                       # (8, N)
+            real = vmae.patchify(real, P)[hidden].view(len(x), 1, 1, -1)
+            guess = vmae.patchify(guess, P)[hidden].view(len(x), 1, 1, -1)
+            found["PSNR_m_val"].append(vmae.psnr(real, guess))
+    vmae.save_grid(picture, path)
+    means = {}
+    for name, values in found.items():
+        if values:
+            means[name] = round(torch.cat(values).mean().item(), 2)
+    return means
+
+# ---- What is trained --------------------------------------------------------------------------
+
+def read_options():
+    """The command line -> (all options, those that were given, the checkpoint to go on from or
+    None). `fill_in` chooses the options that are still None."""
+    parser = common_parser(__doc__)
+    parser.add_argument("--size", type=vmae.count, help="side of the images in pixels (default: "
+                        "that of --init; faces 32; folders 256 on CUDA, else 64)")
+    parser.add_argument("--preset", choices=PRESETS, help="autoencoder of the paper; sets defaults "
+                        "of options below (PRESETS), and --out to runs/PRESET (default: vmae)")
+    parser.add_argument("--arch", choices=("vit", "conv"), help="body: VMAE's transformer or the "
+                        "convolutions of SD-VAE (default: vmae and mae vit, others conv)")
+    parser.add_argument("--init", type=checkpoint, metavar="CHECKPOINT", help="start from this "
+                        "model: ours, a published VMAE or an SD3-style VAE")
+    parser.add_argument("--tune", choices=("decoder",), help="train the decoder of --init and "
+                        "leave its encoder as it is, without a mask and with LPIPS at 10: the "
+                        "authors' last stage; into runs/tuned")
+    group = parser.add_argument_group("the loss")
+    group.add_argument("--mask", type=vmae.fraction, help="share of the patches that is masked "
+                       "(default: vmae and mae 0.6, others 0)")
+    group.add_argument("--whole", type=vmae.fraction, help="share of the steps that see whole "
+                       "images (default: 0.5)")
+    group.add_argument("--noise", type=vmae.weight, help="standard deviation of the noise on x "
+                       "(default: dae 0.2, others 0)")
+    group.add_argument("--lambda-m", type=vmae.weight, help="weight of L_M (default: 0.1)")
+    group.add_argument("--lambda-reg", type=vmae.weight, help="weight of L_reg; with 0 z has no "
+                       "variance (default: vmae 0.0001, vae 0.0003, sdvae 1e-05, others 0)")
+    group.add_argument("--lambda-p", type=vmae.weight, help="weight of L_P, LPIPS (default: vmae "
+                       "and sdvae 0.5 on a folder if VGG's weights can be had, otherwise 0)")
+    group.add_argument("--lambda-adv", type=vmae.weight, help="weight of the adversarial loss, "
+                       "which begins halfway through the run (default: sdvae 0.1, others 0)")
+    group.add_argument("--kl-mean", choices=("free", "zero"), help="free: L_reg pulls only the "
+                       "variance, to 1, Section 4.4; zero: the KL of Eq. (1) (default: vmae free, "
+                       "others zero)")
+    group.add_argument("--vgg-weights", metavar="FILE", help="local copy of torchvision's "
+                       "vgg16-397923af.pth, for LPIPS")
+    group = parser.add_argument_group("the images")
+    group.add_argument("--no-cache", action="store_true", help="decode images in each epoch anew; "
+                       "by default a folder's decoded images are kept in --out, 3 * size^2 bytes "
+                       "each, if the disk has room")
+    given = vars(parser.parse_args())
+
+    preset = given.get("preset", DEFAULTS["preset"])
+    defaults = {**COMMON, **DEFAULTS, **AE, "out": f"runs/{preset}", **PRESETS[preset]}
+    if "tune" in given:
+        defaults.update(TUNED)
+    args, saved = resolve(defaults, given, "stage one")
+    if "init" in given and ("arch" in given or "model" in given):
         raise InputError("--arch, --model: --init decides the shape of the model; leave them out")
     if args.tune and not args.init:
         raise InputError("--tune decoder: needs a trained model; name its checkpoint with --init")
-    idle = {"lambda_m": args.mask == 0, "whole": args.mask == 0, "kl_mean": args.lambda_reg == 0,
-            "no_cache": not args.data}
-    for name in [n for n in idle if idle[n] and getattr(args, n) != parser.get_default(n)]:
-        vmae.say(f"--{name.replace('_', '-')}: has no effect beside the other options")
-    if args.compile and args.lambda_adv > 0:
-        raise InputError("--compile: cannot be given with an adversarial loss (--lambda-adv)")
-    return args, saved
+    idle = dict(lambda_m=args.mask == 0, whole=args.mask == 0, kl_mean=args.lambda_reg == 0,
+                no_cache=args.data is None, compile=args.arch == "conv")
+    say_idle(given, idle)
+    return args, given, saved
 
-def fill_in(args, cuda, known):
-    """Choose the options that were not given. known: the checkpoint of --resume or --init."""
+def fill_in(args, device, known):
+    """Choose the options that are still None. known: the checkpoint of --resume or --init."""
     if known is not None:
-        args.size = args.size or known["model_args"]["img_size"]
-        args.arch = "conv" if "channels" in known["model_args"] else "vit"
+        model_args = known["model_args"]
+        args.size = args.size or model_args["img_size"]
+        args.arch = "conv" if "channels" in model_args else "vit"
+        args.model = args.model or name_of_size(model_args)
     if args.arch == "conv" and args.mask > 0:
         raise InputError(f"--mask {args.mask}: convolutions cannot skip patches; give --mask 0")
-    args.size = args.size or (32 if args.data is None else 256 if cuda else 64)
-    args.model = args.model or ("tiny" if args.size <= 32 else "base" if cuda else "small")
-    use_recipe(args, RECIPES if args.arch == "vit" else CONV_RECIPES)
-    # Late (Esser 2021): an early x_hat is too easy to tell from x.
-    args.adv_start = args.steps // 2 if args.adv_start is None else args.adv_start
+    on_cuda = device.type == "cuda"
+    if args.compile is None:
+        args.compile = on_cuda
+    if args.size is None and args.data is None:
+        args.size = 32
+    elif args.size is None:
+        args.size = 256 if on_cuda else 64
+    if args.model is None and args.size <= 32:
+        args.model = "tiny"
+    elif args.model is None:
+        args.model = "base" if on_cuda else "small"
+    use_recipe(args, RECIPES[args.model, args.arch, "cuda" if on_cuda else "cpu"])
+    if args.lambda_p is None and args.tune:
+        args.lambda_p = 10.0
+    elif args.lambda_p is None:             # on the small faces VGG would cost more than the rest
+        args.lambda_p = 0.5 if args.data else 0.0
+    if args.adv_start is None:              # late (Esser 2021): an early x_hat is too easy to tell
+        args.adv_start = args.steps // 2
+
+def name_of_size(model_args):
+    """Arguments of a constructor -> the row of `sizes` that has them, or None."""
+    for name, row in [*vmae.sizes.items(), *vmae.conv_sizes.items()]:
+        if {**model_args, **row} == model_args:
+            return name
+    return None
 
 def new_model(args, known):
     """Options -> (model, arguments of its constructor), with the weights of `known`, see fill_in.
     InputError names --size and --mask if they do not fit the model."""
-    rows = vmae.sizes if args.arch == "vit" else vmae.conv_sizes
-    model_args = dict(known["model_args"] if known else rows[args.model], img_size=args.size)
+    if known is not None:
+        model_args = dict(known["model_args"], img_size=args.size)
+    elif args.arch == "vit":
+        model_args = dict(vmae.sizes[args.model], img_size=args.size)
+    else:
+        model_args = dict(vmae.conv_sizes[args.model], img_size=args.size)
     try:
         model = vmae.build(model_args)
         vmae.random_mask(1, model.grid, model.grid, args.mask)     # raises if nothing stays visible
@@ -422,124 +337,481 @@ def new_model(args, known):
         p.requires_grad_(not args.tune or name.startswith(("decoder", "from_latent", "mask_token")))
     return model, model_args
 
-def perceptual(args, device):
-    """Set args.lambda_p, if it is None -> the LPIPS network, or None if that weight is 0."""
-    net, asked_for = None, args.lambda_p is not None or args.vgg_weights
-    if args.lambda_p is None:               # on the small faces VGG would cost more than the rest
-        args.lambda_p = 10.0 if args.tune else (0.5 if args.data else 0.0)
+def layout(args):
+    """How images lie in memory. Convolutions are faster if the channels of a pixel are together."""
+    if args.arch == "conv":
+        return torch.channels_last
+    return torch.contiguous_format
+
+def blocks(args, model):
+    """The modules of the autoencoder that can be compiled: the convolutional body has none."""
+    if args.arch == "conv":
+        return []
+    return [*model.blocks, *model.decoder_blocks]
+
+def load_perceptual(args, given, device):
+    """The network of L_P, or None if its weight is 0. Process 0 downloads VGG's weights for all. If
+    they cannot be had, the run goes on without L_P, unless the user asked for it."""
     if args.vgg_weights and args.lambda_p == 0:
         raise InputError("--vgg-weights: L_P has weight 0 here; give --lambda-p as well")
-    try:
-        if RANK == 0 and args.lambda_p > 0:                # process 0 downloads them for all
-            net = vmae.load_lpips(args.vgg_weights)
-    except InputError as error:
-        if asked_for:
-            raise
-        print(f"warning: training without L_P, so images will be blurred; {error}")
+    if args.lambda_p == 0:
+        return None
+    lpips_net = None
+    trouble = None
+    if RANK == 0:
+        try:
+            lpips_net = vmae.load_lpips(args.vgg_weights)
+        except InputError as error:
+            if "lambda_p" in given or args.vgg_weights:
+                raise
+            trouble = str(error)
+    trouble = vmae.from_first(lambda: trouble)
+    if trouble is not None:
+        vmae.say(f"warning: training without L_P, so images will be blurred; {trouble}")
         args.lambda_p = 0.0
-    args.lambda_p = vmae.agree(args.lambda_p)              # the same loss in all processes
-    return (net or vmae.load_lpips(args.vgg_weights)).to(device) if args.lambda_p > 0 else None
+        return None
+    if lpips_net is None:
+        lpips_net = vmae.load_lpips(args.vgg_weights)
+    if device.type == "cuda":               # its convolutions are faster so
+        lpips_net.to(memory_format=torch.channels_last)
+    return lpips_net.to(device)
 
-def is_whole(step, share):
-    """Whether this step sees whole images: every other one for 0.5, every fourth for 0.25."""
-    return math.floor((step + 1) * share) > math.floor(step * share)
+# ---- Options, shared with train_ldm.py --------------------------------------------------------
 
-@torch.no_grad()
-def validate(model, x_val, args, path):
-    """Held-out x_val (B, 3, H, W) -> {"PSNR_val": of whole images, "PSNR_m_val": of the masked
-    patches, masked as in training}, in dB. Saves 8 as rows of original, input, reconstruction."""
-    P, generator = model.patch_size, torch.Generator(x_val.device).manual_seed(0)
-    found, rows = {"PSNR_val": [], "PSNR_m_val": []}, []
-    for x in x_val.split(8):                                               # (8, 3, H, W)
-        x_in = x + args.noise * torch.randn(x.shape, generator=generator, device=x.device)
-        p, _, mask = model(x_in, args.mask, generator)     # as in training
-        seen = vmae.patchify(x_in, P) * (1 - mask[..., None])              # grey where masked
-        rows = rows or [x, vmae.unpatchify(seen, P, *x.shape[2:]), p.mode()]
-        x_hat = model.decode(model.encode(x).mode())       # and as in use
-        a, whole, guess = (vmae.to_uint8(v).cpu() for v in (x, x_hat, p.mode()))
-        found["PSNR_val"].append(vmae.psnr(a, whole))      # (8,), in float64, unknown to MPS
-        if args.mask > 0:                   # each image hides as many pixels, here in one row
-            pair = [vmae.patchify(v, P)[mask.cpu() == 1].view(len(x), 1, 1, -1) for v in (a, guess)]
-            found["PSNR_m_val"].append(vmae.psnr(*pair))
-    vmae.save_grid(rows, path)
-    return {name: round(torch.cat(v).mean().item(), 2) for name, v in found.items() if v}
+# The options of both trainers. None means: chosen later.
+COMMON = dict(data=None, val=None, model=None, batch=None, micro=None, steps=None, lr=None,
+              save_every=1000, seed=0, device="auto", precision="auto", resume=False, compile=None)
+# A resumed run does not take these over from its checkpoint,
+FRESH = ("resume", "out", "device", "compile")
+# and it may be given others of these.
+FREE = "data val steps lr micro save_every precision no_cache vgg_weights".split()
 
-def trial_loss(n, model, args, net, disc):
-    """The loss of n grey images, with every part that the options switch on, for micro_batches."""
-    x = torch.zeros(n, 3, model.img_size, model.img_size, device=model.logvar_x.device)
-    p, q, mask = model(x, 0.0)              # whole images need more memory than masked ones
-    loss, _ = vmae.loss_VMAE(x, p, q, mask, model.patch_size, lambda_P=args.lambda_p, lpips_net=net)
-    return loss if disc is None else loss + disc(torch.cat([x, p.mode()])).float().mean()
+def checkpoint(path):
+    """The type of options that name a checkpoint. A resumed run may start in another folder."""
+    return os.path.abspath(vmae.checkpoint(path))
 
-def main():
-    args, saved = options()
-    device = vmae.start(args.device)        # cuda, cpu or mps
-    known = saved or (vmae.read_stage_one(args.init) if args.init else None)
-    fill_in(args, device.type == "cuda", known)            # args are complete from here on
-    torch.manual_seed(args.seed)            # the same weights on every process
-    model, model_args = new_model(args, known)
-    train, val = vmae.open_images(args.data, args.size, args.val, args.out)
-    # Convolutions are faster if the channels of a pixel lie side by side in memory.
-    layout = torch.channels_last if args.arch == "conv" else torch.contiguous_format
-    model = model.to(device, memory_format=layout)
-    lpips = perceptual(args, device)        # also sets args.lambda_p
-    parts = {"model": model, "opt": optimiser(model)}      # a checkpoint holds the state of each
-    disc = vmae.discriminator(args.size).to(device) if args.lambda_adv > 0 else None
-    if disc is not None:
-        parts.update(disc=disc, disc_opt=optimiser(disc))  # and SD-VAE's discriminator
-    start = resume(args, saved, parts)
-    saved = known = None                    # their memory is free again
-    low_precision = matmul_precision(args, device)
-    with low_precision():
-        mine = micro_batches(args, device, model, lambda n: trial_loss(n, model, args, lpips, disc))
-    begin(args, model, f"{len(train)} images to train on, {len(val)} held out")
-    if args.data:
-        train = train.keep_pixels(args.out, not args.no_cache)
-    if args.compile:                        # dynamic=False: one graph for masked, one for whole
-        halves = ("encode_tokens", "decode_tokens") if args.arch == "vit" else ("encode", "decode")
-        for half in halves:
-            setattr(model, half, torch.compile(getattr(model, half), dynamic=False))
-    batches = ahead(train, args, start, mine, device)
-    if RANK == 0:                           # which alone measures them
-        x_val = vmae.to_float(val.batch(val.some(64).tolist())[0].to(device))  # (64, 3, H, W)
+def common_parser(doc):
+    """-> a parser of the options of both trainers. What was not given is not in its result, so
+    that it can be told from a default."""
+    parser = vmae.Parser(description=doc.split("\n")[0], usage="%(prog)s [options]",
+                         allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    add = parser.add_argument
+    add("--data", type=os.path.abspath, metavar="FOLDER", help="folder of images, whose "
+        "sub-folders are classes (default: stage one: the built-in faces; stage two: that of stage "
+        "one)")
+    add("--val", type=os.path.abspath, metavar="FOLDER", help="folder of held-out images (default: "
+        "stage one: one in twenty of --data, chosen by its path; stage two: that of stage one)")
+    add("--model", choices=vmae.sizes, help="size of the network (default: stage one: tiny to 32 "
+        "px; above, base on CUDA, else small; stage two: small on CUDA, else tiny)")
+    add("--batch", type=vmae.count, help="images per optimiser step (default: see RECIPES)")
+    add("--micro", type=vmae.count, help="images at once, whose gradients are summed (default: as "
+        "many as fit)")
+    add("--steps", type=vmae.count, help="optimiser steps in all (default: see RECIPES)")
+    add("--lr", type=vmae.positive, help="peak learning rate (default: see RECIPES)")
+    add("--save-every", type=vmae.count, help="steps between checkpoints (default: 1000)")
+    add("--out", metavar="FOLDER", help="run folder (default: stage one: runs/PRESET; stage two: "
+        "runs/ldm)")
+    add("--seed", type=vmae.any_seed, help="sets weights, order, masks and noise (default: 0)")
+    add("--device", help="cuda, cpu, mps... (default: cuda if there is one)")
+    add("--precision", choices=("auto", "float32", "bfloat16"), help="of matrix products; auto: "
+        "bfloat16 on CUDA from Ampere on, or if a CPU is faster with it; float32: as TF32 on CUDA "
+        "(default: auto)")
+    add("--resume", action="store_true", help="go on from last.pt in --out, or begin if there is "
+        "none; the options that change the run stay as they were")
+    add("--compile", action=argparse.BooleanOptionalAction, help="compile each transformer block "
+        "and the network of LPIPS, and on CUDA replay each step as one launch (default: on CUDA "
+        "yes, with blocks from size small on; elsewhere no)")
+    return parser
 
-    # x -> x_v -> q(z|x_v) -> z -> p(x|z) -> L_VMAE. dae adds noise to x, sdvae an adversary.
-    with Log(args, start, device) as log:
-        for step in range(start, args.steps):
-            lr = learning_rate(step, args.steps, args.lr)  # up, then down a cosine
-            mask_ratio = 0.0 if is_whole(step, args.whole) else args.mask  # whole: nothing masked
-            adversary = disc is not None and step >= args.adv_start
-            for number in mine:             # the micro-batches, whose gradients are summed
-                generator = vmae.seeded(args.seed, step, number, device=device)
-                x, _ = next(batches)        # uint8 (B, 3, H, W)
-                x_in = x = vmae.random_flip(vmae.to_float(x), generator)
-                share = len(x) / args.batch
-                if args.noise > 0:          # only for dae
-                    x_in = x + args.noise * torch.randn(x.shape, generator=generator, device=device)
-                with low_precision():
-                    p, q, mask = model(x_in, mask_ratio, generator)        # mask (B, N), 1 = masked
-                    loss, terms = vmae.loss_VMAE(          # a scalar, and {name: scalar}
-                        x, p, q, mask, model.patch_size, args.lambda_m if mask_ratio > 0 else 0.0,
-                        args.lambda_p, args.lambda_reg, args.kl_mean, lpips)
-                    if adversary:           # SD-VAE's addition: the decoder against disc
-                        disc.requires_grad_(False)
-                        fake = disc(p.mode())                              # (B, 1, h', w')
-                        terms["L_G"] = vmae.loss_G(fake, loss, model.last_layer)   # a scalar
-                        loss = loss + args.lambda_adv * terms["L_G"]
-                (share * loss).backward()
-                if adversary:               # and disc on x and x_hat, in one pass
-                    disc.requires_grad_(True)
-                    with low_precision():
-                        real, fake = disc(torch.cat([x, p.mode().detach()])).chunk(2)
-                    terms["L_D"] = vmae.loss_D(real, fake)
-                    (share * terms["L_D"]).backward()
-                log.add(terms, share)
-            fine = update(parts["opt"], model, lr)         # clip, step, zero
-            if adversary:
-                fine = fine & update(parts["disc_opt"], disc, lr)
+def resolve(defaults, given, stage):
+    """Options in layers: defaults; those of the run in --out, if it is resumed; those given on the
+    command line -> (Namespace, the checkpoint to go on from, or None). Ends the script if that run
+    is complete. InputError if --resume is missing, or if an option may not differ."""
+    out = given.get("out", defaults["out"])
+    last = os.path.join(out, "last.pt")
+    if not os.path.exists(last):
+        if "resume" in given:
+            vmae.say(f"{last}: no checkpoint yet, so the run begins")
+        return argparse.Namespace(**{**defaults, **given}), None
+    ckpt = vmae.read_checkpoint(last)
+    ckpt["path"] = last
+    for entry in ("train_args", "step", "model_args", "model"):
+        if entry not in ckpt:
+            raise InputError(f"{last}: lacks {entry}; give another --out")
+    if "resume" not in given:
+        raise InputError(f"{last} holds step {ckpt['step']} of a run; go on with --resume, or "
+                         f"begin another one with --out")
+    if stage != ("stage two" if "vmae" in ckpt else "stage one"):
+        raise InputError(f"{last}: a checkpoint of the other stage; give another --out")
+    saved = {}
+    for name, value in ckpt["train_args"].items():
+        if name in defaults and name not in FRESH:
+            saved[name] = value
+    for name, value in given.items():
+        if name in saved and name not in FREE and value != saved[name]:
+            raise InputError(f"--{name.replace('_', '-')} {value}: the run in {out} has "
+                             f"{saved[name]}; leave it out, or begin another with --out")
+    args = argparse.Namespace(**{**defaults, **saved, **given})
+    if ckpt["step"] >= args.steps:
+        vmae.say(f"{last}: complete, at step {ckpt['step']} of {args.steps}")
+        sys.exit()
+    if "micro" not in given and math.ceil(args.batch / args.micro) < WORLD:
+        args.micro = None                   # it was chosen for fewer processes
+    return args, ckpt
 
-            log.step(step + 1, fine, lr, lambda path: validate(model, x_val, args, path), parts,
-                     model_args=model_args)
+def say_idle(given, idle):
+    """Name the options that were given although they have no effect. idle: {name: whether}."""
+    for name in given:
+        if idle.get(name):
+            vmae.say(f"--{name.replace('_', '-')}: has no effect beside the other options")
+
+def use_recipe(args, recipe):
+    """Give the options that are still None the recipe's values."""
+    for name, value in recipe.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+
+# ---- Plumbing, shared with train_ldm.py -------------------------------------------------------
+
+def matmul_precision(args, device):
+    """Choose --precision, if it is auto -> a function that makes a context for matrix products."""
+    if args.precision == "auto":
+        fast = vmae.smallest(vmae.has_bfloat16(device))    # the same in all processes
+        args.precision = "bfloat16" if fast else "float32"
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = True              # shapes repeat: try all algorithms once
+        torch.set_float32_matmul_precision("high")         # what remains in float32: as TF32
+    return lambda: torch.autocast(device.type, torch.bfloat16, args.precision == "bfloat16")
+
+def choose_micro(args, device, largest_part, states, at_once):
+    """Choose --micro, if it was not given -> the numbers of this process's parts of each batch.
+
+    On CUDA a whole step is tried: largest_part(n) computes the gradients of n images, and the
+    optimisers make room for their moments. While that does not fit, n is halved. Afterwards weights
+    and moments are as if nothing had been tried. A tenth more images than will be used leave some
+    room for what the trial does not know. Elsewhere: at_once images."""
+    if args.micro is None:
+        fits = at_once
+        if device.type == "cuda":
+            fits = math.ceil(args.batch / WORLD)
+            while fits > 1 and not step_fits(math.ceil(1.1 * fits), largest_part, states):
+                fits = math.ceil(fits / 2)
+        args.micro = equal_parts(args.batch, max(1, vmae.smallest(fits)))
+    n_micro = math.ceil(args.batch / args.micro)           # the last one may be smaller
+    if n_micro < WORLD:
+        enough = "a larger --batch"
+        if args.batch >= WORLD:
+            enough = f"--micro {args.batch // WORLD}"
+        raise InputError(f"--batch {args.batch} --micro {args.micro}: {n_micro} parts are too few "
+                         f"for {WORLD} processes; give {enough}")
+    return range(RANK, n_micro, WORLD)
+
+def equal_parts(batch, fits):
+    """The size of the parts of a batch, at most `fits`: as few parts per process as possible, or up
+    to twice as many if they are then of equal size, because one graph serves one shape."""
+    per_process = math.ceil(batch / WORLD / fits)
+    for parts in range(per_process, 2 * per_process + 1):
+        if batch % (parts * WORLD) == 0:
+            per_process = parts
+            break
+    return max(1, min(math.ceil(batch / per_process / WORLD), batch // WORLD))
+
+def step_fits(n, largest_part, states):
+    """Whether a step with n images at once fits the memory of the GPU."""
+    fits = True
+    try:
+        largest_part(n)
+        for name in states:
+            if name in ("opt", "disc_opt"):
+                leave_out_step(states[name])
+    except torch.OutOfMemoryError:
+        fits = False                        # its tensors are freed at the end of this block
+    for name in states:
+        if name in ("opt", "disc_opt"):
+            states[name].zero_grad(set_to_none=False)
+    torch.cuda.empty_cache()
+    return fits
+
+def leave_out_step(opt):
+    """An optimiser step that changes nothing, but makes room for the moments."""
+    parameter = opt.param_groups[0]["params"][0]
+    opt.found_inf = torch.ones((), device=parameter.device)
+    opt.step()
+
+def make_fast(micro_batch, args, given, generator, blocks, lpips_net=None):
+    """With --compile, which is the default on CUDA: compile the blocks, where that pays, and the
+    network of L_P, and on CUDA replay micro_batch -> micro_batch, to be called in its place."""
+    if not args.compile:
+        return micro_batch
+    modules = []
+    if args.model != "tiny" or given.get("compile"):       # compiling tiny ones takes too long
+        modules.extend(blocks)
+    if lpips_net is not None:
+        modules.extend([lpips_net.net, *lpips_net.distances])
+    if modules:
+        vmae.compile_blocks(modules, given.get("compile"))
+    if generator.device.type == "cuda":
+        return Replay(micro_batch, generator)
+    return micro_batch
+
+class Replay:
+    """A function of CUDA tensors whose kernels are launched all at once, as a CUDA graph.
+
+    Python launches the hundreds of kernels of a step one after another, and a GPU that is done with
+    each at once waits for Python most of the time. For each set of shapes and options the function
+    runs twice as usual, while libraries choose their kernels and blocks are compiled; then it is
+    recorded, and from there on the record is replayed. So it may depend on nothing but its tensors,
+    its options and the generator, and may not read a tensor on the CPU (item(), print): the second
+    run is watched, and if it does, it goes on as usual."""
+
+    def __init__(self, function, generator):
+        self.function = function
+        self.generator = generator
+        self.pool = torch.cuda.graph_pool_handle()         # all records use the same memory
+        self.runs = collections.Counter()
+        self.records = {}
+        self.waits = False
+
+    def __call__(self, *tensors, **options):
+        key = (*[v.shape for v in tensors], *options.values())
+        self.runs[key] += 1
+        if self.runs[key] == 2:
+            return self.watched(*tensors, **options)
+        if self.runs[key] == 1 or self.waits:
+            return self.function(*tensors, **options)
+        if key not in self.records:
+            self.records[key] = self.record(*tensors, **options)
+        copies, graph, outputs = self.records[key]
+        for copy, v in zip(copies, tensors):
+            copy.copy_(v)
+        graph.replay()
+        return outputs
+
+    def watched(self, *tensors, **options):
+        """The function's outputs. Notes whether it waits for the GPU."""
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            outputs = self.function(*tensors, **options)
+            torch.cuda.set_sync_debug_mode("default")
+        self.waits = any("synchronizing CUDA operation" in str(w.message) for w in caught)
+        if self.waits:
+            vmae.say("a step reads a tensor on the CPU (item(), print), so it cannot be replayed")
+        return outputs
+
+    def record(self, *tensors, **options):
+        """-> the tensors that a replay reads, the graph, the outputs that it writes."""
+        copies = [v.clone() for v in tensors]
+        graph = torch.cuda.CUDAGraph()
+        graph.register_generator_state(self.generator)     # a replay takes its seed from there
+        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+            outputs = self.function(*copies, **options)
+        return copies, graph, outputs
+
+def index_batches(n, args, start, my_micro_batches):
+    """Yield this process's parts of each batch, from step `start` on, without end: lists of numbers
+    below n. They are sorted, because reading a file front to back is faster and the order within a
+    part does not matter. The batches are cut, one after the other, from the epochs in a row; each
+    epoch is a new random order of all n numbers."""
+    @functools.lru_cache(2)
+    def order(epoch):
+        return torch.randperm(n, generator=vmae.seeded(args.seed, epoch)).tolist()
+
+    for step in itertools.count(start):
+        batch = []
+        for place in range(step * args.batch, (step + 1) * args.batch):
+            batch.append(order(place // n)[place % n])
+        for number in my_micro_batches:
+            yield sorted(batch[number * args.micro:(number + 1) * args.micro])
+
+def read_ahead(data, args, start, my_micro_batches, device):
+    """Yield without end what this process trains on, x and y on `device`. For a GPU a thread reads
+    the next part while this one is computed, into memory that the GPU can copy from by itself
+    (pinned). Beside a training on the CPU the thread would only take cores from it."""
+    batches = map(data.batch, index_batches(len(data), args, start, my_micro_batches))
+    if device.type != "cuda":
+        for x, y in batches:
+            yield x.to(device), y.to(device)
+    pinned = ((x.pin_memory(), y.pin_memory()) for x, y in batches)
+    for x, y in vmae.prefetch(pinned):
+        yield x.to(device, non_blocking=True), y.to(device, non_blocking=True)
+
+def learning_rate(step, steps, peak):
+    """Linear warm-up over 2 % of the run, while AdamW's moments settle; a cosine down to zero."""
+    warm = min(1, (step + 1) / max(1, steps // 50))        # rises to 1
+    return peak * warm * 0.5 * (1 + math.cos(math.pi * step / steps))
+
+def optimiser(model):
+    """AdamW as in the authors' recipes, with betas (.9, .95). Weight decay acts on matrices, not on
+    norms, biases and what else has one side of 1, which have no reason to shrink."""
+    matrices = []
+    others = []
+    for p in model.parameters():
+        if not p.requires_grad:             # of a frozen encoder
+            continue
+        if p.ndim > 1 and min(p.shape) > 1:
+            matrices.append(p)
+        else:
+            others.append(p)
+    groups = [dict(params=matrices, weight_decay=0.05), dict(params=others, weight_decay=0.0)]
+    return torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)        # one kernel per step
+
+def optimiser_step(opt, model, lr):
+    """One step with the gradients that all processes have summed, clipped at norm 1, and then
+    zeroed -> whether they were finite, a tensor. If not, nothing is changed: AdamW's kernel leaves
+    a step out if found_inf is 1, so that the CPU does not have to wait for the GPU."""
+    parameters = [p for p in model.parameters() if p.grad is not None]
+    if WORLD > 1:
+        sum_over_processes([p.grad for p in parameters])
+    is_finite = torch.nn.utils.clip_grad_norm_(parameters, 1.0).isfinite()
+    for group in opt.param_groups:
+        group["lr"] = lr
+    opt.found_inf = (~is_finite).float()
+    opt.step()
+    opt.zero_grad(set_to_none=False)        # the gradients stay where Replay has recorded them
+    return is_finite
+
+def sum_over_processes(gradients):
+    """Replace each gradient by its sum over the processes: as one vector, in one go."""
+    flat = torch.cat([g.flatten() for g in gradients])
+    with vmae.together():
+        dist.all_reduce(flat)
+    for g, part in zip(gradients, flat.split([g.numel() for g in gradients])):
+        g.copy_(part.view_as(g))
+
+def load_states(args, ckpt, states):
+    """Load the states, by name, from the checkpoint `ckpt` -> its step, or 0 without one.
+    InputError if they do not fit, or if the processes do not see the same checkpoint."""
+    start = 0
+    if ckpt is not None:
+        start = ckpt["step"]
+        for name, part in states.items():
+            try:
+                part.load_state_dict(ckpt[name])    # with AdamW's moments, or the loss would jump
+            except (KeyError, ValueError, RuntimeError) as error:
+                raise InputError(f"{args.out}/last.pt: its {name} does not fit these options "
+                                 f"({vmae.last_line(error)}); give another --out") from None
+    first = vmae.from_first(lambda: start)
+    if vmae.any_process(first != start):
+        raise InputError(f"--out {args.out}: process 0 finds step {first} there, process {RANK} "
+                         f"finds {start}; all processes need the same folder")
+    return start
+
+def begin(args, model, what):
+    """Make the run folder and print what will run."""
+    os.makedirs(args.out, exist_ok=True)
+    count = sum(p.numel() for p in model.parameters()) / 1e6
+    options = " ".join(f"{name}={value}" for name, value in vars(args).items())
+    vmae.say(f"{what}, {count:.2f} M parameters\n{options}")
+
+def save(args, states, **entries):
+    """Process 0 writes last.pt: the states, by name, and entries. The others need not wait."""
+    if RANK == 0:
+        parts = {name: part.state_dict() for name, part in states.items()}
+        vmae.save_checkpoint(os.path.join(args.out, "last.pt"), train_args=vars(args), **entries,
+                             **parts)
+
+def finish(args, done):
+    """End the run after step `done`, when process 0 has saved it."""
+    vmae.wait_for_all()
+    if done < args.steps:
+        sys.exit(f"stopped after step {done}, which is saved; --resume goes on" if RANK == 0 else 1)
+
+class Stop:
+    """Notes SIGTERM and Ctrl-C, so that the run ends after a whole step. Without torchrun, which
+    would see to that, a second one ends it at once."""
+
+    def __init__(self):
+        self.received = False
+        signal.signal(signal.SIGINT, self.note)
+        signal.signal(signal.SIGTERM, self.note)
+
+    def note(self, number, frame):
+        self.received = True
+        if WORLD == 1:
+            signal.signal(number, signal.SIG_DFL)
+
+class Log:
+    """The bar on the screen and log.jsonl in the run folder, both of process 0. All sums stay on
+    the device, and are read when a line is written."""
+
+    def __init__(self, args, start, device):
+        self.args = args
+        self.logged = start                 # the step of the last line
+        self.since = time.perf_counter()    # and when training went on from there
+        self.device = device
+        self.clear()
+        self.held_out = {}
+        self.path = Path(args.out, "log.jsonl")
+        if RANK == 0:
+            self.drop_lines_after(start)
+
+    def clear(self):
+        self.sums = {}                      # of each loss: see add
+        self.skipped = torch.zeros((), dtype=torch.long, device=self.device)   # steps left out
+
+    def drop_lines_after(self, start):
+        """A run that goes on writes these steps again. Damaged lines are dropped too."""
+        text = b""
+        if start > 0 and self.path.exists():
+            text = self.path.read_bytes()
+        with vmae.whole_file(self.path) as file:
+            for line, step in re.findall(rb'({"step": (\d+), [^{}\n]*}\r?\n)', text):
+                if int(step) <= start:
+                    file.write(line)
+
+    def progress(self, steps):
+        """Iterate over the steps, under a bar."""
+        self.bar = tqdm(steps, total=self.args.steps, initial=steps.start, dynamic_ncols=True,
+                        mininterval=1, disable=RANK > 0)
+        return self.bar
+
+    def add(self, terms, part):
+        """Losses of this part of a batch; what is not finite is left out of their means."""
+        values = torch.stack(list(terms.values()))         # (terms,)
+        good = values.isfinite()
+        rows = part * torch.stack([values.nan_to_num(0, 0, 0), good, ~good])   # (3, terms)
+        names = tuple(terms)
+        self.sums[names] = self.sums.get(names, 0) + rows
+
+    def means(self, step):
+        """-> {name: value} for the log: the speed, and the means of the losses, since the last
+        line. InputError if more than ten steps since then had to be left out."""
+        totals = {}                         # of each loss: the sum, the good share, the bad share
+        for names, rows in self.sums.items():
+            if WORLD > 1:
+                with vmae.together():
+                    dist.all_reduce(rows)
+            for name, column in zip(names, rows.T.tolist()):
+                old = totals.get(name, (0, 0, 0))
+                totals[name] = [a + b for a, b in zip(old, column)]
+        skipped = int(self.skipped)
+        if skipped > 10:
+            broken = [name for name, (_, _, bad) in totals.items() if bad > 0]
+            raise InputError(f"step {step}: {' and '.join(broken) or 'the gradient'} infinite or "
+                             f"NaN, in {skipped} of the last {step - self.logged} steps; go on "
+                             f"with --resume and a lower --lr")
+        images = (step - self.logged) * self.args.batch
+        means = {"images_per_s": round(images / (time.perf_counter() - self.since), 1)}
+        for name, (total, good, _) in totals.items():
+            means[name] = round(total / good, 5) if good > 0 else None
+        if skipped > 0:
+            means["skipped"] = skipped
+        return means
+
+    def write(self, line):
+        """Write one line, a dict, and begin the next means."""
+        if RANK == 0:
+            with open(self.path, "a") as file:
+                print(json.dumps(line), file=file)
+        for name, value in line.items():
+            if name.endswith("_val"):       # the bar keeps the last held-out numbers
+                self.held_out[name] = value
+        shown = {name: value for name, value in line.items() if name not in ("step", "lr")}
+        self.bar.set_postfix({**shown, **self.held_out}, refresh=False)
+        self.clear()
+        self.logged = line["step"]
+        self.since = time.perf_counter()
 
 if __name__ == "__main__":
     vmae.cli(main)

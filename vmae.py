@@ -3,24 +3,34 @@
     x --patchify, mask--> x_v --encoder--> q(z|x_v) --sample--> z --decoder--> p(x|z)
 
 The method of Section 4 comes first: patches and masks, the Gaussians q and p with L_reg, the losses
-L_R, L_M, L_P and the sum L_VMAE, the transformer, the class VMAE. Then follows what surrounds it:
-sizes and checkpoints, images, pictures, what the scripts share. The convolutional autoencoders
-that the paper compares VMAE with come last; a reader of the method can leave them out.
+L_R, L_M, L_P and their sum L_VMAE, the transformer, the class VMAE. Then comes what the paper
+compares it with, the convolutional autoencoder with its discriminator, and LPIPS, the network
+inside L_P. What all scripts share stands at the end: a reader of the method can leave it out.
 
     python train_vmae.py --data path --mask 0.6          trains what this file defines
-    vmae = load_vmae("runs/vmae/last.pt")                loads it, in a notebook for instance
-    z = vmae.encode(x).mode(); x_hat = vmae.decode(z)    (B, 3, H, W) -> (B, d, h, w) -> back
+    vmae = load_vmae("runs/vmae")                        loads it, in a notebook for instance
+    z = vmae.encode(x).mode()                            (B, 3, H, W) in [-1, 1] -> (B, d, h, w)
+    x_hat = vmae.decode(z)                               and back
 """
-import argparse, contextlib, hashlib, json, math, os, re, shutil, sys, timeit, warnings, zlib
+import argparse
+import contextlib
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+import sys
+import timeit
+import warnings
+import zlib
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 
-# torch's threads wait for each other in a busy loop, so long that a second training on the same
-# cores slows both down 15 to 50 times. If they give up after 3,000 rounds, each of the two keeps
-# 43 % of its speed, but one training alone loses 10 % (1,000 rounds: 59 % and 17 %; 2 Xeon cores).
-# torch reads this number when it is loaded, so the scripts import this file first.
+# Threads that wait for each other spin, and so two trainings on the same cores would disturb each
+# other (README, troubleshooting). torch reads this when it is loaded, hence before the import.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
@@ -30,7 +40,6 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageOps
-from torch.utils.data import default_collate
 from tqdm import tqdm
 
 # Glossary: the letters in shape comments (but in metrics N is images, in convolutions C a width)
@@ -86,7 +95,8 @@ class Gaussian:
     float32 sigma is neither 0 nor infinite."""
 
     def __init__(self, mu, logvar):
-        self.mu, self.logvar = mu, logvar.clamp(-30.0, 20.0)
+        self.mu = mu
+        self.logvar = logvar.clamp(-30.0, 20.0)
 
     def sample(self, generator=None):
         """The reparameterisation trick (Kingma 2014): mu + sigma * eps with eps ~ N(0, 1), so that
@@ -102,8 +112,9 @@ class Gaussian:
     def nll(self, x):
         """-log N(x; mu, sigma^2) = 1/2 ((x - mu)^2 / sigma^2 + log sigma^2 + log 2 pi), in nats.
         x: of mu's shape. Returns one value per element, in float32."""
-        mu, logvar = self.mu.float(), self.logvar.float()
-        return 0.5 * ((x.float() - mu) ** 2 * (-logvar).exp() + logvar + math.log(2 * math.pi))
+        squared_error = (x.float() - self.mu.float()) ** 2
+        logvar = self.logvar.float()
+        return 0.5 * (squared_error * (-logvar).exp() + logvar + math.log(2 * math.pi))
 
     def kl(self, mean="free"):
         """L_reg = E[KL(q(z|x_v) || p(z))], the loss that smooths the latent space. Section 4.1.
@@ -114,11 +125,12 @@ class Gaussian:
             The means may lie anywhere, because stage two learns where they lie.
 
         Sum over the channels of a token, mean over tokens and batch: a scalar, in nats per token.
-        This pulls sigma, the noise of one latent, not the spread of the means over the images: with
-        lambda_reg = 1e-4 sigma ends near .1 of that spread. ldm.normalise then gives z unit
-        variance. Table 4 in README shows what other lambda_reg do to both stages."""
-        mu, logvar = self.mu.float(), self.logvar.float()
-        kl = logvar.exp() - 1 - logvar + (mu**2 if mean == "zero" else 0)
+        L_reg acts on sigma, the noise around one latent. The scale of mu over the data is set by
+        ldm.normalise, before stage two."""
+        logvar = self.logvar.float()
+        kl = logvar.exp() - 1 - logvar                                     # (B, d, V)
+        if mean == "zero":
+            kl = kl + self.mu.float() ** 2
         return 0.5 * kl.sum(1).mean()
 
 # ---- The losses L_R, L_M and L_P, and the sum L_VMAE; L_reg is Gaussian.kl, above -------------
@@ -144,14 +156,16 @@ def loss_M(p, x, mask, P):
 def loss_P(lpips_net, x, x_hat):
     """L_P = E[sum_l w_l ||psi_l(x) - psi_l(x_hat)||^2], LPIPS on VGG features. Section 4.3.
 
-    x, x_hat: (B, 3, H, W) in [-1, 1]; whole images are compared, as in the authors' code. psi_l has
-    unit length at each place. The features may be in bfloat16 (under autocast), the distance is in
-    float32. lpips_net: from load_lpips."""
-    psi = lpips_net.net(lpips_net.scaling_layer(x))        # the features of five layers
+    x, x_hat: (B, 3, H, W) in [-1, 1]; whole images are compared, as in the authors' code. The
+    features may be in bfloat16 (under autocast), the distance is in float32. lpips_net: from
+    load_lpips."""
+    with torch.no_grad():                                  # x is data, and VGG is frozen
+        psi = lpips_net.net(lpips_net.scaling_layer(x))    # the features of five layers
     psi_hat = lpips_net.net(lpips_net.scaling_layer(x_hat))
-    with torch.autocast(x.device.type, enabled=False):
-        unit = [F.normalize(v.float(), dim=1, eps=1e-10) for v in (*psi, *psi_hat)]
-        return sum(w((a - b) ** 2).mean() for w, a, b in zip(lpips_net.lins, unit[:5], unit[5:]))
+    loss = 0.0
+    for layer, distance in enumerate(lpips_net.distances):
+        loss = loss + distance(psi[layer], psi_hat[layer])
+    return loss
 
 def loss_VMAE(x, p, q, mask, P, lambda_M=0.1, lambda_P=0.0, lambda_reg=1e-4, kl_mean="free",
               lpips_net=None):
@@ -179,11 +193,14 @@ def sincos_positions(D, grid, trained_grid=None):
 
     Frequencies 10000^(-k / (D/4)), sines before cosines (Vaswani 2017; MAE, He 2022). If the model
     was trained on another grid, the new one is spread over the same range of coordinates."""
-    omega = 10000.0 ** -(torch.arange(D // 4, dtype=torch.float64) / (D // 4))
-    old = trained_grid or grid              # coordinates are counted in patches of the old grid
-    centre = ((torch.arange(grid).double() + 0.5) * old / grid - 0.5).clamp(0, old - 1)  # (grid,)
+    omega = 10000.0 ** -(torch.arange(D // 4, dtype=torch.float64) / (D // 4))     # (D/4,)
+    trained_grid = trained_grid or grid
+    spacing = trained_grid / grid           # of the new patches, in patches of the trained grid
+    centre = (torch.arange(grid, dtype=torch.float64) + 0.5) * spacing - 0.5       # (grid,)
+    centre = centre.clamp(0, trained_grid - 1)
     row, column = torch.meshgrid(centre, centre, indexing="ij")            # (grid, grid) each
-    column, row = column.reshape(-1, 1) * omega, row.reshape(-1, 1) * omega    # (N, D/4) each
+    column = column.reshape(-1, 1) * omega                                 # (N, D/4)
+    row = row.reshape(-1, 1) * omega                                       # (N, D/4)
     return torch.cat([column.sin(), column.cos(), row.sin(), row.cos()], 1).float()[None]
 
 def fused_attention(q, k, v):
@@ -201,7 +218,7 @@ class Attention(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.qkv = nn.Linear(D, 3 * D)                     # queries, keys, values in one product
-        self.proj = nn.Linear(D, D)         # joins the heads
+        self.proj = nn.Linear(D, D)                        # joins the heads
 
     def forward(self, x):
         B, N, D = x.shape
@@ -272,8 +289,11 @@ class VMAE(nn.Module):
         if img_size % patch_size or embed_dim % num_heads:
             raise ValueError(f"the image size, {img_size}, must be a multiple of the patch size, "
                              f"{patch_size}, and the width, {embed_dim}, of the heads, {num_heads}")
-        self.img_size, self.patch_size, self.latent_dim = img_size, patch_size, latent_dim
-        D, self.grid = embed_dim, img_size // patch_size
+        D = embed_dim
+        self.img_size = img_size
+        self.patch_size = patch_size
+        self.latent_dim = latent_dim
+        self.grid = img_size // patch_size                 # h = w
         self.register_buffer("pos_embed", sincos_positions(D, self.grid))
         self.patch_embed = PatchEmbed(patch_size, D)
         self.blocks = nn.ModuleList(Block(D, num_heads) for _ in range(depth))
@@ -316,7 +336,8 @@ class VMAE(nn.Module):
     def decode_tokens(self, z, keep):
         """z (B, d, V) -> x_hat (B, 3, S, S). Patches that are not in `keep` get the mask token."""
         B, _, V = z.shape
-        N, D, S = self.grid**2, self.pos_embed.shape[-1], self.img_size
+        _, N, D = self.pos_embed.shape
+        S = self.img_size
         visible = self.decoder_embed(self.from_latent(z.transpose(1, 2)))  # (B, V, D)
         tokens = self.mask_token.to(visible.dtype).expand(B, N, D)
         tokens = tokens.scatter(1, keep[..., None].expand(B, V, D), visible)   # (B, N, D)
@@ -347,751 +368,13 @@ class VMAE(nn.Module):
         """The weight nearest to the pixels, on which the adversarial loss is scaled."""
         return self.decoder_pred.conv_smoother.weight
 
-# ---- Errors, processes ------------------------------------------------------------------------
-
-class InputError(ValueError):
-    """The user gave something that cannot be used. The message is one sentence that says what."""
-
-# One process per GPU under torchrun, which sets these; otherwise process 0 of 1.
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-
-def say(text):
-    """Print, in process 0 only."""
-    if RANK == 0:
-        print(text)
-
-def agree(value):
-    """Wait for all processes -> the smallest of their values. They exchange them on the CPU, so
-    that no process waits for its GPU."""
-    smallest = torch.tensor(value, dtype=torch.float64)
-    if WORLD > 1:
-        dist.all_reduce(smallest, dist.ReduceOp.MIN)
-    return type(value)(smallest.item())
-
-def from_first(function):
-    """What function() returns in process 0, for all processes."""
-    box = [function() if RANK == 0 else None]
-    if WORLD > 1:
-        dist.broadcast_object_list(box)
-    return box[0]
-
-# ---- Sizes, positions, checkpoints ------------------------------------------------------------
-
-# Rows of VMAE's arguments, without img_size. tiny: the default run, 32 px on a CPU. small: small
-# photographs on a CPU. base: the paper's f8d16 (patches of 8 pixels, d = 16); at 256 px it holds
-# 11.19 M numbers, of which 10.80 M are learned and the rest are fixed positions.
+# Rows of VMAE's arguments, without img_size. tiny: for 32 px. small: for small photographs on a
+# CPU. base: the paper's f8d16 (patches of 8 pixels, d = 16); at 256 px it holds 11.19 M numbers, of
+# which 10.80 M are learned and the rest are fixed positions.
 sizes = {
     "tiny": dict(patch_size=4, embed_dim=128, depth=2, num_heads=4, latent_dim=16),
     "small": dict(patch_size=8, embed_dim=192, depth=3, num_heads=6, latent_dim=16),
     "base": dict(patch_size=8, embed_dim=192, depth=12, num_heads=12, latent_dim=16)}
-
-def resize_positions(weights, model):
-    """Weights trained at another image size -> the same with positions for `model`'s grid: sines at
-    places spread over the trained grid, which the authors' bilinear resize approximates. On faces
-    of twice the training size both reach 35.0 dB; places beyond the trained grid reach 23.6 dB."""
-    old = weights.get("pos_embed")
-    if old is None or old.shape[1] == model.grid**2:       # a convolution has no positions
-        return weights
-    new = sincos_positions(old.shape[2], model.grid, math.isqrt(old.shape[1]))
-    return {**weights, "pos_embed": new, "decoder_pos_embed": new}
-
-def drop_variance(model):
-    """For lambda_reg = 0: shrink q(z|x) to its mean, sigma = 3e-7. Gaussian clamps a logvar of -40
-    to -30; below the clamp the gradient is zero, so training leaves these weights alone (weight
-    decay acts on the matrix, which is zero, and not on the bias)."""
-    last = model.to_latent if isinstance(model, VMAE) else model.encoder.conv_out
-    last.weight.data[model.latent_dim:] = 0
-    last.bias.data[model.latent_dim:] = -40
-
-@contextlib.contextmanager
-def whole_file(path):
-    """A file to write that appears whole or not at all: it has a temporary name until the block
-    ends, so that a crash or a full disk leaves the previous file. An OSError names the path."""
-    temporary = f"{path}.tmp"
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())         # otherwise a power cut could leave the new file empty
-        os.replace(temporary, path)
-    except BaseException as error:
-        Path(temporary).unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno:
-            error.filename = error.filename or str(path)
-        raise
-
-def save_checkpoint(path, **entries):
-    """Write one dict of tensors and plain values, whole or not at all."""
-    with whole_file(path) as file:
-        try:
-            torch.save(entries, file)
-        except RuntimeError as error:       # it hides the system's error, such as a full disk
-            raise error.__context__ or error from None
-
-def read_safetensors(path):
-    """A .safetensors file -> {name: tensor}. It holds the length of its header in 8 bytes, the
-    header as JSON, {name: {"dtype", "shape", "data_offsets"}}, and the numbers."""
-    kinds = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16,
-             "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8}
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header, data = json.loads(file.read(length)), bytearray(file.read())
-    header.pop("__metadata__", None)
-    return {name: torch.frombuffer(data[slice(*e["data_offsets"])], dtype=kinds[e["dtype"]])
-            .view(e["shape"]) for name, e in header.items()}
-
-def read_checkpoint(path, *needed):
-    """A checkpoint's dict, on the CPU. InputError if it is missing or damaged, lacks a key or holds
-    NaN. Nothing in the file is executed."""
-    if not os.path.isfile(path):
-        raise InputError(f"{path}: no such checkpoint; training writes last.pt into its --out")
-    torch.serialization.add_safe_globals([argparse.Namespace])     # the authors' files hold one
-    try:
-        ckpt = (read_safetensors(path) if str(path).endswith(".safetensors") else
-                torch.load(path, map_location="cpu", weights_only=True))
-        missing = sorted(set(needed) - ckpt.keys())
-        for name in ("model_args", "train_args"):
-            dict(ckpt.get(name, {}))        # raises if it is something else
-        groups = [ckpt, *(ckpt.get(name) or {} for name in ("model", "ema", "state_dict"))]
-        weights = [v for group in groups for v in group.values() if torch.is_tensor(v)]
-        nan = not all(v.isfinite().all() for v in weights)
-    except Exception:
-        raise InputError(f"{path}: not a checkpoint, or a damaged one") from None
-    if missing or nan:
-        raise InputError(f"{path}: " + ("has weights that are infinite or NaN" if nan else
-                                        f"lacks {', '.join(missing)}; give another file or --out"))
-    return ckpt
-
-def reason(error):
-    """The last line of an error of torch, whose explanations are long."""
-    return (str(error).strip() or repr(error)).splitlines()[-1].strip()
-
-def build(model_args):
-    """Arguments of a constructor -> VMAE or ConvAutoencoder, with random weights."""
-    return ConvAutoencoder(**model_args) if "channels" in model_args else VMAE(**model_args)
-
-def build_vmae(ckpt):
-    """What read_stage_one returns -> the model with its weights, frozen, in eval mode."""
-    try:
-        model = build(ckpt["model_args"])
-        model.load_state_dict(ckpt["model"])
-    except Exception as error:
-        raise InputError(f"{ckpt.get('path', 'checkpoint')}: its weights do not fit its model_args "
-                         f"({reason(error)})") from None
-    if not all(v.isfinite().all() for v in model.state_dict().values()):
-        raise InputError(f"{ckpt.get('path', 'checkpoint')}: its weights are infinite or NaN")
-    return model.eval().requires_grad_(False)
-
-def published(path, ckpt, num_heads):
-    """A checkpoint of the authors' VMAE, or of an SD3-style VAE from diffusers -> model_args and
-    model, as in ours. The shapes tell all arguments but num_heads. Prints what was left over, and
-    whether the mask token, which only training needs, was missing. InputError for another model."""
-    try:
-        weights = ckpt.get("state_dict") or ckpt.get("model") or ckpt
-        weights = {k.removeprefix("module."): v for k, v in weights.items()}   # DDP's prefix
-        if "encoder.conv_in.weight" in weights:
-            latent_dim, last = weights["decoder.conv_in.weight"].shape[1], "resnets.1.conv2.bias"
-            channels = [len(weights[k]) for k in sorted(weights)           # width of each level
-                        if k.startswith("encoder.down_blocks.") and k.endswith(last)]
-            args = dict(img_size=256, channels=tuple(channels), latent_dim=latent_dim)
-        else:
-            D, _, P, _ = weights["patch_embed.proj.weight"].shape          # (D, 3, P, P)
-            depth = len({k.split(".")[1] for k in weights if k.startswith("blocks.")})
-            args = dict(img_size=P * math.isqrt(weights["pos_embed"].shape[1]), patch_size=P,
-                        embed_dim=D, depth=depth, num_heads=num_heads,
-                        latent_dim=weights["from_latent.weight"].shape[1])
-        model = build(args)
-        missing, left_over = model.load_state_dict(weights, strict=False)
-    except Exception as error:
-        raise InputError(f"{path}: holds neither stage one, nor a published VMAE or SD3-style VAE "
-                         f"({reason(error)})") from None
-    if lost := set(missing) - {"mask_token"}:
-        raise InputError(f"{path}: lacks {len(lost)} weights of this model, such as {min(lost)}")
-    say(f"{path}: {len(weights) - len(left_over)} tensors read; missing: "
-        f"{', '.join(missing) or 'none'}; left over: {', '.join(left_over) or 'none'}")
-    return dict(model_args=args, model=model.state_dict())
-
-def read_stage_one(path, num_heads=12):
-    """Any checkpoint -> a dict of stage one's model_args, model and train_args, and the path.
-    num_heads: of published weights, which do not say it, nor what they were trained on."""
-    ckpt = read_checkpoint(path)
-    if isinstance(ckpt.get("vmae"), dict):  # a checkpoint of stage two holds its stage one
-        ckpt = ckpt["vmae"]
-    if not {"model_args", "model"} <= ckpt.keys():
-        ckpt = published(path, ckpt, num_heads)
-    trained = {"data": None, "val": None, **ckpt.get("train_args", {})}
-    return dict(model_args=ckpt["model_args"], model=ckpt["model"], train_args=trained, path=path)
-
-def load_vmae(path, num_heads=12):
-    """A checkpoint of either stage, or published weights -> the autoencoder, in eval mode."""
-    return build_vmae(read_stage_one(path, num_heads))
-
-# ---- Images: a folder -------------------------------------------------------------------------
-
-EXTENSIONS = tuple(".jpg .jpeg .jfif .png .webp .bmp .gif .tif .tiff .ppm .pgm".split())
-SKIPPED = (".", "grid.png", "trajectory.png")          # hidden files, and sample.py's overviews
-OUTPUT = {"log.jsonl", "samples.json", "reconstruct.json", "smoothness.json", "separability.json",
-          "compare.json", "neighbours.json"}           # such a folder was written by our scripts
-MIN_SIDE = 8           # pixels; anything smaller is a placeholder, not a photograph
-MAX_UNREADABLE = 0.01  # share of the files; a collected folder often has a few broken ones
-# Pillow warns of what we read, or refuse; torchvision of arguments that it renamed, by lpips.
-warnings.filterwarnings("ignore", module="PIL|torchvision")
-
-def shown(path):
-    """A path for a message, in one line: with odd characters, such as a newline, escaped."""
-    return path if path.isprintable() else ascii(path)
-
-def read_image(path, size, draft=False):
-    """File -> uint8 (3, size, size): turned upright as its EXIF says, any mode to RGB, transparent
-    parts white, short side resized, centre cropped. draft: decode a JPEG at 1/2, 1/4 or 1/8 of its
-    size if it is still twice as large as wanted: half the time, and 51 dB against the whole."""
-    with Image.open(path) as image:
-        if draft:
-            image.draft(None, (2 * size, 2 * size))
-        with contextlib.suppress(Exception):               # damaged EXIF, but a sound picture
-            image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I"):      # 16 bits, which Pillow's own conversion clips at 255
-            levels = np.asarray(image).clip(0, 65535) / 257
-            image = Image.fromarray(levels.round().astype(np.uint8))
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        image = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BICUBIC)
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
-
-def list_images(root):
-    """Folder -> sorted paths of the images below it, relative to it. Left out are the files in
-    SKIPPED, and folders that our scripts wrote (OUTPUT). OSError for a folder closed to us."""
-    def stop(error):
-        raise error
-
-    found, seen = [], set()
-    for folder, subfolders, files in os.walk(root, onerror=stop, followlinks=True):
-        real, ours = os.path.realpath(folder), folder != root and OUTPUT.intersection(files)
-        if ours:
-            say(f"{shown(folder)}: left out, as our scripts wrote it ({min(ours)} is in it)")
-        if ours or real in seen:            # a link to a parent would never end
-            subfolders.clear()
-            continue
-        seen.add(real)
-        subfolders[:] = sorted(s for s in subfolders if not s.startswith("."))
-        found += [Path(folder, f).relative_to(root).as_posix() for f in files
-                  if f.lower().endswith(EXTENSIONS) and not f.startswith(SKIPPED)]
-    return sorted(found)
-
-class Folder:
-    """The images below `root`, and which of them cannot be read.
-
-    files: {path: [bytes, time, short side in pixels]} of those whose header is sound, all read in
-    threads. run: a run folder, where an earlier call may have kept these and a list of unreadable
-    files; what has the same size and time is not opened again. classes: the sub-folders of root by
-    name, or none if there are fewer than two or if images lie beside them. InputError for a missing
-    or empty folder, or as soon as over 1 % of all files are unreadable."""
-
-    def __init__(self, root, run=None):
-        if not os.path.isdir(root):
-            raise InputError(f"{root}: no such folder; give a folder of images")
-        paths, known, listed = list_images(root), {}, []
-        if not paths:
-            raise InputError(f"{root}: no images in it (looked for {' '.join(EXTENSIONS)})")
-        self.root, self.limit = os.path.abspath(root), MAX_UNREADABLE * len(paths)
-        self.unreadable, self.list = {}, Path(os.devnull)  # {path: why}; no file before `keep`
-        with contextlib.suppress(OSError, ValueError, TypeError):  # no such file, damaged, no run
-            of, entries = json.loads(Path(run, "images.json").read_bytes())
-            known = dict(entries) if of == self.root else {}
-            listed = list(map(json.loads, Path(run, "unreadable.jsonl").read_text().splitlines()))
-
-        def entry(path):
-            """-> the entry of one file, or None if it is unreadable."""
-            file = os.path.join(root, path)
-            try:
-                stamp = [os.stat(file).st_size, os.stat(file).st_mtime_ns]
-                if known.get(path, [])[:2] == stamp:
-                    return known[path]
-                with Image.open(file) as image:            # reads the header only
-                    width, height = image.size
-                if min(width, height) < MIN_SIDE or width * height > Image.MAX_IMAGE_PIXELS:
-                    raise OSError(f"{width}x{height} pixels, too small or too large")
-                return [*stamp, min(width, height)]
-            except Exception as error:      # Pillow raises anything for what it was not made for
-                self.found_unreadable(path, error)
-
-        with ThreadPoolExecutor(16) as pool:    # more than cores, for folders on a network
-            bar = tqdm(pool.map(entry, paths), f"headers of {root}", len(paths), delay=2)
-            self.files = {path: entry for path, entry in zip(paths, bar) if entry}
-        for path in listed:                 # found damaged before, and not changed since
-            if path in self.files and self.files[path] == known.get(path):
-                self.found_unreadable(path, OSError(f"as {run}/unreadable.jsonl says"))
-        tops = {p.split("/")[0] if "/" in p else "" for p in self.files}   # "": in root itself
-        self.classes = sorted(tops) if len(tops) > 1 and "" not in tops else []
-
-    def keep(self, run):
-        """Keep the entries in a run folder, so that a later start opens new files only, and a list
-        of the unreadable files, which all processes share."""
-        self.list = Path(run, "unreadable.jsonl")
-        kept = {"images.json": [(self.root, self.files)], self.list.name: self.unreadable}
-        for name, lines in kept.items() if RANK == 0 else ():
-            with whole_file(Path(run, name)) as file:
-                file.writelines(json.dumps(line).encode() + b"\n" for line in lines)
-        agree(0)                            # from here on all processes read the list and add to it
-
-    def found_unreadable(self, path, error):
-        """Name and count a file, once whatever the number of processes, threads and epochs."""
-        for line in self.list.read_text().splitlines():
-            self.unreadable.setdefault(json.loads(line))   # what the other processes have found
-        what = f"{shown(os.path.join(self.root, path))}: unreadable ({shown(reason(error))})"
-        if self.unreadable.setdefault(path, what) is not what:     # of several threads, the first
-            return
-        with open(self.list, "a") as file:
-            print(json.dumps(path), file=file)
-        count = len(self.unreadable)
-        if count > self.limit:
-            raise InputError(f"{what}; {count} such files are over 1 % of the folder, remove them")
-        warnings.warn(f"skipped {what}, {count} so far")
-
-def to_float(x):
-    """0..255 -> [-1, 1], any shape. Until they are on the device that computes with them, images
-    are uint8, in memory and on their way to a GPU."""
-    return x / 127.5 - 1
-
-class Images:
-    """What ImageFolder and Faces share. data[i] is (x, y): x (3, size, size) in [-1, 1], y its
-    class. Training reads data.batch([i, j, ...]): x uint8 (B, 3, size, size), y (B,)."""
-
-    def __getitem__(self, i):
-        if not 0 <= i < len(self):
-            raise IndexError(i)             # ends a loop over data
-        x, y = self.batch([i])
-        return to_float(x[0]), y.item()
-
-    def batches(self, numbers, B=64):
-        """Yield the batches x, y of the images with these numbers, a tensor."""
-        yield from (self.batch(part.tolist()) for part in numbers.split(B))
-
-    def some(self, n):
-        """The numbers (n,) of n images, always the same."""
-        return torch.randperm(len(self), generator=torch.Generator().manual_seed(0))[:n]
-
-class ImageFolder(Images):
-    """Images below `root`, recursively, with Folder's classes; y = 0 if there are none.
-
-    split: "train", "val" or "all". The path of an image alone decides whether it is in "val", as
-    about one in twenty is, so that added files move none. folder: the Folder of root, if it has
-    been read. InputError as Folder's."""
-
-    def __init__(self, root, size, split="all", folder=None):
-        self.size, self.folder = size, folder or Folder(root)
-        self.files, self.classes = self.folder.files, self.folder.classes
-        crc = {p: zlib.crc32(os.fsencode(p)) for p in self.files}  # a random-looking number each
-        held_out = {p for p in crc if crc[p] % 20 == 0} or {min(crc, key=crc.get)}
-        splits = {"all": crc.keys(), "val": held_out, "train": crc.keys() - held_out}
-        self.paths = sorted(splits[split])
-        if not self.paths:
-            raise InputError(f"{root}: one image is not enough, as one is always held out")
-        number = {name: y for y, name in enumerate(self.classes)}
-        self.labels = torch.tensor([number.get(p.split("/")[0], 0) for p in self.paths])
-        self.draft = False                  # how to decode, see read_image
-
-    def __len__(self):
-        return len(self.paths)
-
-    def read(self, i):
-        """-> pixels, uint8 (3, size, size), and label. If the file has a sound header but damage
-        further on, the next image takes its place, with its own label."""
-        while True:
-            file = os.path.join(self.folder.root, self.paths[i])
-            try:
-                return read_image(file, self.size, self.draft), self.labels[i]
-            except Exception as error:
-                self.folder.found_unreadable(self.paths[i], error)
-            i = (i + 1) % len(self)
-
-    def batch(self, indices):
-        """B indices -> x uint8 (B, 3, size, size), y (B,). Decoded in threads: Pillow releases
-        Python's lock, and processes would need shared memory and copies."""
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            return default_collate(list(pool.map(self.read, indices)))
-
-    def keep_pixels(self, run, allowed=True):
-        """Decode all images once and keep them in the run folder -> Rows. If that is not allowed,
-        or takes over nine tenths of the free disk -> self, which decodes JPEGs as drafts now."""
-        self.folder.keep(run)
-        rows = Rows(run, "images", self.fingerprint(), len(self), 3 * self.size**2)
-        free = shutil.disk_usage(run).free
-        if agree(allowed and rows.missing <= 0.9 * free):
-            return rows.build("decoding", lambda a, b: self.batches(torch.arange(a, b)))
-        say(f"decoding images when they are needed; a copy of all {len(self)} would take "
-            f"{rows.missing / 1e6:,.1f} MB, and {run} has {free / 1e6:,.1f} MB free")
-        self.draft = True
-        return self
-
-    def fingerprint(self):
-        """Bytes that change whenever a file is added, removed or edited, or a label changes."""
-        listing = [(p, *self.files[p][:2]) for p in self.paths]
-        return ascii((self.size, self.folder.root, self.classes, listing)).encode()
-
-class Rows:
-    """n rows x with labels y, computed once and kept in a run folder in files of 16 MB. Each file
-    appears whole or not at all, so that after an interruption only the missing ones are computed.
-    Under torchrun each process computes its share. made_of: bytes that change with what the rows
-    come from; their hash is in the files' names; files of this kind with another are deleted."""
-
-    def __init__(self, run, kind, made_of, n, row_bytes):
-        key = hashlib.sha256(made_of).hexdigest()[:16]
-        self.n, self.step = n, 2 * max(1, 2**23 // row_bytes)      # rows per file, even: mirrors
-        self.files = {first: Path(run, f"{kind}_{key}_{first}.pt")
-                      for first in range(0, n, self.step)}
-        self.missing = row_bytes * sum(min(self.step, n - first) for first, file
-                                       in self.files.items() if not file.exists())
-        for file in list(Path(run).iterdir()):
-            if re.fullmatch(rf"{kind}_(?!{key})[0-9a-f]{{16}}_\d+\.pt(\.tmp)?", file.name):
-                file.unlink(missing_ok=True)               # another process may be faster
-
-    def __len__(self):
-        return self.n
-
-    def batch(self, numbers):
-        """B numbers of rows -> x (B, ...), y (B,)."""
-        rows = [(self.maps[i // self.step], i % self.step) for i in numbers]
-        return default_collate([(file["x"][i], file["y"][i]) for file, i in rows])
-
-    def build(self, what, make):
-        """Compute what is missing -> self. make(first, last) yields batches x, y of the rows from
-        `first` to `last` - 1. InputError if the disk has no room."""
-        folder = self.files[0].parent
-        if self.missing > (free := shutil.disk_usage(folder).free):
-            raise InputError(f"{folder}: needs {self.missing / 1e6:,.1f} MB, {free / 1e6:,.1f} MB "
-                             f"are free; make room, or give another --out")
-        if self.missing:
-            say(f"{what} {self.n} images, kept in {folder}: {self.missing / 1e6:,.1f} MB")
-        mine = [first for first in list(self.files)[RANK::WORLD] if not self.files[first].exists()]
-        for first in tqdm(mine, what, dynamic_ncols=True, disable=not mine or RANK > 0):
-            x, y = map(torch.cat, zip(*make(first, min(first + self.step, self.n))))
-            save_checkpoint(self.files[first], x=x, y=y)
-        agree(0)                            # waits for the other processes
-        self.maps = []
-        for file in self.files.values():
-            try:
-                self.maps.append(torch.load(file, weights_only=True, mmap=True))
-            except Exception as error:
-                raise InputError(f"{file}: damaged, delete it ({reason(error)})") from None
-        return self
-
-# ---- Images: the built-in faces ---------------------------------------------------------------
-
-# The paper's three levels, which are known of each face:
-OBJECTS = ("bear", "cat", "human", "robot")                    # 1. its kind, the class label
-PARTS = ("background", "hair/ears", "skin", "eyes", "mouth")   # 2. the part at each pixel
-PATTERNS = ("plain", "stripes", "dots")                        # 3. the texture of the skin
-FACES_TRAIN, FACES_VAL = 16384, 1024
-
-def hsv(h, s, v):
-    """Hue, saturation, value in [0, 1], each (B, 1, 1) -> RGB in [0, 1], (B, 3, 1, 1)."""
-    n = torch.tensor([5.0, 3.0, 1.0]).view(1, 3, 1, 1)     # red, green, blue on the colour wheel
-    h, s, v = h.unsqueeze(1), s.unsqueeze(1), v.unsqueeze(1)               # (B, 1, 1, 1) each
-    k = (n + 6 * h) % 6                                                    # (B, 3, 1, 1)
-    return v - v * s * torch.minimum(k, 4 - k).clamp(0, 1)
-
-class Faces(Images):
-    """Procedural faces; the class is the object. Face number i of a seed is the same everywhere.
-    The first FACES_TRAIN are for training, the next FACES_VAL are held out. `render` also returns
-    pattern and parts."""
-
-    def __init__(self, size, split="train", seed=0):
-        self.size, self.seed, self.classes, self.kept = size, seed, list(OBJECTS), {}
-        self.first, self.count = (0, FACES_TRAIN) if split == "train" else (FACES_TRAIN, FACES_VAL)
-
-    def __len__(self):
-        return self.count
-
-    def batch(self, indices):
-        """B indices -> x uint8 (B, 3, size, size), y (B,). Keeps what it renders, up to 256 MB, as
-        rendering took a seventh of a training step."""
-        if len(self.kept) * 3 * self.size**2 > 2**28:
-            self.kept.clear()
-        numbers = [int(i) for i in indices]
-        if new := [i for i in numbers if i not in self.kept]:
-            x, y, _, _ = self.render(new)
-            self.kept.update(zip(new, zip(to_uint8(x), y)))
-        return default_collate([self.kept[i] for i in numbers])
-
-    def fingerprint(self):
-        """Bytes that change whenever the rendered faces change."""
-        return self.render(range(8))[0].numpy().tobytes() + f"{self.first} {self.count}".encode()
-
-    def render(self, indices):
-        """B indices -> x (B, 3, S, S) in [-1, 1], object (B,), pattern (B,), part (B, S, S).
-
-        We paint from back to front with one brush, the superellipse |x/a|^n + |y/b|^n <= 1. n = 1
-        is a diamond (a cat's ear), 2 an ellipse, 8 a rounded box (a robot). As a function of |x| it
-        paints both ears, or both eyes, at once. Edges fade over one pixel, against aliasing."""
-        S, B = self.size, len(indices)
-        u = np.stack([np.random.Generator(np.random.Philox(key=[self.seed, self.first + int(i)]))
-                      .random(40, dtype=np.float32) for i in indices])
-        u = torch.from_numpy(u).T.reshape(40, B, 1, 1)     # 40 random numbers per face
-
-        def uniform(k, low, high):          # random number k of each face, scaled to [low, high]
-            return low + (high - low) * u[k]
-
-        kind = uniform(0, 0, 4).long().clamp(max=3)        # (B, 1, 1), as all that follow
-        pattern = uniform(1, 0, 3).long().clamp(max=2)
-
-        def by_kind(bear, cat, human, robot):  # one number per kind, in the order of OBJECTS
-            return torch.tensor([bear, cat, human, robot], dtype=torch.float32)[kind]
-
-        # The image is [-1, 1] x [-1, 1], y points down; the head is moved and tilted a little.
-        axis = (torch.arange(S) + 0.5) * (2 / S) - 1       # centres of the pixels, (S,)
-        X, Y = axis.view(1, 1, S) - uniform(2, -.1, .1), axis.view(1, S, 1) - uniform(3, .05, .2)
-        tilt = uniform(4, -.15, .15)                                       # radians
-        X, Y = X * tilt.cos() + Y * tilt.sin(), Y * tilt.cos() - X * tilt.sin()    # (B, S, S)
-        a = uniform(5, .54, .66)                                           # head, half width
-        b = a * uniform(6, .95, 1.1) * by_kind(.95, .88, 1.12, 1.0)        # head, half height
-        ground, hue = uniform(7, 0, 1), uniform(8, .2, .8)
-        wall = hsv(ground, uniform(9, .15, .45), uniform(10, .75, 1.0))    # light
-        skin = hsv((ground + hue) % 1, uniform(11, .35, .7), uniform(12, .65, .95))  # another hue
-        hair = hsv(uniform(13, 0, 1), uniform(14, .3, .8), uniform(15, .1, .35))   # dark
-        dark, white = torch.tensor(.08), torch.tensor(.97)
-        human = (kind == 2).unsqueeze(1)                                   # (B, 1, 1, 1)
-        image = wall * (1 + .12 * Y.unsqueeze(1))                          # (B, 3, S, S)
-        part = torch.zeros(B, S, S, dtype=torch.long)      # background
-
-        def paint(x, y, rx, ry, n, colour, label):
-            """One stroke of the brush; a radius of 0 paints nothing."""
-            nonlocal image, part
-            x, y = x / rx.clamp(min=1e-3), y / ry.clamp(min=1e-3)
-            r = (x.abs() ** n + y.abs() ** n) ** (1 / n)                   # 1 on the edge
-            cover = (0.5 + (1 - r) * torch.minimum(rx, ry) * (S / 2)).clamp(0, 1) * (rx > 0)
-            image = image + cover.unsqueeze(1) * (colour - image)          # over what is there
-            part = torch.where(cover > 0.5, label, part)   # (B, S, S)
-
-        # Ears, or long hair behind the head; then the head with its pattern.
-        box, ears = by_kind(2, 2, 2, 8), torch.where(human, hair, skin * .7)   # robots are angular
-        ear = uniform(16, .9, 1.15)
-        rx, ry = a * ear * by_kind(.36, .44, .75, .16), b * ear * by_kind(.36, .72, .92, .28)
-        paint(X.abs() - a * by_kind(.72, .58, .38, 1.0), Y + b * by_kind(.78, .82, .22, 0),
-              rx, ry, by_kind(2, 1, 2, 8), ears, 1)
-        angle, pitch, phase = uniform(17, 0, math.pi), uniform(18, .36, .5), uniform(19, 0, 1)
-        along, across = X * angle.cos() + Y * angle.sin(), Y * angle.cos() - X * angle.sin()
-        wave = (2 * math.pi * (along / pitch + phase)).cos()               # stripes
-        dots = wave * (2 * math.pi * across / pitch).cos()                 # stripes x stripes
-        texture = torch.where(pattern == 1, wave, torch.where(pattern == 2, 2 * dots - .6, -1))
-        mark = uniform(20, .25, .4) * (.5 + .5 * texture.clamp(-1, 1))     # (B, S, S)
-        shade = 1 - mark - .12 * (X / a) ** 2                              # darker at the cheeks
-        paint(X, Y, a, b, box, skin * shade.unsqueeze(1), 2)
-
-        # The fringe of a human or the antenna of a robot; the light muzzle of a bear or cat.
-        shift = a * uniform(21, -.35, .35) * (kind == 2)
-        paint(X - shift, Y + b * by_kind(0, 0, .85, 1.22), a * by_kind(0, 0, .80, .10),
-              b * by_kind(0, 0, .36, .28), box, ears, 1)
-        paint(X, Y - b * .45, a * by_kind(.45, .42, 0, 0), b * by_kind(.38, .30, 0, 0), 2.0,
-              skin + .55 * (1 - skin), 2)
-
-        # Eyes and pupils, which look left or right; a cat's pupils are slits.
-        eye, apart, level = uniform(22, .9, 1.15), uniform(23, .9, 1.1), b * uniform(24, .12, .22)
-        eye_x = a * apart * by_kind(.40, .44, .40, .44)                    # from the middle
-        rx, ry = a * eye * by_kind(.21, .27, .25, .27), a * eye * by_kind(.21, .23, .19, .22)
-        iris = hsv(uniform(25, 0, 1), uniform(26, .4, .9), uniform(27, .75, 1.0))
-        coloured = (kind % 2 == 1).unsqueeze(1)                            # cats and robots
-        paint(X.abs() - eye_x, Y + level, rx, ry, box, torch.where(coloured, iris, white), 3)
-        gaze = a * uniform(28, -.06, .06)                                  # the same for both eyes
-        paint((X - gaze).abs() - eye_x, Y + level - gaze.abs() / 2,
-              rx * by_kind(.62, .38, .58, .45), ry * by_kind(.62, .85, .72, .45), box, dark, 3)
-
-        # Nose, and a mouth that smiles or not: a stroke along y = bend * x^2.
-        paint(X, Y - b * by_kind(.30, .30, .18, 0), a * by_kind(.17, .11, .09, 0),
-              b * by_kind(.11, .09, .14, 0), by_kind(2, 1, 2, 2),
-              torch.where(human, skin * .7, dark), 2)
-        wide, bend = a * uniform(29, .28, .40), uniform(30, -.2, .9)
-        curve = Y - b * by_kind(.58, .54, .56, .58) + bend * X**2 / a - bend * wide**2 / (2 * a)
-        lips = hsv(uniform(31, .95, 1.02) % 1, uniform(32, .6, .8), uniform(33, .45, .65))
-        paint(X, curve, wide, a * by_kind(.09, .08, .11, .16), box * 2,
-              torch.where(human, lips, dark), 4)
-        return image.clamp(0, 1) * 2 - 1, kind.flatten(), pattern.flatten(), part
-
-# ---- Images of both kinds, and pictures -------------------------------------------------------
-
-def open_images(data, size, val=None, run=None):
-    """The options --data and --val -> the datasets (train, val): folders, or the built-in faces if
-    data is None. If --val names a folder of its own, nothing of --data is held out. run: see
-    Folder. Says what may surprise: images that are enlarged, sub-folders that are no classes."""
-    if data is None and val is not None:
-        raise InputError("--val: the built-in faces hold out their own; leave --val out")
-    if data is None:
-        return Faces(size, "train"), Faces(size, "val")
-    here = Path(data).resolve()
-    if run and Path(run).resolve() == here:
-        raise InputError(f"--out {run}: is the folder of the images; give it one of its own")
-    if val and (here.is_relative_to(there := Path(val).resolve()) or there.is_relative_to(here)):
-        raise InputError(f"--val {val}: overlaps --data, which is trained on; keep them apart")
-    folder = from_first(lambda: Folder(data, run))         # one process reads the headers
-    sides = [side for _, _, side in folder.files.values()]
-    if small := sum(side < size for side in sides):
-        say(f"{data}: {small} of {len(sides)} images are smaller than {size} pixels and are "
-            f"enlarged; the smallest has {min(sides)}")
-    below = sum("/" in path for path in folder.files)
-    if below and not folder.classes:
-        say(f"{data}: no classes, because " + (
-            f"{len(sides) - below} images lie beside its sub-folders" if below < len(sides) else
-            "it has only one sub-folder; if the classes are in there, name that one with --data"))
-    if val is None:
-        return ImageFolder(data, size, "train", folder), ImageFolder(data, size, "val", folder)
-    held_out = from_first(lambda: Folder(val))
-    return ImageFolder(data, size, "all", folder), ImageFolder(val, size, "all", held_out)
-
-def random_flip(x, generator=None):
-    """Mirror half of the images, the only augmentation in stage one. (B, 3, H, W) -> the same."""
-    mirrored = torch.rand(len(x), 1, 1, 1, generator=generator, device=x.device) < 0.5
-    return torch.where(mirrored, x.flip(-1), x)
-
-def to_uint8(x):
-    """[-1, 1] -> 0..255, rounded, any shape, for all images that are saved or measured."""
-    return (x.float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
-
-def psnr(a, b):
-    """PSNR = 10 log10(255^2 / MSE) in dB, (N,); infinite if equal. a, b: (N, C, H, W) in 0..255."""
-    mse = ((a.double() - b.double()) ** 2).mean((1, 2, 3))
-    return 10 * torch.log10(255**2 / mse)   # (N,)
-
-def save_grid(rows, path):
-    """Save rows of images in [-1, 1], each (K, 3, H, W), as one PNG; short rows end in white."""
-    cells = nn.utils.rnn.pad_sequence(list(rows), True, 1.0)               # (R, K, 3, H, W)
-    cells = to_uint8(F.pad(cells, (0, 2, 0, 2), value=1.0)).cpu()          # a white gap of 2
-    grid = cells.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)        # (R(H+2), K(W+2), 3)
-    picture = Image.fromarray(grid[:-2, :-2].numpy())
-    with whole_file(path) as file:          # images below 64 px are enlarged
-        ImageOps.scale(picture, max(1, 64 // rows[0].shape[-1]), Image.NEAREST).save(file, "png")
-
-# ---- LPIPS, and where its weights come from ---------------------------------------------------
-
-VGG_URL = "https://download.pytorch.org/models/vgg16-397923af.pth"
-VGG_LAST = "features.28.weight"             # its last convolution, by which we know the network
-
-def load_weights(what, url, path, option, key):
-    """Published weights -> (path, state dict): from the local copy `path`; without it from torch
-    hub's cache; otherwise downloaded, with a check of the hash. InputError names URL, path and
-    option if they cannot be had, or if they lack the entry `key`."""
-    file = Path(path or Path(torch.hub.get_dir(), "checkpoints", Path(url).name))
-    try:
-        if not path and not file.exists():
-            torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True)
-        weights = dict(torch.load(file, map_location="cpu", weights_only=True))
-        if key not in weights:
-            raise ValueError(f"it has no {key}")
-    except Exception as error:              # torch's errors are long: their first sentence
-        why = (str(error) or repr(error)).splitlines()[0].split(". ")[0]
-        raise InputError(f"{what}: {file} cannot be read ({why}); download {url} to that path, or "
-                         f"name a copy with {option}") from None
-    return file, weights
-
-def load_lpips(vgg_weights=None):
-    """The LPIPS distance of Zhang et al. 2018, frozen, in eval mode so that its dropout is off.
-    vgg_weights: a local copy of VGG_URL (default: see load_weights)."""
-    _, weights = load_weights("LPIPS needs VGG-16", VGG_URL, vgg_weights, "--vgg-weights", VGG_LAST)
-    net = import_lpips().LPIPS(net="vgg", pnet_rand=True, verbose=False)
-    net.net.load_state_dict({name: weights["features." + name.split(".", 1)[1]]
-                             for name in net.net.state_dict()})            # "slice3.10.bias" etc.
-    return net.eval().requires_grad_(False)
-
-def import_lpips():
-    """The lpips package, even beside a torchvision that was built for another torch. Such a
-    torchvision has no compiled operators, and its import stops where it describes two of them to
-    torch. lpips uses none, so it is enough to declare that these two exist."""
-    try:
-        import lpips
-    except RuntimeError:
-        for op in ("torchvision::nms", "torchvision::qnms"):
-            torch.library.define(op, "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        import lpips
-    return lpips
-
-# ---- What the scripts share -------------------------------------------------------------------
-
-def cli(main):
-    """Run a script's main. What the user got wrong ends as one line and exit status 1."""
-    if hasattr(sys.stdout, "reconfigure"):  # it fails on odd names, which stderr escapes by itself
-        sys.stdout.reconfigure(errors="backslashreplace")
-    warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
-    try:
-        status = main()                     # None, for exit status 0
-    except (InputError, OSError) as error:
-        named = getattr(error, "filename", None)           # the system then says why in strerror
-        status = f"error: {shown(str(named))}: {error.strerror}" if named else f"error: {error}"
-    except torch.OutOfMemoryError:
-        status = "error: the device is out of memory; give a smaller --size, --model or --batch"
-    except KeyboardInterrupt:
-        status = "stopped"
-    except SystemExit as stop:
-        status = stop.code
-    except RuntimeError as error:
-        if WORLD == 1 or not re.search("gloo|nccl|peer|store", str(error), re.IGNORECASE):
-            raise
-        gone = re.search("reset|closed|abort", str(error), re.IGNORECASE)  # that one says why
-        status = f"process {RANK} stops, {'because another one did' if gone else reason(error)}"
-    if WORLD > 1:                           # at once: the usual end may abort in gloo's threads
-        if isinstance(status, str):
-            print(status, file=sys.stderr)
-        sys.stdout.flush(), sys.stderr.flush()
-        os._exit(int(bool(status)))
-    sys.exit(status)
-
-def start(name):
-    """--device -> torch.device. Nothing here touches CUDA if the user asks for the CPU. Under
-    torchrun the process also joins its group, and takes one GPU."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda:") and WORLD > 1:
-        raise InputError(f"--device {name}: under torchrun each process takes a GPU; give cuda")
-    if name == "cuda" and WORLD > 1:
-        name = f"cuda:{os.environ['LOCAL_RANK']}"
-    try:
-        device = (probe := torch.zeros(1, device=name)).device
-        probe.item()                        # "meta" has tensors, but no numbers in them
-    except (RuntimeError, AssertionError, ImportError):
-        raise InputError(f"--device {name}: torch finds no such device, try cpu") from None
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    if WORLD > 1 and not dist.is_initialized():            # Windows has no NCCL
-        nccl = device.type == "cuda" and dist.is_nccl_available()
-        # If one process ends, torchrun ends all; until then they may wait for hours.
-        dist.init_process_group("cpu:gloo,cuda:nccl" if nccl else "gloo", timeout=timedelta(days=7))
-    return device
-
-def checkpoint(path):
-    """The type of options that name a checkpoint: a run folder stands for its last.pt."""
-    last = os.path.join(path, "last.pt")
-    return last if os.path.exists(last) else path
-
-ABOVE_0 = ("size", "batch", "micro", "steps", "lr", "save_every", "n", "clip", "shift")
-AT_MOST = dict(mask=1, whole=1, drop=1, eta=1, interval=1, seed=2**32 - 1)
-
-def check(args):
-    """Refuse numbers out of range, NaN and infinity -> args. In all scripts the options in ABOVE_0
-    must be above 0, all others at least 0, and those in AT_MOST at most their value there."""
-    for name, values in vars(args).items():
-        allowed = "above 0" if name in ABOVE_0 else "at least 0"
-        allowed += f" and at most {AT_MOST[name]}" if name in AT_MOST else ""
-        for value in values if isinstance(values, list) else [values]:
-            if isinstance(value, (int, float)) and not (
-                    0 < value <= AT_MOST.get(name, 1e300) or value == 0 and name not in ABOVE_0):
-                raise InputError(f"--{name.replace('_', '-')} must be {allowed}, not {value}")
-    return args
-
-def seeded(*numbers, device="cpu"):
-    """A random generator that depends on these numbers alone, such as seed, step, micro-batch."""
-    state = np.random.SeedSequence(numbers).generate_state(1)      # mixes them
-    return torch.Generator(device).manual_seed(int(state[0]))
-
-def has_bfloat16(device):
-    """Whether matrix products are faster in bfloat16 than in float32. CUDA: from Ampere on; older
-    cards only imitate it. CPU: measured, as a list of its features cannot tell. Others: no."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
-
-    def seconds(dtype):                     # the best of ten: others on this machine only add
-        a = torch.ones(512, 512, dtype=dtype)
-        return min(timeit.repeat(lambda: a @ a, number=1, repeat=10))
-
-    return device.type == "cpu" and seconds(torch.bfloat16) < 0.8 * seconds(torch.float32)
 
 # ---- The convolutional autoencoder of the paper's AE, DAE, VAE and SD-VAE, with a discriminator -
 
@@ -1115,9 +398,13 @@ class ResnetBlock(nn.Module):
 
     def __init__(self, c_in, c_out):
         super().__init__()
-        self.norm1, self.conv1 = GroupNorm(c_in), conv3(c_in, c_out)
-        self.norm2, self.conv2 = GroupNorm(c_out), conv3(c_out, c_out)
-        self.conv_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+        self.norm1 = GroupNorm(c_in)
+        self.conv1 = conv3(c_in, c_out)
+        self.norm2 = GroupNorm(c_out)
+        self.conv2 = conv3(c_out, c_out)
+        self.conv_shortcut = nn.Identity()
+        if c_in != c_out:
+            self.conv_shortcut = nn.Conv2d(c_in, c_out, 1)
 
     def forward(self, x):
         h = self.conv1(F.silu(self.norm1(x)))                              # (B, c_out, h, w)
@@ -1134,10 +421,13 @@ class MidBlock(nn.Module):
             to_v=nn.Linear(C, C), to_out=nn.Sequential(nn.Linear(C, C))))])
 
     def forward(self, x):
-        x, attn = self.resnets[0](x), self.attentions[0]                   # (B, C, h, w)
+        attn = self.attentions[0]
+        x = self.resnets[0](x)                                             # (B, C, h, w)
         tokens = attn["group_norm"](x).flatten(2).transpose(1, 2)          # (B, h*w, C)
-        q, k, v = (attn[name](tokens).unsqueeze(1) for name in ("to_q", "to_k", "to_v"))
-        mixed = attn["to_out"](fused_attention(q, k, v).squeeze(1))        # one head; (B, h*w, C)
+        q = attn["to_q"](tokens).unsqueeze(1)              # (B, 1, h*w, C), as there is one head
+        k = attn["to_k"](tokens).unsqueeze(1)
+        v = attn["to_v"](tokens).unsqueeze(1)
+        mixed = attn["to_out"](fused_attention(q, k, v).squeeze(1))        # (B, h*w, C)
         return self.resnets[1](x + mixed.transpose(1, 2).reshape(x.shape))  # (B, C, h, w)
 
 def down(C):
@@ -1152,9 +442,15 @@ def levels(channels, blocks, name, step):
     """One level for each width in `channels`: `blocks` residual blocks, then, except in the last
     level, step(width). `step` is down or up; published weights call it `name`."""
     rows = []
-    for c_in, c_out in zip((channels[0], *channels), channels):
-        resize = {name: step(c_out)} if len(rows) < len(channels) - 1 else {}
-        resnets = [ResnetBlock(c_out if j else c_in, c_out) for j in range(blocks)]
+    c_in = channels[0]
+    for number, c_out in enumerate(channels, 1):
+        resize = {}
+        if number < len(channels):
+            resize[name] = step(c_out)
+        resnets = []
+        for _ in range(blocks):
+            resnets.append(ResnetBlock(c_in, c_out))
+            c_in = c_out
         rows.append(named(resnets=nn.Sequential(*resnets), **resize))
     return nn.Sequential(*rows)
 
@@ -1165,19 +461,29 @@ class ConvAutoencoder(nn.Module):
 
     def __init__(self, img_size=256, channels=(128, 256, 512, 512), latent_dim=16):
         super().__init__()
-        self.img_size, self.latent_dim = img_size, latent_dim
-        self.patch_size = f = 2 ** (len(channels) - 1)     # pixels per side of a latent cell
+        f = 2 ** (len(channels) - 1)        # pixels per side of a latent cell
         if img_size % f:
             raise ValueError(f"an image size of {img_size} is not a multiple of {f}")
-        self.grid, wide, narrow = img_size // f, channels[-1], channels[0]
-        self.encoder = named(               # (B, 128, H, W) after conv_in, in SD3
-            conv_in=conv3(3, narrow), down_blocks=levels(channels, 2, "downsamplers", down),
-            mid_block=MidBlock(wide), conv_norm_out=GroupNorm(wide), silu=nn.SiLU(),
+        self.img_size = img_size
+        self.patch_size = f
+        self.latent_dim = latent_dim
+        self.grid = img_size // f
+        narrow = channels[0]
+        wide = channels[-1]
+        self.encoder = named(
+            conv_in=conv3(3, narrow),                      # (B, 128, H, W) in SD3
+            down_blocks=levels(channels, 2, "downsamplers", down),
+            mid_block=MidBlock(wide),                      # (B, 512, h, w) in SD3
+            conv_norm_out=GroupNorm(wide),
+            silu=nn.SiLU(),
             conv_out=conv3(wide, 2 * latent_dim))          # mu | logvar
         self.decoder = named(
-            conv_in=conv3(latent_dim, wide), mid_block=MidBlock(wide),     # (B, 512, h, w) in SD3
+            conv_in=conv3(latent_dim, wide),               # (B, 512, h, w) in SD3
+            mid_block=MidBlock(wide),
             up_blocks=levels(channels[::-1], 3, "upsamplers", up),
-            conv_norm_out=GroupNorm(narrow), silu=nn.SiLU(), conv_out=conv3(narrow, 3))
+            conv_norm_out=GroupNorm(narrow),
+            silu=nn.SiLU(),
+            conv_out=conv3(narrow, 3))                     # (B, 3, H, W)
         self.register_buffer("logvar_x", torch.zeros(()), persistent=False)    # as in VMAE
 
     def forward(self, x, mask_ratio=0.0, generator=None):
@@ -1205,22 +511,985 @@ def discriminator(img_size):
     """PatchGAN (Isola 2017): image -> scores (B, 1, h', w'), one per patch of 70 pixels (34 below
     64 px, 16 below 32 px), high if it looks real. With GroupNorm in place of BatchNorm a score does
     not depend on the other images of the batch."""
-    layers = 3 if img_size >= 64 else (2 if img_size >= 32 else 1)
-    net = [nn.Conv2d(3, 64, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
-    for i, C in enumerate((64, 128, 256)[:layers], 1):
-        conv = nn.Conv2d(C, 2 * C, 4, stride=2 if i < layers else 1, padding=1)
-        net += [conv, GroupNorm(2 * C), nn.LeakyReLU(0.2)]
-    return nn.Sequential(*net, nn.Conv2d(2 * C, 1, 4, padding=1))          # (B, 1, h', w')
+    if img_size >= 64:
+        strides = (2, 2, 1)                 # of the layers between the first and the last
+    elif img_size >= 32:
+        strides = (2, 1)
+    else:
+        strides = (1,)
+    C = 64
+    net = [nn.Conv2d(3, C, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
+    for stride in strides:
+        net.append(nn.Conv2d(C, 2 * C, 4, stride=stride, padding=1))
+        net.append(GroupNorm(2 * C))
+        net.append(nn.LeakyReLU(0.2))
+        C = 2 * C
+    net.append(nn.Conv2d(C, 1, 4, padding=1))                              # (B, 1, h', w')
+    return nn.Sequential(*net)
 
 def loss_D(real, fake):
     """Hinge loss of the scores of x and x_hat: 1/2 E[max(0, 1 - D(x)) + max(0, 1 + D(x_hat))]."""
-    return 0.5 * (F.relu(1 - real.float()).mean() + F.relu(1 + fake.float()).mean())  # a scalar
+    return 0.5 * (F.relu(1 - real.float()).mean() + F.relu(1 + fake.float()).mean())
 
 def loss_G(fake, reconstruction, last_layer):
     """L_G = -E[D(x_hat)], scaled so that its gradient on the model's last layer is as long as that
     of the other losses (Esser 2021, Eq. 7; Rombach 2022). fake: the discriminator's scores of
     x_hat; reconstruction: the sum of the other losses; last_layer: the model's weight."""
     adversarial = -fake.float().mean()                     # a scalar
-    a = torch.autograd.grad(reconstruction, last_layer, retain_graph=True)[0].norm()
-    b = torch.autograd.grad(adversarial, last_layer, retain_graph=True)[0].norm()
-    return (a / (b + 1e-4)).clamp(max=1e4).detach() * adversarial
+    wanted = torch.autograd.grad(reconstruction, last_layer, retain_graph=True)[0].norm()
+    length = torch.autograd.grad(adversarial, last_layer, retain_graph=True)[0].norm()
+    return (wanted / (length + 1e-4)).clamp(max=1e4).detach() * adversarial
+
+# ---- LPIPS, the network inside L_P ------------------------------------------------------------
+
+VGG_URL = "https://download.pytorch.org/models/vgg16-397923af.pth"
+VGG_LAST = "features.28.weight"             # its last convolution, by which we know the network
+
+class LayerDistance(nn.Module):
+    """One layer's term of L_P: the features of two images have unit length at each place, and
+    their squared difference is weighted by channel, w_l (Zhang 2018, Eq. 1)."""
+
+    def __init__(self, w):
+        super().__init__()
+        self.register_buffer("w", w)                       # (1, C, 1, 1)
+
+    def forward(self, psi, psi_hat):
+        """(B, C, h, w) twice -> a scalar, the mean over places and images, in float32."""
+        with torch.autocast(psi.device.type, enabled=False):
+            psi = F.normalize(psi.float(), dim=1, eps=1e-10)
+            psi_hat = F.normalize(psi_hat.float(), dim=1, eps=1e-10)
+            return (self.w * (psi - psi_hat) ** 2).sum(1).mean()
+
+def load_lpips(vgg_weights=None):
+    """The LPIPS distance of Zhang et al. 2018, frozen, in eval mode so that its dropout is off.
+    vgg_weights: a local copy of VGG_URL (default: see load_weights)."""
+    _, weights = load_weights("LPIPS needs VGG-16", VGG_URL, vgg_weights, "--vgg-weights", VGG_LAST)
+    lpips_net = import_lpips().LPIPS(net="vgg", pnet_rand=True, verbose=False)
+    vgg = {}
+    for name in lpips_net.net.state_dict():                # "slice3.10.bias", for example
+        vgg[name] = weights["features." + name.split(".", 1)[1]]
+    lpips_net.net.load_state_dict(vgg)
+    lpips_net.distances = nn.ModuleList(LayerDistance(lin.model[-1].weight.detach())
+                                        for lin in lpips_net.lins)
+    return lpips_net.eval().requires_grad_(False)
+
+def load_weights(what, url, path, option, key):
+    """Published weights -> (path, state dict): from the local copy `path`; without it from torch
+    hub's cache; otherwise downloaded, with a check of the hash. InputError names URL, path and
+    option if they cannot be had, or if they lack the entry `key`."""
+    file = Path(path or Path(torch.hub.get_dir(), "checkpoints", Path(url).name))
+    try:
+        if not path and not file.exists():
+            torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True)
+        weights = dict(torch.load(file, map_location="cpu", weights_only=True))
+        if key not in weights:
+            raise ValueError(f"it has no {key}")
+    except Exception as error:              # torch, urllib and pickle raise errors of many kinds
+        raise InputError(f"{what}: {file} cannot be read ({first_sentence(error)}); download {url} "
+                         f"to that path, or name a copy with {option}") from None
+    return file, weights
+
+def import_lpips():
+    """The lpips package, even beside a torchvision that was built for another torch. Such a
+    torchvision has no compiled operators, and its import stops where it describes two of them to
+    torch. lpips uses none, so it is enough to declare that these two exist."""
+    try:
+        import lpips
+    except RuntimeError:
+        for op in ("torchvision::nms", "torchvision::qnms"):
+            torch.library.define(op, "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        import lpips
+    return lpips
+
+# ===============================================================================================
+#
+#   Shared by all scripts; skip on a first reading
+#
+# ===============================================================================================
+
+# ---- Errors -----------------------------------------------------------------------------------
+
+class InputError(ValueError):
+    """The user gave something that cannot be used. The message is one sentence that says what."""
+
+def first_sentence(error):
+    """Of an error of torch, whose explanations are long."""
+    text = str(error) or repr(error)
+    return text.splitlines()[0].split(". ")[0]
+
+def last_line(error):
+    """Of an error that lists everything that did not fit: one example is enough."""
+    text = str(error).strip() or repr(error)
+    return text.splitlines()[-1].strip()
+
+def printable(path):
+    """A path for a message, in one line: odd characters, such as a newline, are escaped."""
+    if path.isprintable():
+        return path
+    return ascii(path)
+
+# ---- Processes: one per GPU under torchrun, which sets these two; otherwise process 0 of 1 ------
+
+RANK = int(os.environ.get("RANK", 0))
+WORLD = int(os.environ.get("WORLD_SIZE", 1))
+
+def say(text):
+    """Print, in process 0 only."""
+    if RANK == 0:
+        print(text)
+
+@contextlib.contextmanager
+def together():
+    """Around what all processes do at once. If one of them has ended, the others end here."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise InputError(f"process {RANK} stops, because another one did "
+                         f"({first_sentence(error)})") from None
+
+def smallest(value):
+    """Wait for all processes -> the smallest of their values. They exchange them on the CPU, so
+    that no process waits for its GPU."""
+    if WORLD == 1:
+        return value
+    box = torch.tensor(value, dtype=torch.float64)
+    with together():
+        dist.all_reduce(box, dist.ReduceOp.MIN)
+    return type(value)(box.item())
+
+def wait_for_all():
+    """Wait until all processes are here."""
+    smallest(0)
+
+def any_process(flag):
+    """Whether `flag` is true in one of the processes at least."""
+    return not smallest(not flag)
+
+def from_first(function):
+    """What function() returns in process 0, for all processes."""
+    box = [None]
+    if RANK == 0:
+        box = [function()]
+    if WORLD > 1:
+        with together():
+            dist.broadcast_object_list(box, device=torch.device("cpu"))
+    return box[0]
+
+# ---- Models and their weights ------------------------------------------------------------------
+
+def build(model_args):
+    """Arguments of a constructor -> VMAE or ConvAutoencoder, with random weights."""
+    if "channels" in model_args:
+        return ConvAutoencoder(**model_args)
+    return VMAE(**model_args)
+
+def resize_positions(weights, model):
+    """Weights trained at another image size -> the same with positions for `model`'s grid: sines at
+    places spread over the trained grid, which the authors' bilinear resize approximates. On faces
+    of twice the training size both reach 35.0 dB; places beyond the trained grid reach 23.6 dB."""
+    old = weights.get("pos_embed")
+    if old is None or old.shape[1] == model.grid**2:       # a convolution has no positions
+        return weights
+    new = sincos_positions(old.shape[2], model.grid, math.isqrt(old.shape[1]))
+    return {**weights, "pos_embed": new, "decoder_pos_embed": new}
+
+def drop_variance(model):
+    """For lambda_reg = 0: shrink q(z|x) to its mean, sigma = 3e-7. Sets logvar to -40; Gaussian
+    clamps it to -30, where its gradient is zero, so it stays."""
+    if isinstance(model, VMAE):
+        last = model.to_latent
+    else:
+        last = model.encoder.conv_out
+    last.weight.data[model.latent_dim:] = 0
+    last.bias.data[model.latent_dim:] = -40
+
+# ---- Files and checkpoints --------------------------------------------------------------------
+
+@contextlib.contextmanager
+def whole_file(path, to_disk=True):
+    """A file to write that appears whole or not at all: it has a temporary name until the block
+    ends, so that a crash or a full disk leaves the previous file. to_disk: wait until the disk has
+    it, so that a power cut does not leave an empty file either. An OSError names the path."""
+    temporary = f"{path}.tmp"
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            if to_disk:
+                file.flush()
+                os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException as error:
+        Path(temporary).unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno:
+            error.filename = error.filename or str(path)
+        raise
+
+def save_checkpoint(path, **entries):
+    """Write one dict of tensors and plain values, whole or not at all."""
+    with whole_file(path) as file:
+        try:
+            torch.save(entries, file)
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError):     # a full disk, which torch's error hides
+                raise error.__context__ from None
+            raise
+
+def checkpoint(path):
+    """The type of options that name a checkpoint: a run folder stands for its last.pt."""
+    last = os.path.join(path, "last.pt")
+    if os.path.exists(last):
+        return last
+    return path
+
+def read_checkpoint(path):
+    """The dict in a checkpoint, ours or published, on the CPU. path: a file, or a run folder.
+    Nothing in the file is executed. InputError says why it cannot be used, for instance because a
+    weight is NaN."""
+    path = checkpoint(path)
+    if not os.path.isfile(path):
+        raise InputError(f"{path}: no such checkpoint; training writes last.pt into its --out")
+    torch.serialization.add_safe_globals([argparse.Namespace])     # the authors' files hold one
+    try:
+        if str(path).endswith(".safetensors"):
+            ckpt = read_safetensors(path)
+        else:
+            ckpt = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:                         # such as a file that may not be read
+        raise
+    except Exception:
+        raise InputError(f"{path}: not a checkpoint, or a damaged one") from None
+    if not isinstance(ckpt, dict):
+        raise InputError(f"{path}: not a checkpoint: it holds a {type(ckpt).__name__}, not a dict")
+    for name in ("model_args", "train_args", "vmae"):
+        if not isinstance(ckpt.get(name, {}), dict):
+            raise InputError(f"{path}: not a checkpoint, or a damaged one: its {name} is no dict")
+    inner = ckpt.get("vmae", {})            # stage one inside stage two
+    for weights in (ckpt, ckpt.get("model"), ckpt.get("ema"), ckpt.get("state_dict"),
+                    inner.get("model")):
+        if isinstance(weights, dict):
+            refuse_nan(path, weights)
+    return ckpt
+
+def refuse_nan(path, weights):
+    """InputError if a tensor of the dict holds what is not finite."""
+    for value in weights.values():
+        if torch.is_tensor(value) and not value.isfinite().all():
+            raise InputError(f"{path}: has weights that are infinite or NaN")
+
+def read_safetensors(path):
+    """A .safetensors file -> {name: tensor}. It holds the length of its header in 8 bytes, the
+    header as JSON, {name: {"dtype", "shape", "data_offsets"}}, and the numbers."""
+    kinds = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16,
+             "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8}
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        data = bytearray(file.read())
+    header.pop("__metadata__", None)
+    weights = {}
+    for name, entry in header.items():
+        start, end = entry["data_offsets"]
+        values = torch.frombuffer(data[start:end], dtype=kinds[entry["dtype"]])
+        weights[name] = values.view(entry["shape"])
+    return weights
+
+def read_stage_one(path, num_heads=12):
+    """Any checkpoint -> a dict of stage one's model_args, model and train_args, and the path.
+    num_heads: of published weights, which do not say it, nor what they were trained on."""
+    ckpt = read_checkpoint(path)
+    if "vmae" in ckpt:                      # a checkpoint of stage two holds its stage one
+        ckpt = ckpt["vmae"]
+    if "model_args" not in ckpt or "model" not in ckpt:
+        ckpt = published(path, ckpt, num_heads)
+    trained = {"data": None, "val": None, **ckpt.get("train_args", {})}
+    return dict(model_args=ckpt["model_args"], model=ckpt["model"], train_args=trained, path=path)
+
+def build_vmae(ckpt):
+    """What read_stage_one returns -> the model with its weights, frozen, in eval mode."""
+    try:
+        model = build(ckpt["model_args"])
+        model.load_state_dict(ckpt["model"])
+    except Exception as error:
+        raise InputError(f"{ckpt.get('path', 'checkpoint')}: its weights do not fit its model_args "
+                         f"({last_line(error)})") from None
+    return model.eval().requires_grad_(False)
+
+def load_vmae(path, num_heads=12):
+    """A checkpoint of either stage, its run folder, or published weights -> the autoencoder, in
+    eval mode. InputError as read_checkpoint's."""
+    return build_vmae(read_stage_one(path, num_heads))
+
+def published(path, ckpt, num_heads):
+    """A checkpoint of the authors' VMAE, or of an SD3-style VAE from diffusers -> model_args and
+    model, as in ours. The shapes tell all arguments but num_heads. Prints what was left over, and
+    whether the mask token, which only training needs, was missing. InputError for another model."""
+    try:
+        weights = {}
+        for name, value in (ckpt.get("state_dict") or ckpt.get("model") or ckpt).items():
+            weights[name.removeprefix("module.")] = value  # DDP's prefix
+        if "encoder.conv_in.weight" in weights:
+            model_args = conv_args(weights)
+        else:
+            model_args = vit_args(weights, num_heads)
+        model = build(model_args)
+        missing, left_over = model.load_state_dict(weights, strict=False)
+    except Exception as error:
+        raise InputError(f"{path}: holds neither stage one, nor a published VMAE or SD3-style VAE "
+                         f"({last_line(error)})") from None
+    lost = set(missing) - {"mask_token"}
+    if lost:
+        raise InputError(f"{path}: lacks {len(lost)} weights of this model, such as {min(lost)}")
+    say(f"{path}: {len(weights) - len(left_over)} tensors read; missing: "
+        f"{', '.join(missing) or 'none'}; left over: {', '.join(left_over) or 'none'}")
+    return dict(model_args=model_args, model=model.state_dict())
+
+def conv_args(weights):
+    """Weights under diffusers' names -> the arguments of ConvAutoencoder."""
+    channels = []                           # the width of each level
+    for name in sorted(weights):
+        if name.startswith("encoder.down_blocks.") and name.endswith("resnets.1.conv2.bias"):
+            channels.append(len(weights[name]))
+    latent_dim = weights["decoder.conv_in.weight"].shape[1]
+    return dict(img_size=256, channels=tuple(channels), latent_dim=latent_dim)
+
+def vit_args(weights, num_heads):
+    """Weights under the authors' names -> the arguments of VMAE."""
+    D, _, P, _ = weights["patch_embed.proj.weight"].shape  # (D, 3, P, P)
+    grid = math.isqrt(weights["pos_embed"].shape[1])
+    depth = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
+    return dict(img_size=P * grid, patch_size=P, embed_dim=D, depth=depth, num_heads=num_heads,
+                latent_dim=weights["from_latent.weight"].shape[1])
+
+# ---- Images: what a data set is ---------------------------------------------------------------
+
+def to_float(x):
+    """0..255 -> [-1, 1], any shape. Until they are on the device that computes with them, images
+    are uint8, in memory and on their way to a GPU."""
+    return x / 127.5 - 1
+
+def to_uint8(x):
+    """[-1, 1] -> 0..255, rounded, any shape, for all images that are saved or measured."""
+    return (x.float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
+
+def random_flip(x, generator=None):
+    """Mirror half of the images, the only augmentation in stage one. (B, 3, H, W) -> the same."""
+    mirrored = torch.rand(len(x), 1, 1, 1, generator=generator, device=x.device) < 0.5
+    return torch.where(mirrored, x.flip(-1), x)
+
+class Images:
+    """What ImageFolder and Faces share. A data set has a length, `classes`, a list of names, and
+
+        batch(indices)    B numbers -> x uint8 (B, 3, size, size), y (B,), the classes
+        made_of()         a text that changes whenever the images do, after which caches are named
+
+    Here data[i] is one image, (x, y), with x in [-1, 1]."""
+
+    def __getitem__(self, i):
+        if not 0 <= i < len(self):
+            raise IndexError(i)             # ends a loop over data
+        x, y = self.batch([i])
+        return to_float(x[0]), y.item()
+
+    def batches(self, numbers, B=64):
+        """Yield the batches x, y of the images with these numbers, a tensor."""
+        for part in numbers.split(B):
+            yield self.batch(part.tolist())
+
+    def some(self, n):
+        """The numbers (n,) of n images, always the same."""
+        return torch.randperm(len(self), generator=torch.Generator().manual_seed(0))[:n]
+
+class Cache:
+    """The rows x, y of a data set, computed once and kept in one file of the run folder.
+
+    Process 0 writes the file from front to back, and it gets its name when it is whole: a run that
+    is killed meanwhile begins it again. All processes then map it into memory and read from there.
+    The file is numpy's .npy, with one record per row. Its name ends in a hash of `made_of`, a text
+    that changes with what the rows come from; files of the same kind with another hash go."""
+
+    def __init__(self, folder, kind, made_of, n, shape, dtype):
+        self.n = n
+        self.record = np.dtype([("x", dtype, shape), ("y", np.int64)])
+        self.bytes = n * self.record.itemsize
+        self.folder = folder
+        os.makedirs(folder, exist_ok=True)
+        self.kind = kind
+        self.path = Path(folder, f"{kind}_{hashlib.sha256(made_of.encode()).hexdigest()[:16]}.npy")
+
+    def __len__(self):
+        return self.n
+
+    def fits(self, fraction=1.0):
+        """Whether the file is there, or this fraction of the free disk has room for it."""
+        return self.path.exists() or self.bytes <= fraction * shutil.disk_usage(self.folder).free
+
+    def open(self, what, batches):
+        """-> self, ready to be read. batches: an iterator over the rows as x, y, which is used if
+        the file is not there yet. InputError if the disk has no room, or if the file is damaged."""
+        if RANK == 0 and not self.path.exists():
+            self.delete_others()
+            self.write(what, batches)
+        wait_for_all()
+        try:
+            self.rows = np.load(self.path, mmap_mode="r")
+        except (ValueError, EOFError) as error:
+            raise InputError(f"{self.path}: damaged, delete it ({error})") from None
+        return self
+
+    def delete_others(self):
+        """Delete the files of this kind that were made of something else, and unfinished ones."""
+        for file in Path(self.folder).iterdir():
+            if re.fullmatch(rf"{self.kind}_[0-9a-f]{{16}}\.npy(\.tmp)?", file.name):
+                file.unlink()
+
+    def write(self, what, batches):
+        """Write all rows."""
+        if not self.fits():
+            free = shutil.disk_usage(self.folder).free
+            raise InputError(f"{self.folder}: needs {self.bytes / 1e6:,.1f} MB, {free / 1e6:,.1f} "
+                             f"MB are free; make room, or give another --out")
+        say(f"{what} {self.n} images, kept in {self.folder}: {self.bytes / 1e6:,.1f} MB")
+        header = dict(descr=self.record.descr, fortran_order=False, shape=(self.n,))
+        bar = tqdm(total=self.n, desc=what, dynamic_ncols=True)
+        with whole_file(self.path) as file, bar:
+            np.lib.format.write_array_header_2_0(file, header)
+            for x, y in batches:
+                rows = np.empty(len(x), self.record)
+                rows["x"] = x.numpy()
+                rows["y"] = y.numpy()
+                file.write(rows.tobytes())
+                bar.update(len(x))
+
+    def batch(self, indices):
+        """B numbers of rows -> x (B, ...), y (B,)."""
+        rows = self.rows[np.asarray(indices)]              # a copy, (B,) records
+        x = torch.from_numpy(np.ascontiguousarray(rows["x"]))
+        y = torch.from_numpy(np.ascontiguousarray(rows["y"]))
+        return x, y
+
+def prefetch(batches):
+    """Iterate over `batches` while a thread prepares the next one, so that a GPU need not wait."""
+    with ThreadPoolExecutor(1) as pool:
+        following = pool.submit(next, batches, None)
+        while True:
+            batch = following.result()
+            if batch is None:
+                return
+            following = pool.submit(next, batches, None)
+            yield batch
+
+# ---- Images: a folder -------------------------------------------------------------------------
+
+EXTENSIONS = tuple(".jpg .jpeg .jfif .png .webp .bmp .gif .tif .tiff .ppm .pgm".split())
+SKIPPED = (".", "grid.png", "trajectory.png")          # hidden files, and sample.py's overviews
+OUTPUT = {"log.jsonl", "samples.json", "reconstruct.json", "smoothness.json", "separability.json",
+          "compare.json", "neighbours.json"}           # such a folder was written by our scripts
+MIN_SIDE = 8           # pixels; anything smaller is a placeholder, not a photograph
+MAX_UNREADABLE = 0.01  # share of the files; a collected folder often has a few broken ones
+# Pillow warns of what we read, or refuse; torchvision of arguments that it renamed, by lpips.
+warnings.filterwarnings("ignore", module="PIL|torchvision")
+
+def read_image(path, size, draft=False):
+    """File -> uint8 (3, size, size): turned upright as its EXIF says, any mode to RGB, transparent
+    parts white, short side resized, centre cropped. draft: decode a JPEG at 1/2, 1/4 or 1/8 of its
+    size if it is still twice as large as wanted: half the time, and 51 dB against the whole."""
+    with Image.open(path) as image:
+        if draft:
+            image.draft(None, (2 * size, 2 * size))
+        with contextlib.suppress(Exception):               # damaged EXIF, but a sound picture
+            image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I"):      # 16 bits, which Pillow's own conversion clips at 255
+            levels = np.asarray(image).clip(0, 65535) / 257
+            image = Image.fromarray(levels.round().astype(np.uint8))
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BICUBIC)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+def list_images(root):
+    """Folder -> sorted paths of the images below it, relative to it. Left out are the files in
+    SKIPPED, and folders that our scripts wrote (OUTPUT). OSError for a folder closed to us."""
+    def stop(error):
+        raise error
+
+    found = []
+    seen = set()
+    for folder, subfolders, files in os.walk(root, onerror=stop, followlinks=True):
+        real = os.path.realpath(folder)
+        ours = OUTPUT.intersection(files)
+        if real in seen:                    # a link to a parent would never end
+            subfolders.clear()
+        elif ours and folder != root:
+            say(f"{printable(folder)}: left out, as our scripts wrote it ({min(ours)} is in it)")
+            subfolders.clear()
+        else:
+            seen.add(real)
+            subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+            for name in files:
+                if name.lower().endswith(EXTENSIONS) and not name.startswith(SKIPPED):
+                    found.append(Path(folder, name).relative_to(root).as_posix())
+    return sorted(found)
+
+class Folder:
+    """The images below `root`, and which of them cannot be read.
+
+    files: {path: (bytes, time, short side in pixels)} of those whose header is sound. classes: the
+    sub-folders of root by name, or none if there are fewer than two or if images lie beside them.
+    InputError for a missing or empty folder, or as soon as over 1 % of all files are unreadable."""
+
+    def __init__(self, root):
+        if not os.path.isdir(root):
+            raise InputError(f"{root}: no such folder; give a folder of images")
+        paths = list_images(root)
+        if not paths:
+            raise InputError(f"{root}: no images in it (looked for {' '.join(EXTENSIONS)})")
+        self.root = os.path.abspath(root)
+        self.limit = MAX_UNREADABLE * len(paths)
+        self.unreadable = set()
+        self.files = {}
+        with ThreadPoolExecutor(16) as pool:    # more than cores, for folders on a network
+            entries = pool.map(self.header, paths)
+            for path in tqdm(paths, f"headers of {root}", delay=2, disable=RANK > 0):
+                entry = next(entries)
+                if entry is not None:
+                    self.files[path] = entry
+        tops = {path.split("/")[0] if "/" in path else "" for path in self.files}
+        self.classes = []
+        if len(tops) > 1 and "" not in tops:    # "": an image in root itself
+            self.classes = sorted(tops)
+
+    def header(self, path):
+        """-> the entry of one file, or None if it is unreadable."""
+        file = os.path.join(self.root, path)
+        try:
+            with Image.open(file) as image:     # reads the header only
+                width, height = image.size
+            if min(width, height) < MIN_SIDE or width * height > Image.MAX_IMAGE_PIXELS:
+                raise OSError(f"{width}x{height} pixels, too small or too large")
+            stat = os.stat(file)
+            return stat.st_size, stat.st_mtime_ns, min(width, height)
+        except Exception as error:          # Pillow raises anything for what it was not made for
+            self.found_unreadable(path, error)
+            return None
+
+    def found_unreadable(self, path, error):
+        """Name a file, and count it: each process names what it finds, each file once."""
+        if path in self.unreadable:
+            return
+        self.unreadable.add(path)
+        count = len(self.unreadable)
+        file = printable(os.path.join(self.root, path))
+        why = f"{file}: unreadable ({printable(last_line(error))})"
+        if count > self.limit:
+            raise InputError(f"{why}; {count} such files are over 1 % of the folder, remove them")
+        warnings.warn(f"skipped {why}, {count} so far")
+
+class ImageFolder(Images):
+    """Images below `root`, recursively, with Folder's classes; y = 0 if there are none.
+
+    split: "train", "val" or "all". The path of an image alone decides whether it is in "val", as
+    about one in twenty is, so that added files move none. folder: the Folder of root, if it has
+    been read. InputError as Folder's."""
+
+    def __init__(self, root, size, split="all", folder=None):
+        self.size = size
+        self.folder = folder or Folder(root)
+        self.classes = self.folder.classes
+        self.draft = False                  # how to decode, see read_image
+        every = set(self.folder.files)
+        random_number = {path: zlib.crc32(os.fsencode(path)) for path in every}
+        held_out = {path for path in every if random_number[path] % 20 == 0}
+        if not held_out:
+            held_out = {min(every, key=random_number.get)}
+        self.paths = sorted({"all": every, "val": held_out, "train": every - held_out}[split])
+        if not self.paths:
+            raise InputError(f"{root}: one image is not enough, as one is always held out")
+        number = {name: y for y, name in enumerate(self.classes)}
+        self.labels = torch.tensor([number.get(path.split("/")[0], 0) for path in self.paths])
+
+    def __len__(self):
+        return len(self.paths)
+
+    def read(self, i):
+        """-> pixels, uint8 (3, size, size), and label. If the file has a sound header but damage
+        further on, the next image takes its place, with its own label."""
+        while True:
+            file = os.path.join(self.folder.root, self.paths[i])
+            try:
+                return read_image(file, self.size, self.draft), self.labels[i]
+            except Exception as error:
+                self.folder.found_unreadable(self.paths[i], error)
+            i = (i + 1) % len(self)
+
+    def batch(self, indices):
+        """B indices -> x uint8 (B, 3, size, size), y (B,). Decoded in threads: Pillow releases
+        Python's lock, and processes would need shared memory and copies."""
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            images = list(pool.map(self.read, indices))
+        x = torch.stack([pixels for pixels, _ in images])
+        y = torch.stack([label for _, label in images])
+        return x, y
+
+    def made_of(self):
+        """Changes whenever a file is added, removed or edited, or a label changes."""
+        listing = [(path, *self.folder.files[path][:2]) for path in self.paths]
+        return ascii((self.size, self.folder.root, self.classes, listing))
+
+    def keep_pixels(self, run, allowed=True):
+        """Decode all images once and keep them in the run folder -> a Cache. If that is not
+        allowed, or takes over nine tenths of the free disk -> self, which decodes JPEGs as drafts
+        from now on."""
+        cache = Cache(run, "images", self.made_of(), len(self), (3, self.size, self.size), np.uint8)
+        if allowed and from_first(lambda: cache.fits(0.9)):
+            return cache.open("decoding", self.batches(torch.arange(len(self))))
+        say(f"decoding images when they are needed; a copy of all {len(self)} would take "
+            f"{cache.bytes / 1e6:,.1f} MB in {run}")
+        self.draft = True
+        return self
+
+# ---- Images: the built-in faces ---------------------------------------------------------------
+
+# The paper's three levels, which are known of each face:
+OBJECTS = ("bear", "cat", "human", "robot")                    # 1. its kind, the class label
+PARTS = ("background", "hair/ears", "skin", "eyes", "mouth")   # 2. the part at each pixel
+PATTERNS = ("plain", "stripes", "dots")                        # 3. the texture of the skin
+FACES_TRAIN, FACES_VAL = 16384, 1024
+
+def hsv(h, s, v):
+    """Hue, saturation, value in [0, 1], each (B, 1, 1) -> RGB in [0, 1], (B, 3, 1, 1)."""
+    n = torch.tensor([5.0, 3.0, 1.0]).view(1, 3, 1, 1)     # red, green, blue on the colour wheel
+    k = (n + 6 * h.unsqueeze(1)) % 6                                       # (B, 3, 1, 1)
+    v = v.unsqueeze(1)                                                     # (B, 1, 1, 1)
+    return v - v * s.unsqueeze(1) * torch.minimum(k, 4 - k).clamp(0, 1)
+
+class Faces(Images):
+    """Procedural faces; the class is the object. Face number i of a seed is the same everywhere.
+    The first FACES_TRAIN are for training, the next FACES_VAL are held out. `render` also returns
+    pattern and parts."""
+
+    def __init__(self, size, split="train", seed=0):
+        self.size = size
+        self.seed = seed
+        self.classes = list(OBJECTS)
+        if split == "train":
+            self.first = 0
+            self.count = FACES_TRAIN
+        else:
+            self.first = FACES_TRAIN
+            self.count = FACES_VAL
+        # Each face is rendered once and kept: rendering took a seventh of a training step. Above
+        # 73 px all faces together would take more than 256 MB, so they are rendered each time.
+        self.keeps = self.count * 3 * size**2 <= 2**28
+        if self.keeps:
+            self.x = torch.empty(self.count, 3, size, size, dtype=torch.uint8)
+            self.y = torch.empty(self.count, dtype=torch.long)
+            self.rendered = torch.zeros(self.count, dtype=torch.bool)
+
+    def __len__(self):
+        return self.count
+
+    def batch(self, indices):
+        """B indices -> x uint8 (B, 3, size, size), y (B,)."""
+        indices = torch.as_tensor(indices)
+        if not self.keeps:
+            x, y, _, _ = self.render(indices)
+            return to_uint8(x), y
+        new = indices[~self.rendered[indices]]
+        if len(new) > 0:
+            x, y, _, _ = self.render(new)
+            self.x[new] = to_uint8(x)
+            self.y[new] = y
+            self.rendered[new] = True
+        return self.x[indices], self.y[indices]
+
+    def made_of(self):
+        """Changes whenever the rendered faces change."""
+        some, _, _, _ = self.render(range(8))
+        return f"{self.first} {self.count} {hashlib.sha256(some.numpy().tobytes()).hexdigest()}"
+
+    def render(self, indices):
+        """B indices -> x (B, 3, S, S) in [-1, 1], object (B,), pattern (B,), part (B, S, S).
+
+        We paint from back to front with one brush, the superellipse |x/a|^n + |y/b|^n <= 1. n = 1
+        is a diamond (a cat's ear), 2 an ellipse, 8 a rounded box (a robot). As a function of |x| it
+        paints both ears, or both eyes, at once. Edges fade over one pixel, against aliasing."""
+        B = len(indices)
+        S = self.size
+        rows = []
+        for i in indices:                   # 40 random numbers per face
+            philox = np.random.Philox(key=[self.seed, self.first + int(i)])
+            rows.append(np.random.Generator(philox).random(40, dtype=np.float32))
+        u = torch.from_numpy(np.stack(rows)).T.reshape(40, B, 1, 1)
+
+        def uniform(k, low, high):          # random number k of each face, scaled to [low, high]
+            return low + (high - low) * u[k]
+
+        kind = uniform(0, 0, 4).long().clamp(max=3)        # (B, 1, 1), as all that follow
+        pattern = uniform(1, 0, 3).long().clamp(max=2)
+
+        def by_kind(bear, cat, human, robot):  # one number per kind, in the order of OBJECTS
+            return torch.tensor([bear, cat, human, robot], dtype=torch.float32)[kind]
+
+        # The image is [-1, 1] x [-1, 1], y points down; the head is moved and tilted a little.
+        axis = (torch.arange(S) + 0.5) * (2 / S) - 1       # centres of the pixels, (S,)
+        right = axis.view(1, 1, S) - uniform(2, -.1, .1)                   # (B, 1, S)
+        down = axis.view(1, S, 1) - uniform(3, .05, .2)                    # (B, S, 1)
+        tilt = uniform(4, -.15, .15)                                       # radians
+        X = right * tilt.cos() + down * tilt.sin()                         # (B, S, S)
+        Y = down * tilt.cos() - right * tilt.sin()                         # (B, S, S)
+        a = uniform(5, .54, .66)                                           # head, half width
+        b = a * uniform(6, .95, 1.1) * by_kind(.95, .88, 1.12, 1.0)        # head, half height
+        hue = uniform(7, 0, 1)              # of the wall; that of the skin is another one
+        wall = hsv(hue, uniform(9, .15, .45), uniform(10, .75, 1.0))       # light
+        hue = (hue + uniform(8, .2, .8)) % 1
+        skin = hsv(hue, uniform(11, .35, .7), uniform(12, .65, .95))
+        hair = hsv(uniform(13, 0, 1), uniform(14, .3, .8), uniform(15, .1, .35))   # dark
+        dark = torch.tensor(.08)
+        white = torch.tensor(.97)
+        human = (kind == 2).unsqueeze(1)                                   # (B, 1, 1, 1)
+        image = wall * (1 + .12 * Y.unsqueeze(1))                          # (B, 3, S, S)
+        part = torch.zeros(B, S, S, dtype=torch.long)      # background
+
+        def paint(x, y, rx, ry, n, colour, label):
+            """One stroke of the brush; a radius of 0 paints nothing."""
+            nonlocal image, part
+            x = x / rx.clamp(min=1e-3)
+            y = y / ry.clamp(min=1e-3)
+            r = (x.abs() ** n + y.abs() ** n) ** (1 / n)                   # 1 on the edge
+            cover = (0.5 + (1 - r) * torch.minimum(rx, ry) * (S / 2)).clamp(0, 1) * (rx > 0)
+            image = image + cover.unsqueeze(1) * (colour - image)          # over what is there
+            part = torch.where(cover > 0.5, label, part)   # (B, S, S)
+
+        # Ears, or long hair behind the head; then the head with its pattern.
+        box = by_kind(2, 2, 2, 8)           # robots are angular
+        ears = torch.where(human, hair, skin * .7)
+        ear = uniform(16, .9, 1.15)
+        rx = a * ear * by_kind(.36, .44, .75, .16)
+        ry = b * ear * by_kind(.36, .72, .92, .28)
+        paint(X.abs() - a * by_kind(.72, .58, .38, 1.0), Y + b * by_kind(.78, .82, .22, 0),
+              rx, ry, by_kind(2, 1, 2, 8), ears, 1)
+        angle = uniform(17, 0, math.pi)
+        pitch = uniform(18, .36, .5)
+        along = X * angle.cos() + Y * angle.sin()
+        across = Y * angle.cos() - X * angle.sin()
+        wave = (2 * math.pi * (along / pitch + uniform(19, 0, 1))).cos()   # stripes
+        dots = wave * (2 * math.pi * across / pitch).cos()                 # stripes x stripes
+        texture = torch.where(pattern == 1, wave, torch.where(pattern == 2, 2 * dots - .6, -1))
+        mark = uniform(20, .25, .4) * (.5 + .5 * texture.clamp(-1, 1))     # (B, S, S)
+        shade = 1 - mark - .12 * (X / a) ** 2                              # darker at the cheeks
+        paint(X, Y, a, b, box, skin * shade.unsqueeze(1), 2)
+
+        # The fringe of a human or the antenna of a robot; the light muzzle of a bear or cat.
+        shift = a * uniform(21, -.35, .35) * (kind == 2)
+        paint(X - shift, Y + b * by_kind(0, 0, .85, 1.22), a * by_kind(0, 0, .80, .10),
+              b * by_kind(0, 0, .36, .28), box, ears, 1)
+        paint(X, Y - b * .45, a * by_kind(.45, .42, 0, 0), b * by_kind(.38, .30, 0, 0), 2.0,
+              skin + .55 * (1 - skin), 2)
+
+        # Eyes and pupils, which look left or right; a cat's pupils are slits.
+        eye = uniform(22, .9, 1.15)
+        eye_x = a * uniform(23, .9, 1.1) * by_kind(.40, .44, .40, .44)     # from the middle
+        level = b * uniform(24, .12, .22)
+        rx = a * eye * by_kind(.21, .27, .25, .27)
+        ry = a * eye * by_kind(.21, .23, .19, .22)
+        iris = hsv(uniform(25, 0, 1), uniform(26, .4, .9), uniform(27, .75, 1.0))
+        coloured = (kind % 2 == 1).unsqueeze(1)                            # cats and robots
+        paint(X.abs() - eye_x, Y + level, rx, ry, box, torch.where(coloured, iris, white), 3)
+        gaze = a * uniform(28, -.06, .06)                                  # the same for both eyes
+        paint((X - gaze).abs() - eye_x, Y + level - gaze.abs() / 2,
+              rx * by_kind(.62, .38, .58, .45), ry * by_kind(.62, .85, .72, .45), box, dark, 3)
+
+        # Nose, and a mouth that smiles or not: a stroke along y = bend * x^2.
+        paint(X, Y - b * by_kind(.30, .30, .18, 0), a * by_kind(.17, .11, .09, 0),
+              b * by_kind(.11, .09, .14, 0), by_kind(2, 1, 2, 2),
+              torch.where(human, skin * .7, dark), 2)
+        wide = a * uniform(29, .28, .40)
+        bend = uniform(30, -.2, .9)
+        curve = Y - b * by_kind(.58, .54, .56, .58) + bend * X**2 / a - bend * wide**2 / (2 * a)
+        lips = hsv(uniform(31, .95, 1.02) % 1, uniform(32, .6, .8), uniform(33, .45, .65))
+        paint(X, curve, wide, a * by_kind(.09, .08, .11, .16), box * 2,
+              torch.where(human, lips, dark), 4)
+        return image.clamp(0, 1) * 2 - 1, kind.flatten(), pattern.flatten(), part
+
+# ---- Images of both kinds, and pictures -------------------------------------------------------
+
+def open_images(data, size, val=None, run=None):
+    """The options --data and --val -> the data sets (train, val): folders, or the built-in faces if
+    data is None. If --val names a folder of its own, nothing of --data is held out. run: the run
+    folder, which may not be the folder of the images. Process 0 reads the headers for all."""
+    if data is None:
+        if val is not None:
+            raise InputError("--val: the built-in faces hold out their own; leave --val out")
+        return Faces(size, "train"), Faces(size, "val")
+    here = Path(data).resolve()
+    if run and Path(run).resolve() == here:
+        raise InputError(f"--out {run}: is the folder of the images; give it one of its own")
+    if val:
+        there = Path(val).resolve()
+        if here.is_relative_to(there) or there.is_relative_to(here):
+            raise InputError(f"--val {val}: overlaps --data, which is trained on; keep them apart")
+    folder = from_first(lambda: Folder(data))
+    say_what_surprises(folder, size)
+    if val is None:
+        return ImageFolder(data, size, "train", folder), ImageFolder(data, size, "val", folder)
+    held_out = from_first(lambda: Folder(val))
+    return ImageFolder(data, size, "all", folder), ImageFolder(val, size, "all", held_out)
+
+def say_what_surprises(folder, size):
+    """Print that images are enlarged, or that there are sub-folders, but no classes."""
+    sides = [side for _, _, side in folder.files.values()]
+    small = sum(side < size for side in sides)
+    if small > 0:
+        say(f"{folder.root}: {small} of {len(sides)} images are smaller than {size} pixels and are "
+            f"enlarged; the smallest has {min(sides)}")
+    below = sum("/" in path for path in folder.files)
+    beside = len(sides) - below
+    if below > 0 and beside > 0:
+        say(f"{folder.root}: no classes, because {beside} images lie beside its sub-folders")
+    elif below > 0 and not folder.classes:
+        say(f"{folder.root}: no classes, because it has only one sub-folder; if the classes are in "
+            f"there, name that one with --data")
+
+def psnr(a, b):
+    """PSNR = 10 log10(255^2 / MSE) in dB, (N,); infinite if equal. a, b: (N, C, H, W) in 0..255."""
+    mse = ((a.double() - b.double()) ** 2).mean((1, 2, 3))
+    return 10 * torch.log10(255**2 / mse)   # (N,)
+
+def save_grid(rows, path):
+    """Save rows of images in [-1, 1], each (K, 3, H, W), as one PNG; short rows end in white."""
+    cells = nn.utils.rnn.pad_sequence(list(rows), True, 1.0)               # (R, K, 3, H, W)
+    cells = to_uint8(F.pad(cells, (0, 2, 0, 2), value=1.0)).cpu()          # a white gap of 2
+    grid = cells.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)        # (R(H+2), K(W+2), 3)
+    picture = Image.fromarray(grid[:-2, :-2].numpy())
+    enlarged = ImageOps.scale(picture, max(1, 64 // rows[0].shape[-1]), Image.NEAREST)
+    with whole_file(path) as file:
+        enlarged.save(file, "png")
+
+# ---- Devices, and the command line ------------------------------------------------------------
+
+def start(name):
+    """--device -> torch.device. Nothing here touches CUDA if the user asks for the CPU. Under
+    torchrun the process also joins its group, and takes one GPU."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if WORLD > 1 and "MASTER_ADDR" not in os.environ:
+        raise InputError(f"WORLD_SIZE={WORLD} is set, but torchrun did not start this process; "
+                         f"unset WORLD_SIZE, or start it with torchrun")
+    if name.startswith("cuda:") and WORLD > 1:
+        raise InputError(f"--device {name}: under torchrun each process takes a GPU; give cuda")
+    if name == "cuda" and WORLD > 1:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+        if int(os.environ["LOCAL_RANK"]) >= torch.cuda.device_count():
+            raise InputError(f"--device cuda: there are {torch.cuda.device_count()} GPUs for more "
+                             f"processes than that; give torchrun one process per GPU")
+    try:
+        probe = torch.zeros(1, device=name)
+        probe.item()                        # "meta" has tensors, but no numbers in them
+    except (RuntimeError, AssertionError, ImportError):
+        raise InputError(f"--device {name}: torch finds no such device, try cpu") from None
+    device = probe.device
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if WORLD > 1 and not dist.is_initialized():
+        backend = "gloo"                    # Windows has no NCCL
+        if device.type == "cuda" and dist.is_nccl_available():
+            backend = "cpu:gloo,cuda:nccl"
+        # If one process ends, torchrun ends all; until then they may wait for hours.
+        dist.init_process_group(backend, timeout=timedelta(days=7))
+    return device
+
+def seed_of(*numbers):
+    """One seed from several numbers, such as --seed, the step and the number of the micro-batch.
+    numpy mixes them, so that neighbours have nothing in common."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+def seeded(*numbers, device="cpu"):
+    """A random generator that depends on these numbers alone."""
+    return torch.Generator(device).manual_seed(seed_of(*numbers))
+
+def has_bfloat16(device):
+    """Whether matrix products are faster in bfloat16 than in float32. CUDA: from Ampere on; older
+    cards only imitate it. CPU: measured, as a list of its features cannot tell. Others: no."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type != "cpu":
+        return False
+
+    def seconds(dtype):                     # the best of ten: others on this machine only add
+        a = torch.ones(512, 512, dtype=dtype)
+        return min(timeit.repeat(lambda: a @ a, number=1, repeat=10))
+
+    return seconds(torch.bfloat16) < 0.8 * seconds(torch.float32)
+
+def compile_blocks(blocks, asked_for=False):
+    """Compile each of these modules in place -> whether that worked. Equal blocks are compiled once
+    for all of them, when they are first called; names of weights do not change. Without a compiler
+    for torch, a line says so; if the user has asked for it, that is an InputError."""
+    try:
+        torch.compile(lambda x: x + 1)(torch.zeros(8, device=next(blocks[0].parameters()).device))
+    except Exception as error:              # of many kinds: no C++ compiler, no Triton
+        why = f"torch.compile does not work here ({first_sentence(error)})"
+        if asked_for:
+            raise InputError(f"--compile: {why}; leave it out") from None
+        say(f"{why}, so training is slower")
+        return False
+    for block in blocks:
+        block.compile(dynamic=False)        # one graph serves one shape
+    return True
+
+def number(kind, least=None, above=None, most=None):
+    """The type of an option that is a number: int or float, at least `least` or above `above`, and
+    at most `most`; neither NaN nor infinite."""
+    limits = []
+    if least is not None:
+        limits.append(f"at least {least}")
+    if above is not None:
+        limits.append(f"above {above}")
+    if most is not None:
+        limits.append(f"at most {most}")
+
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+        too_small = (least is not None and value < least) or (above is not None and value <= above)
+        too_large = most is not None and value > most
+        if too_small or too_large or not math.isfinite(value):
+            raise argparse.ArgumentTypeError(f"must be {' and '.join(limits)}, not {text}")
+        return value
+
+    return parse
+
+count = number(int, least=1)                # of images, steps, pixels
+positive = number(float, above=0)
+weight = number(float, least=0)
+fraction = number(float, least=0, most=1)
+any_seed = number(int, least=0, most=2**32 - 1)
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but a wrong option is one line, as all errors here."""
+
+    def error(self, message):
+        raise InputError(f"{message.removeprefix('argument ')}; --help lists the options")
+
+def cli(main):
+    """Run a script's main. What the user got wrong ends as one line and exit status 1."""
+    if hasattr(sys.stdout, "reconfigure"):  # it fails on odd names, which stderr escapes by itself
+        sys.stdout.reconfigure(errors="backslashreplace")
+    warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+    try:
+        main()
+    except InputError as error:
+        sys.exit(f"error: {error}")
+    except OSError as error:
+        if error.filename is None:
+            sys.exit(f"error: {error}")
+        sys.exit(f"error: {printable(str(error.filename))}: {error.strerror}")
+    except torch.OutOfMemoryError:
+        sys.exit("error: the device is out of memory; give a smaller --micro, --batch or --size")
+    except KeyboardInterrupt:
+        sys.exit("stopped")
+    if dist.is_initialized():
+        dist.destroy_process_group()
