@@ -17,7 +17,8 @@ import copy
 import math
 import re
 
-from vmae import InputError, fused_attention, last_line, read_checkpoint, say, sincos_positions
+from vmae import (InputError, check_weights, fused_attention, last_line, read_checkpoint,
+                  sincos_positions)
 import torch                                # after vmae, see there
 import torch.nn as nn
 import torch.nn.functional as F
@@ -487,10 +488,7 @@ def published(path, ckpt):
     except Exception as error:
         raise InputError(f"{path}: neither a stage-two checkpoint, such as runs/ldm/last.pt, nor a "
                          f"LightningDiT ({last_line(error)})") from None
-    if missing:
-        raise InputError(f"{path}: lacks weights of a LightningDiT, such as {missing[0]}")
-    say(f"{path}: {len(weights) - len(left_over)} tensors read, none missing; left over: "
-        f"{', '.join(left_over) or 'none'}")
+    check_weights(path, weights, missing, left_over)
     return dict(model_args=model_args, ema=model.state_dict(), schedule=dict(objective="flow"),
                 classes=[str(i) for i in range(num_classes)])
 

@@ -13,6 +13,7 @@ import functools
 import json
 import os
 import re
+import unicodedata
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -37,6 +38,7 @@ def main():
     sampler, own = pick_sampler(args, schedule)            # by default DDIM, or Euler
     labels = pick_labels(args.label, ckpt["classes"])      # none without classes
     cfg = guidance(args.cfg, ckpt["classes"])
+    say_what_is_drawn(labels, cfg, ckpt["classes"])
     device = vmae.start(args.device)
     if args.batch is None:
         args.batch = 256 if device.type == "cuda" else 64
@@ -126,8 +128,8 @@ def read_options():
         "the noise (default: 1)")
     add("--interval", type=vmae.fraction, help="euler: guide from this time on, 0 (noise) to 1 "
         "(image) (default: 0)")
-    add("--class", dest="label", help="name or number; the number after the last one is the null "
-        "class (default: all classes in turn)")
+    add("--class", dest="label", help="name of a class, or its number, counted from 0, unless the "
+        "names are numbers; null: the null class (default: all classes in turn)")
     add("--seed", type=vmae.any_seed, default=0, help="fixes each image (default: %(default)s)")
     add("--batch", type=vmae.count, help="images at a time (default: 256 on CUDA, else 64)")
     add("--device", default="auto", help="cuda, cpu, mps... (default: cuda if there is one)")
@@ -137,17 +139,44 @@ def read_options():
     return parser.parse_args()
 
 def pick_labels(label, classes):
-    """--class -> the labels to draw in turn. The null class has the number len(classes)."""
+    """--class -> the labels to draw in turn. The null class has the number len(classes). A number
+    means a name if all names are numbers, otherwise a place in the list. Accents may be typed in
+    another form than the file system's."""
     if label is None:
         return list(range(len(classes)))
     if not classes:
         raise InputError(f"--class {label}: this checkpoint is unconditional, it has no classes")
-    if label in classes:                    # before numbers, as a name may be a number
-        return [classes.index(label)]
-    if label.isdecimal() and int(label) <= len(classes):
-        return [int(label)]
-    raise InputError(f"--class {label}: unknown; choose from {', '.join(classes)}, a number below "
-                     f"{len(classes)}, or {len(classes)}, the null class")
+    names = [unicodedata.normalize("NFC", name) for name in classes]
+    wanted = unicodedata.normalize("NFC", label)
+    if wanted in names:
+        return [names.index(wanted)]
+    if wanted == "null":
+        return [len(classes)]
+    are_numbers = all(name.isdecimal() for name in names)
+    if wanted.isdecimal() and are_numbers:  # 1 means 01
+        names = [int(name) for name in names]
+        if names.count(int(wanted)) == 1:
+            return [names.index(int(wanted))]
+    elif wanted.isdecimal() and int(wanted) < len(classes):
+        return [int(wanted)]
+    some = ", ".join(classes[:10])
+    if len(classes) > 10:
+        some += f" and {len(classes) - 10} more"
+    numbers = "" if are_numbers else f", a number below {len(classes)}"
+    raise InputError(f"--class {label}: unknown; choose from {some}{numbers}, or null, the null "
+                     f"class")
+
+def say_what_is_drawn(labels, cfg, classes):
+    """Print the classes by name, and the weight of guidance."""
+    if not classes:
+        what = "without classes"
+    elif len(labels) > 1:
+        what = f"{len(labels)} classes in turn"
+    elif labels == [len(classes)]:
+        what = "the null class"
+    else:
+        what = f"the class {classes[labels[0]]}, number {labels[0]}"
+    vmae.say(f"drawing {what}, guidance {cfg:g}")
 
 def guidance(cfg, classes):
     """--cfg -> the weight of guidance. With 1.5 nearly all samples show the class that was asked

@@ -5,7 +5,7 @@
     python train_ldm.py --no-classes                    unconditional, even if there are classes
 
 Each image and its mirror image are encoded once, into moments_*.npy in --out, which training reads.
-Also writes last.pt, log.jsonl and preview_*.png, samples of the EMA weights.
+Also writes last.pt, log.jsonl, curves.png and preview_*.png, samples of the EMA weights.
 """
 import hashlib
 import time
@@ -18,7 +18,8 @@ import ldm
 import sample
 from train_vmae import (COMMON, Log, Stop, begin, checkpoint, choose_micro, common_parser, finish,
                         learning_rate, load_states, make_fast, matmul_precision, optimiser,
-                        optimiser_step, read_ahead, resolve, save, say_idle, use_recipe)
+                        optimiser_step, read_ahead, refuse_silent_program, resolve, save, say_idle,
+                        use_recipe)
 from vmae import RANK, InputError
 
 # The options of stage two, beside those of both trainers. None means: chosen later.
@@ -45,9 +46,10 @@ def main():
     args, given, saved = read_options()
     device = vmae.start(args.device)        # cuda, cpu or mps
     stage_one = saved["vmae"] if saved else vmae.read_stage_one(args.vmae)
-    fill_in(args, device, stage_one["train_args"])
+    fill_in(args, given, device, stage_one["train_args"])
     ae = vmae.build_vmae(stage_one).to(device)             # the autoencoder, frozen
     data, val = vmae.open_images(args.data, ae.img_size, args.val, args.out)   # at its size
+    vmae.describe(data, val)
     classes = names_of_classes(args, given, data, saved)
     torch.manual_seed(args.seed)            # the same weights in every process
     model, schedule, entries = new_model(args, ae, classes, saved)
@@ -59,7 +61,7 @@ def main():
     ema.n = start                           # its warm-up goes on, too
     saved = None                            # its memory is free again
     autocast = matmul_precision(args, device)
-    moments = cache_moments(ae, data, args.out, device, autocast)
+    moments = cache_moments(ae, data, args, device, autocast)
     if "latent_mean" not in entries:        # those of a run that goes on, or of --init, are kept
         entries["latent_mean"], entries["latent_std"] = statistics(moments)
     entries["vmae"] = stage_one             # all that sample.py needs is in one file
@@ -84,7 +86,7 @@ def main():
         micro_batch(q, torch.zeros(n, dtype=torch.long, device=device))
 
     my_micro_batches = choose_micro(args, device, largest_part, states, AT_ONCE[args.model])
-    begin(args, model, f"{len(data)} images, {len(classes) or 'no'} classes")
+    begin(args, model)
     batches = read_ahead(moments, args, start, my_micro_batches, device)
     held_out = held_out_latents(val, classes, ae, mean, std)               # z_0, y
     micro_batch = make_fast(micro_batch, args, given, generator, model.blocks)
@@ -112,6 +114,7 @@ def main():
                                 f"{args.out}/preview_{done:06d}.png")
             log.write(line)
         if saving:
+            log.draw_curves()
             save(args, states, step=done, **entries)
             log.since = time.perf_counter()                # saves do not count as training
         if stopping:
@@ -121,26 +124,29 @@ def main():
 # ---- The cache of moments ---------------------------------------------------------------------
 
 @torch.no_grad()
-def cache_moments(model, data, run, device, autocast):
-    """-> vmae.Cache, kept in `run` and made anew if stage one's weights or the data change. Rows 2i
-    and 2i + 1 hold q(z|x) of image i and of its mirror image: mu and logvar, (2d, h, w), float16.
-    After the default run bfloat16 halves the time, and moves mu by .4 % of its spread, of which
-    sigma is 7 %."""
+def cache_moments(model, data, args, device, autocast):
+    """-> vmae.Cache, kept in the run folder and made anew if stage one's weights or the data
+    change. A row holds q(z|x) of an image: mu and logvar, (2d, h, w), float16. Unless args.flip is
+    off, rows 2i and 2i + 1 are image i and its mirror image. After the default run bfloat16 halves
+    the time, and moves mu by .4 % of its spread, of which sigma is 7 %."""
+    views = 2 if args.flip else 1           # of each image
+
     def encoded():
         for x, y in data.batches(torch.arange(len(data))):
             x = vmae.to_float(x.to(device))                                # (B, 3, H, W)
-            both = torch.stack([x, x.flip(-1)], 1).flatten(0, 1)           # (2B, 3, H, W)
+            if args.flip:
+                x = torch.stack([x, x.flip(-1)], 1).flatten(0, 1)          # (2B, 3, H, W)
             with autocast():
-                q = model.encode(both)                                     # (2B, d, h, w)
-            yield torch.cat([q.mu, q.logvar], 1).half().cpu(), y.repeat_interleave(2)
+                q = model.encode(x)                                        # over (2B, d, h, w)
+            yield torch.cat([q.mu, q.logvar], 1).half().cpu(), y.repeat_interleave(views)
 
     weights = hashlib.sha256()
     for value in model.state_dict().values():
         weights.update(value.cpu().numpy().tobytes())
+    made_of = f"{views} {weights.hexdigest()} {data.made_of()}"
     shape = (2 * model.latent_dim, model.grid, model.grid)
-    cache = vmae.Cache(run, "moments", weights.hexdigest() + data.made_of(), 2 * len(data), shape,
-                       np.float16)
-    return cache.open("encoding, mirror images included,", encoded())
+    cache = vmae.Cache(args.out, "moments", made_of, views * len(data), shape, np.float16)
+    return cache.open("encoding", encoded())
 
 def statistics(cache):
     """Mean and standard deviation of z per channel, (d,) each, for normalise, from 2,048 rows at
@@ -209,13 +215,14 @@ def read_options():
         raise InputError("--model: --init decides the shape of the network; leave --model out")
     return args, given, saved
 
-def fill_in(args, device, theirs):
+def fill_in(args, given, device, theirs):
     """Choose the options that are still None. theirs: the options of stage one. By default the
     folders are stage one's, so that what it held out is not trained on here."""
     if args.val is None and args.data in (None, theirs["data"]):
         args.val = theirs["val"]
     if args.data is None:
         args.data = theirs["data"]
+    refuse_silent_program(args, given)
     kind = "cpu"
     if device.type == "cuda":
         kind = "cuda"
@@ -226,6 +233,8 @@ def fill_in(args, device, theirs):
     use_recipe(args, RECIPES[args.model, kind])
     if args.compile is None:
         args.compile = device.type == "cuda"
+    if args.flip is None:
+        args.flip = theirs.get("flip", True)
 
 def names_of_classes(args, given, data, saved):
     """The classes of the data by name, none with --no-classes. InputError if they are not those of

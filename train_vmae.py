@@ -7,15 +7,14 @@
     python train_vmae.py --init runs/vmae --tune decoder --size 256    into runs/tuned
     torchrun --nproc-per-node 4 train_vmae.py --data path    several GPUs
 
-Writes into --out: last.pt; log.jsonl, one JSON object per line; preview_*.png, whose rows are the
-original, the input (masked or noisy) and the reconstruction; and, of a folder, its decoded images,
-images_*.npy.
+Writes into --out: last.pt; log.jsonl, one JSON object per line, and its curves.png; preview_*.png,
+whose rows are the original, the input (masked or noisy) and the reconstruction; and, of a folder,
+its decoded images, images_*.npy.
 """
 import argparse
 import collections
 import functools
 import itertools
-import json
 import math
 import os
 import re
@@ -89,7 +88,7 @@ def main():
     known = saved
     if saved is None and args.init:
         known = vmae.read_stage_one(args.init)
-    fill_in(args, device, known)            # args are complete from here on
+    fill_in(args, given, device, known)     # args are complete from here on
     torch.manual_seed(args.seed)            # the same weights in every process
     model, model_args = new_model(args, known)
     train, val = vmae.open_images(args.data, args.size, args.val, args.out)
@@ -109,7 +108,9 @@ def main():
     def micro_batch(x, mask_ratio, adversary):
         """The losses of a part of the batch, x uint8 (B, 3, H, W), by name. Their gradients are
         added to those of the other parts."""
-        x = vmae.random_flip(vmae.to_float(x), generator)                  # (B, 3, H, W)
+        x = vmae.to_float(x)                                               # (B, 3, H, W)
+        if args.flip:
+            x = vmae.random_flip(x, generator)
         x_in = x
         if args.noise > 0:                  # dae
             x_in = x + args.noise * torch.randn(x.shape, generator=generator, device=device)
@@ -139,8 +140,9 @@ def main():
 
     my_micro_batches = choose_micro(args, device, largest_part, states,
                                     PIXELS_AT_ONCE[args.arch] // args.size**2)
-    begin(args, model, f"{len(train)} images to train on, {len(val)} held out")
-    if args.data:
+    begin(args, model)
+    vmae.describe(train, val)
+    if isinstance(train, vmae.ImageFolder):
         train = train.keep_pixels(args.out, not args.no_cache)
     batches = read_ahead(train, args, start, my_micro_batches, device)
     x_val = held_out_images(val, device)                   # (64, 3, H, W)
@@ -171,6 +173,7 @@ def main():
                 line |= validate(model, x_val, args, f"{args.out}/preview_{done:06d}.png")
             log.write(line)
         if saving:
+            log.draw_curves()
             save(args, states, step=done, model_args=model_args)
             log.since = time.perf_counter()                # saves do not count as training
         if stopping:
@@ -279,8 +282,9 @@ def read_options():
     say_idle(given, idle)
     return args, given, saved
 
-def fill_in(args, device, known):
-    """Choose the options that are still None. known: the checkpoint of --resume or --init."""
+def fill_in(args, given, device, known):
+    """Choose the options that are still None. given: those of the command line; known: the
+    checkpoint of --resume or --init."""
     if known is not None:
         model_args = known["model_args"]
         args.size = args.size or model_args["img_size"]
@@ -291,6 +295,8 @@ def fill_in(args, device, known):
     on_cuda = device.type == "cuda"
     if args.compile is None:
         args.compile = on_cuda
+    if args.flip is None:
+        args.flip = True
     if args.size is None and args.data is None:
         args.size = 32
     elif args.size is None:
@@ -300,12 +306,26 @@ def fill_in(args, device, known):
     elif args.model is None:
         args.model = "base" if on_cuda else "small"
     use_recipe(args, RECIPES[args.model, args.arch, "cuda" if on_cuda else "cpu"])
+    refuse_silent_program(args, given)
     if args.lambda_p is None and args.tune:
         args.lambda_p = 10.0
     elif args.lambda_p is None:             # on the small faces VGG would cost more than the rest
         args.lambda_p = 0.5 if args.data else 0.0
     if args.adv_start is None:              # late (Esser 2021): an early x_hat is too easy to tell
         args.adv_start = args.steps // 2
+    too_small(args, given, "lambda_p", "LPIPS", vmae.LPIPS_MIN)
+    too_small(args, given, "lambda_adv", "the discriminator", vmae.DISCRIMINATOR_MIN)
+
+def too_small(args, given, name, network, least):
+    """Switch a loss off, with a line, if its network needs larger images. InputError if the user
+    asked for it."""
+    if args.size >= least or getattr(args, name) == 0:
+        return
+    why = f"{network} needs images of {least} pixels, and --size is {args.size}"
+    if given.get(name):
+        raise InputError(f"--{name.replace('_', '-')}: {why}; give 0, or a larger --size")
+    vmae.say(f"training without {network}: {why}")
+    setattr(args, name, 0.0)
 
 def name_of_size(model_args):
     """Arguments of a constructor -> the row of `sizes` that has them, or None."""
@@ -379,12 +399,13 @@ def load_perceptual(args, given, device):
 # ---- Options, shared with train_ldm.py --------------------------------------------------------
 
 # The options of both trainers. None means: chosen later.
-COMMON = dict(data=None, val=None, model=None, batch=None, micro=None, steps=None, lr=None,
-              save_every=1000, seed=0, device="auto", precision="auto", resume=False, compile=None)
+COMMON = dict(data=None, val=None, flip=None, model=None, batch=None, micro=None, steps=None,
+              lr=None, save_every=1000, keep=False, seed=0, device="auto", precision="auto",
+              resume=False, compile=None)
 # A resumed run does not take these over from its checkpoint,
 FRESH = ("resume", "out", "device", "compile")
 # and it may be given others of these.
-FREE = "data val steps lr micro save_every precision no_cache vgg_weights".split()
+FREE = "data val steps lr micro save_every keep precision no_cache vgg_weights".split()
 
 def checkpoint(path):
     """The type of options that name a checkpoint. A resumed run may start in another folder."""
@@ -401,6 +422,9 @@ def common_parser(doc):
         "one)")
     add("--val", type=os.path.abspath, metavar="FOLDER", help="folder of held-out images (default: "
         "stage one: one in twenty of --data, chosen by its path; stage two: that of stage one)")
+    add("--flip", action=argparse.BooleanOptionalAction, help="mirror half of the images; not for "
+        "letters, digits, or what has a left and a right (default: stage one: yes; stage two: as "
+        "stage one)")
     add("--model", choices=vmae.sizes, help="size of the network (default: stage one: tiny to 32 "
         "px; above, base on CUDA, else small; stage two: small on CUDA, else tiny)")
     add("--batch", type=vmae.count, help="images per optimiser step (default: see RECIPES)")
@@ -409,6 +433,8 @@ def common_parser(doc):
     add("--steps", type=vmae.count, help="optimiser steps in all (default: see RECIPES)")
     add("--lr", type=vmae.positive, help="peak learning rate (default: see RECIPES)")
     add("--save-every", type=vmae.count, help="steps between checkpoints (default: 1000)")
+    add("--keep", action="store_true", help="keep each checkpoint, to measure it later, as "
+        "step_000123.pt beside last.pt, and as large")
     add("--out", metavar="FOLDER", help="run folder (default: stage one: runs/PRESET; stage two: "
         "runs/ldm)")
     add("--seed", type=vmae.any_seed, help="sets weights, order, masks and noise (default: 0)")
@@ -464,6 +490,13 @@ def say_idle(given, idle):
     for name in given:
         if idle.get(name):
             vmae.say(f"--{name.replace('_', '-')}: has no effect beside the other options")
+
+def refuse_silent_program(args, given):
+    """InputError if the images come from a Python file that the user has not named now: it would be
+    run because a checkpoint names it."""
+    if args.data and args.data.endswith(".py") and "data" not in given:
+        raise InputError(f"--data: the checkpoint was trained on {args.data}, a program; name it "
+                         f"again with --data, so that it may run")
 
 def use_recipe(args, recipe):
     """Give the options that are still None the recipe's values."""
@@ -697,19 +730,23 @@ def load_states(args, ckpt, states):
                          f"finds {start}; all processes need the same folder")
     return start
 
-def begin(args, model, what):
+def begin(args, model):
     """Make the run folder and print what will run."""
     os.makedirs(args.out, exist_ok=True)
     count = sum(p.numel() for p in model.parameters()) / 1e6
     options = " ".join(f"{name}={value}" for name, value in vars(args).items())
-    vmae.say(f"{what}, {count:.2f} M parameters\n{options}")
+    vmae.say(f"options: {options}\nmodel: {count:.2f} M parameters")
 
-def save(args, states, **entries):
+def save(args, states, step, **entries):
     """Process 0 writes last.pt: the states, by name, and entries. The others need not wait."""
-    if RANK == 0:
-        parts = {name: part.state_dict() for name, part in states.items()}
-        vmae.save_checkpoint(os.path.join(args.out, "last.pt"), train_args=vars(args), **entries,
-                             **parts)
+    if RANK > 0:
+        return
+    last = Path(args.out, "last.pt")
+    parts = {name: part.state_dict() for name, part in states.items()}
+    vmae.save_checkpoint(last, step=step, train_args=vars(args), **entries, **parts)
+    if args.keep:
+        with vmae.whole_file(last.with_name(f"step_{step:06d}.pt")) as file:
+            file.write(last.read_bytes())
 
 def finish(args, done):
     """End the run after step `done`, when process 0 has saved it."""
@@ -794,7 +831,9 @@ class Log:
         images = (step - self.logged) * self.args.batch
         means = {"images_per_s": round(images / (time.perf_counter() - self.since), 1)}
         for name, (total, good, _) in totals.items():
-            means[name] = round(total / good, 5) if good > 0 else None
+            means[name] = math.nan
+            if good > 0:
+                means[name] = round(total / good, 5)
         if skipped > 0:
             means["skipped"] = skipped
         return means
@@ -803,7 +842,7 @@ class Log:
         """Write one line, a dict, and begin the next means."""
         if RANK == 0:
             with open(self.path, "a") as file:
-                print(json.dumps(line), file=file)
+                print(vmae.to_json(line), file=file)
         for name, value in line.items():
             if name.endswith("_val"):       # the bar keeps the last held-out numbers
                 self.held_out[name] = value
@@ -812,6 +851,11 @@ class Log:
         self.clear()
         self.logged = line["step"]
         self.since = time.perf_counter()
+
+    def draw_curves(self):
+        """Draw all that was logged up to now into curves.png, beside the previews."""
+        if RANK == 0:
+            vmae.save_curves([self.args.out], Path(self.args.out, "curves.png"))
 
 if __name__ == "__main__":
     vmae.cli(main)

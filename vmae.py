@@ -19,12 +19,13 @@ import json
 import math
 import os
 import re
+import runpy
 import shutil
 import sys
 import timeit
 import warnings
 import zlib
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
@@ -39,7 +40,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
 # Glossary: the letters in shape comments (but in metrics N is images, in convolutions C a width)
@@ -348,9 +349,10 @@ class VMAE(nn.Module):
 
     def encode(self, x):
         """After training: x (B, 3, H, W) in [-1, 1], nothing masked -> Gaussian over (B, d, h, w).
-        ValueError for an image of another size than the model was built for."""
+        ValueError, which says what to do, for what is no such x or has another size."""
+        check_images(x)
         if x.shape[-2:] != (self.img_size, self.img_size):
-            raise ValueError(f"this model encodes {self.img_size}x{self.img_size} pixels, "
+            raise InputError(f"this model encodes {self.img_size}x{self.img_size} pixels, "
                              f"not {x.shape[-2]}x{x.shape[-1]}")
         q = self.encode_tokens(x, self._all_patches(x))
         shape = (len(x), self.latent_dim, self.grid, self.grid)            # (B, d, h, w)
@@ -457,9 +459,10 @@ def levels(channels, blocks, name, step):
 class ConvAutoencoder(nn.Module):
     """The convolutional autoencoder of Stable Diffusion 3, with VMAE's attributes and methods.
     channels: the width of each level. Each level has half the size of the one before, so that four
-    levels make f8. ValueError if f does not divide the image."""
+    levels make f8. quant: with the 1x1 convolutions that Stable Diffusion 1 and 2 have before and
+    after the latent. ValueError if f does not divide the image."""
 
-    def __init__(self, img_size=256, channels=(128, 256, 512, 512), latent_dim=16):
+    def __init__(self, img_size=256, channels=(128, 256, 512, 512), latent_dim=16, quant=False):
         super().__init__()
         f = 2 ** (len(channels) - 1)        # pixels per side of a latent cell
         if img_size % f:
@@ -484,19 +487,32 @@ class ConvAutoencoder(nn.Module):
             conv_norm_out=GroupNorm(narrow),
             silu=nn.SiLU(),
             conv_out=conv3(narrow, 3))                     # (B, 3, H, W)
+        self.quant_conv = nn.Identity()
+        self.post_quant_conv = nn.Identity()
+        if quant:
+            self.quant_conv = nn.Conv2d(2 * latent_dim, 2 * latent_dim, 1)
+            self.post_quant_conv = nn.Conv2d(latent_dim, latent_dim, 1)
         self.register_buffer("logvar_x", torch.zeros(()), persistent=False)    # as in VMAE
 
     def forward(self, x, mask_ratio=0.0, generator=None):
         """As VMAE.forward, but nothing is masked, because a convolution visits every pixel."""
-        q = self.encode(x)
+        q = self.posterior(x)
         p = Gaussian(self.decode(q.sample(generator)), self.logvar_x)
         return p, q, x.new_zeros(len(x), self.grid**2)
 
+    def posterior(self, x):
+        """x (B, 3, H, W) -> q(z|x), a Gaussian over (B, d, h, w)."""
+        moments = self.quant_conv(self.encoder(x))         # (B, 2d, h, w)
+        return Gaussian(*moments.float().chunk(2, 1))
+
     def encode(self, x):
-        return Gaussian(*self.encoder(x).float().chunk(2, 1))  # (B, 2d, h, w) -> mu, logvar
+        """As VMAE.encode, but of any size that f divides."""
+        check_images(x)
+        return self.posterior(x)
 
     def decode(self, z):
-        return self.decoder(z).float()                     # (B, 3, H, W)
+        """z (B, d, h, w) -> x_hat (B, 3, H, W), about [-1, 1], not clamped."""
+        return self.decoder(self.post_quant_conv(z)).float()
 
     @property
     def last_layer(self):
@@ -527,6 +543,8 @@ def discriminator(img_size):
     net.append(nn.Conv2d(C, 1, 4, padding=1))                              # (B, 1, h', w')
     return nn.Sequential(*net)
 
+DISCRIMINATOR_MIN = 8                       # pixels per side; below, no patch is left to judge
+
 def loss_D(real, fake):
     """Hinge loss of the scores of x and x_hat: 1/2 E[max(0, 1 - D(x)) + max(0, 1 + D(x_hat))]."""
     return 0.5 * (F.relu(1 - real.float()).mean() + F.relu(1 + fake.float()).mean())
@@ -542,6 +560,7 @@ def loss_G(fake, reconstruction, last_layer):
 
 # ---- LPIPS, the network inside L_P ------------------------------------------------------------
 
+LPIPS_MIN = 16                              # pixels per side, as VGG halves them four times
 VGG_URL = "https://download.pytorch.org/models/vgg16-397923af.pth"
 VGG_LAST = "features.28.weight"             # its last convolution, by which we know the network
 
@@ -696,10 +715,9 @@ def resize_positions(weights, model):
 def drop_variance(model):
     """For lambda_reg = 0: shrink q(z|x) to its mean, sigma = 3e-7. Sets logvar to -40; Gaussian
     clamps it to -30, where its gradient is zero, so it stays."""
-    if isinstance(model, VMAE):
-        last = model.to_latent
-    else:
-        last = model.encoder.conv_out
+    last = model.encoder.conv_out if isinstance(model, ConvAutoencoder) else model.to_latent
+    if isinstance(model, ConvAutoencoder) and isinstance(model.quant_conv, nn.Conv2d):
+        last = model.quant_conv
     last.weight.data[model.latent_dim:] = 0
     last.bias.data[model.latent_dim:] = -40
 
@@ -723,6 +741,19 @@ def whole_file(path, to_disk=True):
         if isinstance(error, OSError) and error.errno:
             error.filename = error.filename or str(path)
         raise
+
+def to_json(value, **options):
+    """As json.dumps, but what is NaN or infinite becomes null, as JSON has no such numbers."""
+    def finite(value):
+        if isinstance(value, dict):
+            return {name: finite(v) for name, v in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [finite(v) for v in value]
+        if isinstance(value, float) and not math.isfinite(value):
+            return None
+        return value
+
+    return json.dumps(finite(value), **options)
 
 def save_checkpoint(path, **entries):
     """Write one dict of tensors and plain values, whole or not at all."""
@@ -757,7 +788,7 @@ def read_checkpoint(path):
     except OSError:                         # such as a file that may not be read
         raise
     except Exception:
-        raise InputError(f"{path}: not a checkpoint, or a damaged one") from None
+        raise InputError(f"{path}: {why_unreadable(path)}") from None
     if not isinstance(ckpt, dict):
         raise InputError(f"{path}: not a checkpoint: it holds a {type(ckpt).__name__}, not a dict")
     for name in ("model_args", "train_args", "vmae"):
@@ -769,6 +800,20 @@ def read_checkpoint(path):
         if isinstance(weights, dict):
             refuse_nan(path, weights)
     return ckpt
+
+def why_unreadable(path):
+    """Why torch, or read_safetensors, cannot read a checkpoint."""
+    if Path(path).suffix not in (".pt", ".pth", ".bin", ".ckpt", ".safetensors"):
+        return "not a checkpoint; give a file in .pt, .pth, .bin, .ckpt or .safetensors"
+    try:
+        objects = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except Exception:                       # it is not even a file of torch
+        objects = []
+    if objects:
+        return (f"not a checkpoint of weights alone: it holds Python objects "
+                f"({', '.join(objects[:3])}), which are not loaded, as they might run anything; "
+                f"save its state_dict by itself")
+    return "not a checkpoint, or a damaged one"
 
 def refuse_nan(path, weights):
     """InputError if a tensor of the dict holds what is not finite."""
@@ -820,28 +865,60 @@ def load_vmae(path, num_heads=12):
     return build_vmae(read_stage_one(path, num_heads))
 
 def published(path, ckpt, num_heads):
-    """A checkpoint of the authors' VMAE, or of an SD3-style VAE from diffusers -> model_args and
-    model, as in ours. The shapes tell all arguments but num_heads. Prints what was left over, and
-    whether the mask token, which only training needs, was missing. InputError for another model."""
+    """A checkpoint of the authors' VMAE, or of a VAE of Stable Diffusion 1, 2 or 3 or FLUX.1 under
+    diffusers' names -> model_args and model, as in ours. The shapes tell all arguments but
+    num_heads. Prints what was ignored, and whether the mask token, which only training needs, was
+    missing. InputError for another model."""
     try:
         weights = {}
         for name, value in (ckpt.get("state_dict") or ckpt.get("model") or ckpt).items():
             weights[name.removeprefix("module.")] = value  # DDP's prefix
+        if "encoder.down.0.block.0.norm1.weight" in weights:
+            raise ValueError("it has the names of the first latent diffusion code; convert it with "
+                             "diffusers' AutoencoderKL.from_single_file and save_pretrained")
         if "encoder.conv_in.weight" in weights:
+            weights = todays_names(weights)
             model_args = conv_args(weights)
         else:
             model_args = vit_args(weights, num_heads)
         model = build(model_args)
         missing, left_over = model.load_state_dict(weights, strict=False)
     except Exception as error:
-        raise InputError(f"{path}: holds neither stage one, nor a published VMAE or SD3-style VAE "
-                         f"({last_line(error)})") from None
-    lost = set(missing) - {"mask_token"}
-    if lost:
-        raise InputError(f"{path}: lacks {len(lost)} weights of this model, such as {min(lost)}")
-    say(f"{path}: {len(weights) - len(left_over)} tensors read; missing: "
-        f"{', '.join(missing) or 'none'}; left over: {', '.join(left_over) or 'none'}")
+        raise InputError(f"{path}: holds neither stage one, nor a published VMAE or VAE of Stable "
+                         f"Diffusion ({last_line(error)})") from None
+    check_weights(path, weights, set(missing) - {"mask_token"}, left_over)
     return dict(model_args=model_args, model=model.state_dict())
+
+# Parts of a training that published files may hold beside the model, by the beginning of the name.
+IGNORED = ("perceptual", "lpips", "loss", "discriminator", "model_ema")
+
+def check_weights(path, weights, missing, left_over):
+    """Print what was read from published weights, and what was ignored on purpose. InputError if
+    weights are missing, or if some have no place in our model: it would compute something else."""
+    if missing:
+        raise InputError(f"{path}: lacks {len(missing)} weights of this model, such as "
+                         f"{min(missing)}")
+    unknown = [name for name in left_over if not name.startswith(IGNORED)]
+    if unknown:
+        raise InputError(f"{path}: {len(unknown)} of its weights have no place in this model, such "
+                         f"as {unknown[0]}, so it is another one")
+    say(f"{path}: {len(weights) - len(left_over)} tensors read, ignored: "
+        f"{', '.join(left_over) or 'none'}")
+
+def todays_names(weights):
+    """Weights of a VAE -> the same under diffusers' names of today: in 2022 the parts of attention
+    had others, and its matrices were 1x1 convolutions in some files."""
+    names = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+    renamed = {}
+    for name, value in weights.items():
+        before, _, part = name.partition(".attentions.0.")
+        part, _, kind = part.rpartition(".")               # "query", "weight"
+        if part in names:
+            name = f"{before}.attentions.0.{names[part]}.{kind}"
+        if part in (*names, *names.values()) and value.ndim == 4:
+            value = value.flatten(1)                       # (C, C, 1, 1) -> (C, C)
+        renamed[name] = value
+    return renamed
 
 def conv_args(weights):
     """Weights under diffusers' names -> the arguments of ConvAutoencoder."""
@@ -849,8 +926,11 @@ def conv_args(weights):
     for name in sorted(weights):
         if name.startswith("encoder.down_blocks.") and name.endswith("resnets.1.conv2.bias"):
             channels.append(len(weights[name]))
-    latent_dim = weights["decoder.conv_in.weight"].shape[1]
-    return dict(img_size=256, channels=tuple(channels), latent_dim=latent_dim)
+    model_args = dict(img_size=256, channels=tuple(channels),
+                      latent_dim=weights["decoder.conv_in.weight"].shape[1])
+    if "quant_conv.weight" in weights:
+        model_args["quant"] = True
+    return model_args
 
 def vit_args(weights, num_heads):
     """Weights under the authors' names -> the arguments of VMAE."""
@@ -876,13 +956,36 @@ def random_flip(x, generator=None):
     mirrored = torch.rand(len(x), 1, 1, 1, generator=generator, device=x.device) < 0.5
     return torch.where(mirrored, x.flip(-1), x)
 
+def check_images(x):
+    """ValueError, which says what to do, unless x is (B, 3, H, W) in about [-1, 1]."""
+    if not torch.is_tensor(x):
+        raise InputError(f"x is a {type(x).__name__}: give a tensor, for a file "
+                         f"to_float(read_image(path, size))[None]")
+    if not x.is_floating_point():
+        raise InputError(f"x is {str(x.dtype).removeprefix('torch.')}: give to_float(x)")
+    if x.ndim == 3:
+        raise InputError(f"x has the shape {tuple(x.shape)}: give a batch, for one image x[None]")
+    if x.ndim != 4 or x.shape[1] != 3:
+        raise InputError(f"x has the shape {tuple(x.shape)}: give (B, 3, H, W), with 3 colours")
+    if x.device.type != "meta" and x.abs().max() > 20:     # noise may reach some units
+        raise InputError(f"x reaches {x.abs().max():.0f}: images are in [-1, 1]; give to_float(x) "
+                         f"if it is in 0..255")
+
 class Images:
-    """What ImageFolder and Faces share. A data set has a length, `classes`, a list of names, and
+    """A data set. ImageFolder and Faces are two; to make one of your own, derive a class that has
 
-        batch(indices)    B numbers -> x uint8 (B, 3, size, size), y (B,), the classes
-        made_of()         a text that changes whenever the images do, after which caches are named
+        size              pixels per side
+        classes           names of the classes, or an empty list
+        __len__()         the number of images
+        batch(indices)    B numbers, a list -> x uint8 (B, 3, size, size), y (B,), their classes
+        made_of()         a text that changes whenever the images do: caches are named after it
 
-    Here data[i] is one image, (x, y), with x in [-1, 1]."""
+    and put it into a Python file with a function open_images(size) that returns two of them, to
+    train on and held out. The file's name is then given as --data, to both stages and evaluate.py.
+
+    data[i] is one image, (x, y), with x in [-1, 1]."""
+
+    classes = []
 
     def __getitem__(self, i):
         if not 0 <= i < len(self):
@@ -980,11 +1083,17 @@ def prefetch(batches):
 
 # ---- Images: a folder -------------------------------------------------------------------------
 
-EXTENSIONS = tuple(".jpg .jpeg .jfif .png .webp .bmp .gif .tif .tiff .ppm .pgm".split())
+# All that the installed Pillow reads by itself. Of these formats it reads only the header, or it
+# runs another program, or they hold measurements, not pictures.
+NOT_PICTURES = {"BUFR", "EPS", "FITS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"}
+Image.init()
+EXTENSIONS = tuple(extension for extension, kind in Image.registered_extensions().items()
+                   if kind in Image.OPEN and kind not in NOT_PICTURES)
 SKIPPED = (".", "grid.png", "trajectory.png")          # hidden files, and sample.py's overviews
 OUTPUT = {"log.jsonl", "samples.json", "reconstruct.json", "smoothness.json", "separability.json",
           "compare.json", "neighbours.json"}           # such a folder was written by our scripts
 MIN_SIDE = 8           # pixels; anything smaller is a placeholder, not a photograph
+MAX_PIXELS = 178_956_970   # a header may claim any size; Pillow's own limit can be switched off
 MAX_UNREADABLE = 0.01  # share of the files; a collected folder often has a few broken ones
 # Pillow warns of what we read, or refuse; torchvision of arguments that it renamed, by lpips.
 warnings.filterwarnings("ignore", module="PIL|torchvision")
@@ -992,13 +1101,23 @@ warnings.filterwarnings("ignore", module="PIL|torchvision")
 def read_image(path, size, draft=False):
     """File -> uint8 (3, size, size): turned upright as its EXIF says, any mode to RGB, transparent
     parts white, short side resized, centre cropped. draft: decode a JPEG at 1/2, 1/4 or 1/8 of its
-    size if it is still twice as large as wanted: half the time, and 51 dB against the whole."""
+    size if it is still twice as large as wanted: half the time, and 51 dB against the whole.
+
+    Pixels of 8 and 16 bits are scaled by the range of their type. OSError for floats and 32 bits,
+    of which a file does not tell the range."""
     with Image.open(path) as image:
         if draft:
             image.draft(None, (2 * size, 2 * size))
+        # Pillow makes 32 bits of PNG and PPM of 16; elsewhere mode I may hold any range.
+        sixteen_bits = image.mode.startswith("I;16")
+        if image.mode == "I" and image.format in ("PNG", "PPM"):
+            sixteen_bits = True
+        if image.mode == "F" or (image.mode == "I" and not sixteen_bits):
+            raise OSError("its pixels are floats, or integers of 32 bits, and a file does not tell "
+                          "their range; convert it to 8 or 16 bits")
         with contextlib.suppress(Exception):               # damaged EXIF, but a sound picture
             image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I"):      # 16 bits, which Pillow's own conversion clips at 255
+        if sixteen_bits:                    # Pillow's own conversion clips at 255
             levels = np.asarray(image).clip(0, 65535) / 257
             image = Image.fromarray(levels.round().astype(np.uint8))
         if image.has_transparency_data:
@@ -1008,12 +1127,14 @@ def read_image(path, size, draft=False):
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 def list_images(root):
-    """Folder -> sorted paths of the images below it, relative to it. Left out are the files in
-    SKIPPED, and folders that our scripts wrote (OUTPUT). OSError for a folder closed to us."""
+    """Folder -> sorted paths of the images below it, relative to it, and how many other files there
+    are by extension. Left out are the files in SKIPPED, and folders that our scripts wrote
+    (OUTPUT). OSError for a folder closed to us."""
     def stop(error):
         raise error
 
     found = []
+    others = Counter()
     seen = set()
     for folder, subfolders, files in os.walk(root, onerror=stop, followlinks=True):
         real = os.path.realpath(folder)
@@ -1027,9 +1148,13 @@ def list_images(root):
             seen.add(real)
             subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
             for name in files:
-                if name.lower().endswith(EXTENSIONS) and not name.startswith(SKIPPED):
+                if name.startswith(SKIPPED):
+                    continue
+                if name.lower().endswith(EXTENSIONS):
                     found.append(Path(folder, name).relative_to(root).as_posix())
-    return sorted(found)
+                else:
+                    others[Path(name).suffix.lower() or "without extension"] += 1
+    return sorted(found), others
 
 class Folder:
     """The images below `root`, and which of them cannot be read.
@@ -1041,9 +1166,11 @@ class Folder:
     def __init__(self, root):
         if not os.path.isdir(root):
             raise InputError(f"{root}: no such folder; give a folder of images")
-        paths = list_images(root)
+        paths, self.others = list_images(root)
         if not paths:
-            raise InputError(f"{root}: no images in it (looked for {' '.join(EXTENSIONS)})")
+            raise InputError(f"{root}: no images in it (looked for .jpg, .png and the other "
+                             f"extensions that Pillow reads); it holds "
+                             f"{in_words(self.others) or 'no files'}")
         self.root = os.path.abspath(root)
         self.limit = MAX_UNREADABLE * len(paths)
         self.unreadable = set()
@@ -1065,8 +1192,10 @@ class Folder:
         try:
             with Image.open(file) as image:     # reads the header only
                 width, height = image.size
-            if min(width, height) < MIN_SIDE or width * height > Image.MAX_IMAGE_PIXELS:
-                raise OSError(f"{width}x{height} pixels, too small or too large")
+            if min(width, height) < MIN_SIDE:
+                raise OSError(f"{width}x{height} pixels; each side must have {MIN_SIDE}")
+            if width * height > MAX_PIXELS:
+                raise OSError(f"{width}x{height} pixels; at most {MAX_PIXELS:,} are read")
             stat = os.stat(file)
             return stat.st_size, stat.st_mtime_ns, min(width, height)
         except Exception as error:          # Pillow raises anything for what it was not made for
@@ -1088,25 +1217,39 @@ class Folder:
 class ImageFolder(Images):
     """Images below `root`, recursively, with Folder's classes; y = 0 if there are none.
 
-    split: "train", "val" or "all". The path of an image alone decides whether it is in "val", as
-    about one in twenty is, so that added files move none. folder: the Folder of root, if it has
-    been read. InputError as Folder's."""
+    split: "train", "val" (see held_out) or "all". folder: the Folder of root, if it has been read.
+    InputError as Folder's."""
 
     def __init__(self, root, size, split="all", folder=None):
         self.size = size
         self.folder = folder or Folder(root)
         self.classes = self.folder.classes
         self.draft = False                  # how to decode, see read_image
-        every = set(self.folder.files)
-        random_number = {path: zlib.crc32(os.fsencode(path)) for path in every}
-        held_out = {path for path in every if random_number[path] % 20 == 0}
-        if not held_out:
-            held_out = {min(every, key=random_number.get)}
-        self.paths = sorted({"all": every, "val": held_out, "train": every - held_out}[split])
-        if not self.paths:
-            raise InputError(f"{root}: one image is not enough, as one is always held out")
+        paths = set(self.folder.files)
+        if split == "train":
+            paths = paths - self.held_out()
+        elif split == "val":
+            paths = self.held_out() or paths    # `describe` says if nothing is held out
+        self.paths = sorted(paths)
         number = {name: y for y, name in enumerate(self.classes)}
         self.labels = torch.tensor([number.get(path.split("/")[0], 0) for path in self.paths])
+
+    def held_out(self):
+        """The paths that are not trained on, about one in twenty. The path of an image alone
+        decides, so that added files move none. There is one at least, unless that would leave a
+        class without any image to train on."""
+        random_number = {path: zlib.crc32(os.fsencode(path)) for path in self.folder.files}
+        held_out = {path for path in random_number if random_number[path] % 20 == 0}
+        if not held_out:
+            held_out = {min(random_number, key=random_number.get)}
+        classes = {}                        # name: its paths
+        for path in sorted(random_number):
+            name = path.split("/")[0] if self.classes else ""
+            classes.setdefault(name, []).append(path)
+        for paths in classes.values():
+            if held_out.issuperset(paths):
+                held_out.remove(paths[0])
+        return held_out
 
     def __len__(self):
         return len(self.paths)
@@ -1315,13 +1458,16 @@ class Faces(Images):
 # ---- Images of both kinds, and pictures -------------------------------------------------------
 
 def open_images(data, size, val=None, run=None):
-    """The options --data and --val -> the data sets (train, val): folders, or the built-in faces if
-    data is None. If --val names a folder of its own, nothing of --data is held out. run: the run
-    folder, which may not be the folder of the images. Process 0 reads the headers for all."""
-    if data is None:
+    """The options --data and --val -> the data sets (train, val): folders, the built-in faces if
+    data is None, or what a Python file defines (see Images). If --val names a folder of its own,
+    nothing of --data is held out. run: the run folder, which may not be the folder of the images.
+    Process 0 reads the headers of a folder for all."""
+    if data is None or data.endswith(".py"):
         if val is not None:
-            raise InputError("--val: the built-in faces hold out their own; leave --val out")
-        return Faces(size, "train"), Faces(size, "val")
+            raise InputError("--val: goes with a folder of images alone; leave --val out")
+        if data is None:
+            return Faces(size, "train"), Faces(size, "val")
+        return own_images(data, size)
     here = Path(data).resolve()
     if run and Path(run).resolve() == here:
         raise InputError(f"--out {run}: is the folder of the images; give it one of its own")
@@ -1330,41 +1476,215 @@ def open_images(data, size, val=None, run=None):
         if here.is_relative_to(there) or there.is_relative_to(here):
             raise InputError(f"--val {val}: overlaps --data, which is trained on; keep them apart")
     folder = from_first(lambda: Folder(data))
-    say_what_surprises(folder, size)
     if val is None:
         return ImageFolder(data, size, "train", folder), ImageFolder(data, size, "val", folder)
     held_out = from_first(lambda: Folder(val))
     return ImageFolder(data, size, "all", folder), ImageFolder(val, size, "all", held_out)
 
-def say_what_surprises(folder, size):
-    """Print that images are enlarged, or that there are sub-folders, but no classes."""
+def own_images(path, size):
+    """Run the Python file of the user -> its data sets (train, val)."""
+    if not os.path.isfile(path):
+        raise InputError(f"{path}: no such file")
+    program = runpy.run_path(path)
+    if "open_images" not in program:
+        raise InputError(f"{path}: defines no function open_images(size); see vmae.Images")
+    return program["open_images"](size)
+
+SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}
+
+def in_words(counts, most=10):
+    """{"cat": 9, "dog": 3} -> "cat 9, dog 3"; of more than `most`, how many more there are."""
+    texts = [f"{printable(name)} {count}" for name, count in list(counts.items())[:most]]
+    if len(counts) > most:
+        texts.append(f"and {len(counts) - most} more")
+    return ", ".join(texts)
+
+def describe(train, val):
+    """Print what the data are, in lines that a person reads at a glance before hours of training:
+    numbers, size, classes, and of a folder what was left out and what may surprise."""
+    if RANK > 0:
+        return
+    print(f"images: {len(train)} to train on, {len(val)} held out, {train.size} x {train.size} "
+          f"pixels")
+    if isinstance(train, ImageFolder):
+        describe_folder(train, val)
+    elif train.classes:
+        print(f"classes: {', '.join(train.classes)}")
+
+def describe_folder(train, val):
+    """The lines of `describe` that only a folder has."""
+    folder = train.folder
+    print(f"from {printable(folder.root)}, each cropped to the square in its middle")
     sides = [side for _, _, side in folder.files.values()]
-    small = sum(side < size for side in sides)
+    small = sum(side < train.size for side in sides)
     if small > 0:
-        say(f"{folder.root}: {small} of {len(sides)} images are smaller than {size} pixels and are "
-            f"enlarged; the smallest has {min(sides)}")
+        print(f"enlarged: {small} of {len(sides)}; the smallest has {min(sides)} pixels")
+    numbers = torch.bincount(train.labels, minlength=len(train.classes)).tolist()
     below = sum("/" in path for path in folder.files)
-    beside = len(sides) - below
-    if below > 0 and beside > 0:
-        say(f"{folder.root}: no classes, because {beside} images lie beside its sub-folders")
-    elif below > 0 and not folder.classes:
-        say(f"{folder.root}: no classes, because it has only one sub-folder; if the classes are in "
-            f"there, name that one with --data")
+    if train.classes:
+        print(f"classes: {in_words(dict(zip(train.classes, numbers)))}")
+    elif below == len(sides):
+        print("classes: none, as there is only one sub-folder; if the classes are in there, name "
+              "that one with --data")
+    elif below > 0:
+        print(f"classes: none, as {len(sides) - below} images lie beside the sub-folders")
+    if folder.others:
+        print(f"left out, by extension: {in_words(folder.others)}")
+    if folder.unreadable:
+        print(f"left out, unreadable: {len(folder.unreadable)}")
+    if train.classes and SPLITS.issuperset(name.lower() for name in train.classes):
+        train_on, *others = sorted(train.classes, key=lambda name: not name.startswith("train"))
+        print(f"warning: these classes look like parts of one data set; if they are, give --data "
+              f"{Path(folder.root, train_on)} --val {Path(folder.root, others[-1])}")
+    if val.folder is folder and train.paths == val.paths:
+        print("warning: too few images to hold any out, so those trained on are measured")
+    some, _ = train.batch(train.some(64).tolist())
+    flat = int((some.float().std((1, 2, 3)) < 2).sum())    # of 255 grey levels
+    if flat > 0:
+        print(f"warning: {flat} of the {len(some)} images that were looked at are nearly constant, "
+              f"such as all black; is that what they show?")
 
 def psnr(a, b):
     """PSNR = 10 log10(255^2 / MSE) in dB, (N,); infinite if equal. a, b: (N, C, H, W) in 0..255."""
     mse = ((a.double() - b.double()) ** 2).mean((1, 2, 3))
     return 10 * torch.log10(255**2 / mse)   # (N,)
 
-def save_grid(rows, path):
-    """Save rows of images in [-1, 1], each (K, 3, H, W), as one PNG; short rows end in white."""
+def picture(rows):
+    """Rows of images in [-1, 1], each (K, 3, H, W) -> one picture of Pillow's, which a notebook
+    shows; short rows end in white, images below 64 px are enlarged."""
     cells = nn.utils.rnn.pad_sequence(list(rows), True, 1.0)               # (R, K, 3, H, W)
     cells = to_uint8(F.pad(cells, (0, 2, 0, 2), value=1.0)).cpu()          # a white gap of 2
     grid = cells.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)        # (R(H+2), K(W+2), 3)
-    picture = Image.fromarray(grid[:-2, :-2].numpy())
-    enlarged = ImageOps.scale(picture, max(1, 64 // rows[0].shape[-1]), Image.NEAREST)
+    image = Image.fromarray(grid[:-2, :-2].numpy())
+    return ImageOps.scale(image, max(1, 64 // rows[0].shape[-1]), Image.NEAREST)
+
+def save_grid(rows, path):
+    """Save rows of images, as `picture` takes them, as one PNG."""
+    save_picture(picture(rows), path)
+
+def save_picture(image, path):
+    """Save a picture of Pillow's as a PNG."""
     with whole_file(path) as file:
-        enlarged.save(file, "png")
+        image.save(file, "png")
+
+# ---- Charts -----------------------------------------------------------------------------------
+
+# Colours of the curves of a chart, in turn. The first six are Paul Tol's bright scheme, which
+# colour-blind people can tell apart.
+COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#999999", "#222222",
+           "#ee7733", "#009988")
+
+def plot(path, series, x_label, y_label, lines=True):
+    """Save the chart of draw_plot as a PNG."""
+    save_picture(draw_plot(series, x_label, y_label, lines), path)
+
+def draw_plot(series, x_label, y_label, lines=True):
+    """Series of points, {name: [(x, y), ...]} -> a chart, whose axes span all points, as a picture
+    of Pillow's. lines: join the points of a series, in their order; False: a cloud of dots, whose
+    outliers are left out."""
+    points = []
+    for curve in series.values():
+        points.extend(curve)
+    limits = (0, 100) if lines else (0.5, 99.5)            # percentiles
+    low, high = np.percentile(np.array(points), limits, axis=0)            # (2,) each, x and y
+    span = np.where(high > low, high - low, 1)
+    low = np.where(high > low, low, low - 0.5)             # equal points lie in the middle
+
+    # The axes end at x = 130 and 1230 and at y = 560 and 60 pixels; y points down.
+    grid = []
+    texts = [((680, 625), x_label, "mm"), ((130, 26), y_label, "lm")]
+    digits = [max(0, 1 - math.floor(math.log10(v / 4))) for v in span]     # that tell ticks apart
+    for i in range(5):                      # lines of the grid, with their numbers
+        x = 130 + 275 * i
+        y = 560 - 125 * i
+        tick = low + span * i / 4
+        grid.append([(x, 60), (x, 560)])
+        grid.append([(130, y), (1230, y)])
+        texts.append(((x, 585), f"{tick[0]:.{digits[0]}f}", "mm"))
+        texts.append(((115, y), f"{tick[1]:.{digits[1]}f}", "rm"))
+
+    curves = {}
+    for name, curve in series.items():
+        curves[name] = []
+        for point in curve:
+            u, v = (np.array(point) - low) / span          # as shares of the axes
+            if max(abs(u - 0.5), abs(v - 0.5)) < 0.501:    # not an outlier
+                curves[name].append((130 + 1100 * u, 560 - 500 * v))
+    return draw_chart(680, grid, texts, curves, lines)
+
+def draw_chart(height, grid, texts, curves, lines=True):
+    """Curves over a grid -> a picture of Pillow's. It is drawn at twice its size, which smooths the
+    lines, and all places (x, y) are pixels of that drawing, which is 1280 wide.
+
+    grid: lists of places, which grey lines join; texts: (place, text, anchor), with Pillow's
+    anchors; curves: {name: places}, joined by lines, or as dots. The names of the curves stand
+    below, from `height` on."""
+    image = Image.new("RGB", (1280, height + 36 * len(curves)), "white")
+    pen = ImageDraw.Draw(image)
+    pen.font = ImageFont.load_default(24)
+    for places in grid:
+        pen.line(places, "#cccccc", 2)
+    for place, text, anchor in texts:
+        write_text(pen, place, text, anchor)
+    radius = 8 if lines else 3
+    for i, (name, places) in enumerate(curves.items()):
+        colour = COLOURS[i % len(COLOURS)]
+        y = height + 36 * i
+        pen.circle((40, y), 10, colour)
+        write_text(pen, (64, y), name, "lm")
+        if lines:
+            pen.line(places, colour, 5, "curve")
+        for place in places:
+            pen.circle(place, radius, colour)
+    return image.resize((image.width // 2, image.height // 2), Image.LANCZOS)
+
+def write_text(pen, place, text, anchor):
+    """Write a text into a drawing. A long one loses its beginning: the end of a path tells more."""
+    if len(text) > 80:
+        text = f"...{text[-77:]}"
+    pen.text(place, text, "#333333", anchor=anchor)
+
+def read_log(run):
+    """A run folder -> the lines of its log.jsonl, dicts. InputError if there is none."""
+    path = Path(run, "log.jsonl")
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; name the folder of a run")
+    lines = []
+    for text in path.read_text(errors="replace").splitlines():
+        with contextlib.suppress(ValueError):              # a line cut off by a power cut
+            lines.append(json.loads(text))
+    return lines
+
+def save_curves(runs, path):
+    """Save the curves in the logs of these run folders as one PNG: a chart for each loss, together
+    with its held-out value, and one for the held-out PSNRs; three charts side by side."""
+    charts = {}                             # {title: {name of a curve: its points}}
+    for run in runs:
+        lines = read_log(run)
+        last = max([line["step"] for line in lines], default=0)
+        for line in lines:
+            for name, value in line.items():
+                if not name.startswith(("L_", "PSNR")) or value is None:
+                    continue
+                title = name.removesuffix("_val")
+                if name.startswith("PSNR"):
+                    title = "PSNR of held-out images, dB"
+                elif line["step"] <= 0.03 * last:          # losses fall too far in the first steps
+                    continue
+                curve = name if len(runs) == 1 else f"{name}, {run}"
+                points = charts.setdefault(title, {}).setdefault(curve, [])
+                points.append((line["step"], value))
+    if not charts:
+        return
+    pictures = [draw_plot(series, "step", title) for title, series in charts.items()]
+    width = max(image.width for image in pictures)
+    height = max(image.height for image in pictures)
+    columns = min(3, len(pictures))
+    sheet = Image.new("RGB", (columns * width, math.ceil(len(pictures) / columns) * height),
+                      "white")
+    for i, image in enumerate(pictures):
+        sheet.paste(image, (i % columns * width, i // columns * height))
+    save_picture(sheet, path)
 
 # ---- Devices, and the command line ------------------------------------------------------------
 
@@ -1474,6 +1794,12 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise InputError(f"{message.removeprefix('argument ')}; --help lists the options")
 
+def is_out_of_memory(error):
+    """Whether an error of torch says so: only on CUDA it has a class of its own."""
+    text = str(error).lower()
+    return any(words in text for words in ("out of memory", "can't allocate memory",
+                                           "not enough memory"))
+
 def cli(main):
     """Run a script's main. What the user got wrong ends as one line and exit status 1."""
     if hasattr(sys.stdout, "reconfigure"):  # it fails on odd names, which stderr escapes by itself
@@ -1487,8 +1813,10 @@ def cli(main):
         if error.filename is None:
             sys.exit(f"error: {error}")
         sys.exit(f"error: {printable(str(error.filename))}: {error.strerror}")
-    except torch.OutOfMemoryError:
-        sys.exit("error: the device is out of memory; give a smaller --micro, --batch or --size")
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        sys.exit("error: out of memory; give a smaller --micro, --batch or --size")
     except KeyboardInterrupt:
         sys.exit("stopped")
     if dist.is_initialized():
