@@ -594,6 +594,7 @@ def neighbours(args):
     inception = find_inception(args)
     _, _, ckpt = ldm.load_ldm(args.ckpt)
     trained = ckpt["train_args"]
+    refuse_program(trained["data"], "neighbours measures folders and the built-in faces only")
     samples = torch.cat(list(draw_samples(args.ckpt, args, args.cfg)))     # (n, 3, S, S)
     train, val = vmae.open_images(trained["data"], samples.shape[-1], trained["val"])
     fresh, _ = val.batch(val.some(args.n).tolist())                        # (at most n, 3, S, S)
@@ -674,6 +675,12 @@ class Run:
         z = self.model.encode(x).mode()                    # (B, d, h, w)
         return vmae.to_uint8(self.model.decode(z))
 
+def refuse_program(data, what_to_do):
+    """InputError if a checkpoint was trained on the images of a Python file: it is not run because
+    a checkpoint names it."""
+    if data is not None and data.endswith(".py"):
+        raise InputError(f"the checkpoint was trained on {data}, a program; {what_to_do}")
+
 class HeldOut:
     """The images that all runs of a command are measured on, always the same: --n images of --data,
     or of those that the first run held out in training."""
@@ -703,10 +710,9 @@ class HeldOut:
         named = self.args.data
         if named and not named.endswith(".py"):
             return vmae.ImageFolder(named, size)
-        if data and data.endswith(".py") and not named:
-            raise InputError(f"--data: the checkpoint was trained on {data}, a program; name it "
-                             f"again with --data, so that it may run")
-        if named:
+        if not named:
+            refuse_program(data, "name it again with --data, so that it may run")
+        else:
             data = named
             val = None
         _, images = vmae.open_images(data, size, val)

@@ -278,7 +278,7 @@ def read_options():
     if args.tune and not args.init:
         raise InputError("--tune decoder: needs a trained model; name its checkpoint with --init")
     idle = dict(lambda_m=args.mask == 0, whole=args.mask == 0, kl_mean=args.lambda_reg == 0,
-                no_cache=args.data is None, compile=args.arch == "conv")
+                no_cache=args.data is None)
     say_idle(given, idle)
     return args, given, saved
 
@@ -585,6 +585,7 @@ def make_fast(micro_batch, args, given, generator, blocks, lpips_net=None):
         vmae.compile_blocks(modules, given.get("compile"))
     if generator.device.type == "cuda":
         return Replay(micro_batch, generator)
+    say_idle(given, {"compile": not modules})
     return micro_batch
 
 class Replay:

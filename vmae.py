@@ -886,24 +886,26 @@ def published(path, ckpt, num_heads):
     except Exception as error:
         raise InputError(f"{path}: holds neither stage one, nor a published VMAE or VAE of Stable "
                          f"Diffusion ({last_line(error)})") from None
-    check_weights(path, weights, set(missing) - {"mask_token"}, left_over)
+    check_weights(path, weights, missing, left_over)
     return dict(model_args=model_args, model=model.state_dict())
 
-# Parts of a training that published files may hold beside the model, by the beginning of the name.
+# What published files may hold beside the model, by the beginning of the name, and what they may
+# lack, because only training needs it.
 IGNORED = ("perceptual", "lpips", "loss", "discriminator", "model_ema")
+MAY_LACK = {"mask_token"}
 
 def check_weights(path, weights, missing, left_over):
     """Print what was read from published weights, and what was ignored on purpose. InputError if
     weights are missing, or if some have no place in our model: it would compute something else."""
-    if missing:
-        raise InputError(f"{path}: lacks {len(missing)} weights of this model, such as "
-                         f"{min(missing)}")
+    lost = set(missing) - MAY_LACK
+    if lost:
+        raise InputError(f"{path}: lacks {len(lost)} weights of this model, such as {min(lost)}")
     unknown = [name for name in left_over if not name.startswith(IGNORED)]
     if unknown:
         raise InputError(f"{path}: {len(unknown)} of its weights have no place in this model, such "
                          f"as {unknown[0]}, so it is another one")
-    say(f"{path}: {len(weights) - len(left_over)} tensors read, ignored: "
-        f"{', '.join(left_over) or 'none'}")
+    say(f"{path}: {len(weights) - len(left_over)} tensors read; missing: "
+        f"{', '.join(missing) or 'none'}; ignored: {', '.join(left_over) or 'none'}")
 
 def todays_names(weights):
     """Weights of a VAE -> the same under diffusers' names of today: in 2022 the parts of attention
@@ -1752,7 +1754,7 @@ def compile_blocks(blocks, asked_for=False):
         why = f"torch.compile does not work here ({first_sentence(error)})"
         if asked_for:
             raise InputError(f"--compile: {why}; leave it out") from None
-        say(f"{why}, so training is slower")
+        say(f"{why}, so the network is slower")
         return False
     for block in blocks:
         block.compile(dynamic=False)        # one graph serves one shape
@@ -1795,7 +1797,9 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{message.removeprefix('argument ')}; --help lists the options")
 
 def is_out_of_memory(error):
-    """Whether an error of torch says so: only on CUDA it has a class of its own."""
+    """Whether an error of torch says so. Only a GPU's has a class of its own."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
     text = str(error).lower()
     return any(words in text for words in ("out of memory", "can't allocate memory",
                                            "not enough memory"))
