@@ -71,7 +71,7 @@ def main():
 
     def micro_batch(moments, y):
         """The loss of a part of the batch, q(z|x) as (B, 2d, h, w) with classes (B,), by name. Its
-        gradients are added to those of the other parts."""
+        gradients are added to those of the other parts. On CUDA this is recorded and replayed."""
         z = vmae.Gaussian(*moments.float().chunk(2, 1)).sample(generator)  # anew each time
         z_0 = ldm.normalise(z, mean, std)                                  # (B, d, h, w)
         y = model.y_embedder.drop(y, args.drop, generator) if classes else None        # (B,)

@@ -107,7 +107,8 @@ def main():
 
     def micro_batch(x, mask_ratio, adversary):
         """The losses of a part of the batch, x uint8 (B, 3, H, W), by name. Their gradients are
-        added to those of the other parts."""
+        added to those of the other parts. On CUDA this is recorded and then replayed (Replay): what
+        changes from step to step has to be an argument."""
         x = vmae.to_float(x)                                               # (B, 3, H, W)
         if args.flip:
             x = vmae.random_flip(x, generator)
@@ -628,7 +629,9 @@ class Replay:
             torch.cuda.set_sync_debug_mode("warn")
             outputs = self.function(*tensors, **options)
             torch.cuda.set_sync_debug_mode("default")
-        self.waits = any("synchronizing CUDA operation" in str(w.message) for w in caught)
+        for warning in caught:
+            if "synchronizing CUDA operation" in str(warning.message):
+                self.waits = True
         if self.waits:
             vmae.say("a step reads a tensor on the CPU (item(), print), so it cannot be replayed")
         return outputs

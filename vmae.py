@@ -1774,11 +1774,16 @@ def number(kind, least=None, above=None, most=None):
     def parse(text):
         try:
             value = kind(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
-        too_small = (least is not None and value < least) or (above is not None and value <= above)
-        too_large = most is not None and value > most
-        if too_small or too_large or not math.isfinite(value):
+            fits = math.isfinite(value)
+        except (ValueError, OverflowError):
+            raise argparse.ArgumentTypeError(f"{text[:20]!r} is no number to use here") from None
+        if least is not None and value < least:
+            fits = False
+        if above is not None and value <= above:
+            fits = False
+        if most is not None and value > most:
+            fits = False
+        if not fits:
             raise argparse.ArgumentTypeError(f"must be {' and '.join(limits)}, not {text}")
         return value
 
