@@ -11,8 +11,8 @@
     python evaluate.py neighbours                                         did it memorise?
     python evaluate.py curves runs/vmae runs/ldm                          the losses
 
-Each is a function whose docstring defines what it measures. It prints a Markdown table, writes it
-as JSON, and most draw a picture. All metrics take images as uint8, as they are saved.
+Each is a function whose docstring defines what it measures. All but `curves` print a Markdown table
+and write it as JSON, and most draw a picture. All metrics take images as uint8, as they are saved.
 """
 import argparse
 import functools
@@ -36,7 +36,7 @@ from tqdm import tqdm
 
 import ldm
 import sample
-from vmae import COLOURS, InputError, psnr
+from vmae import InputError, psnr
 
 # ---- Table 1: reconstruction ------------------------------------------------------------------
 
@@ -58,7 +58,8 @@ def reconstruct(args):
         shown.append(run.reconstruct(held_out.first(16)).cpu())
     title = "Reconstruction of held-out images (Table 1)"
     report(args, title + fid_note(inception, len(held_out)), rows)
-    picture([held_out.first(16), *shown], ["originals", *args.ckpt], f"{args.out}/reconstruct.png")
+    save_rows([held_out.first(16), *shown], ["originals", *args.ckpt],
+              f"{args.out}/reconstruct.png")
 
 def scores(pairs, device, lpips_net=None, inception=None, real=None):
     """Batches of uint8 (x, x_hat), (B, 3, S, S) each -> (the metrics of Table 1, the Features of
@@ -124,33 +125,35 @@ def generation(fake, real, args, inception, pairs=0, size=None):
     drawn_here = os.path.isfile(fake) and not fake.endswith(".npz")
     if real is None and drawn_here:
         _, _, ckpt = ldm.load_ldm(fake)
+        refuse_program(ckpt["train_args"]["data"], "name images to compare with by --real")
         real = ckpt["train_args"]["data"] or "faces"
     if real is None:
         raise InputError('--real: name a folder, a .npz or "faces" to compare with')
     # Both sides are opened before the work begins, so that what cannot be read is named at once.
     size, n_fake, fake_batches = open_source(fake, args, size)
     made_with = {"resize": inception.resize, "weights": inception.hash, "size": size}
-    theirs = read_statistics(real, made_with)              # of the real side, if they are known
-    if not theirs:
+    real_stats = read_statistics(real, made_with)          # {} if they are not known
+    if not real_stats:
         _, n_real, real_batches = open_source(real, args, size)
 
     fakes = Features(inception, pairs)
     fakes.see(n_fake, fake_batches)
-    ours = fakes.statistics()
+    fake_stats = fakes.statistics()
     reals = Features(inception, pairs)      # stays empty if the statistics are known
-    if not theirs:
+    if not real_stats:
         reals.see(n_real, real_batches)
-        theirs = {**reals.statistics(), **made_with}
+        real_stats = {**reals.statistics(), **made_with}
 
-    row = {"fake": fake, "real": real, "N fake": ours["n"], "N real": "unknown"}
-    if "n" in theirs:                       # which other programs do not write
-        row["N real"] = int(theirs["n"])
+    row = {"fake": fake, "real": real, "N fake": fake_stats["n"], "N real": "unknown"}
+    if "n" in real_stats:                   # which other programs do not write
+        row["N real"] = int(real_stats["n"])
     name = "gFID" if drawn_here else "FID"
     try:
-        row[name] = frechet_distance(theirs["mu"], theirs["sigma"], ours["mu"], ours["sigma"])
-        if "mu_s" in theirs:
-            row["sFID"] = frechet_distance(theirs["mu_s"], theirs["sigma_s"],
-                                           ours["mu_s"], ours["sigma_s"])
+        row[name] = frechet_distance(real_stats["mu"], real_stats["sigma"],
+                                     fake_stats["mu"], fake_stats["sigma"])
+        if "mu_s" in real_stats:
+            row["sFID"] = frechet_distance(real_stats["mu_s"], real_stats["sigma_s"],
+                                           fake_stats["mu_s"], fake_stats["sigma_s"])
     except (ValueError, KeyError) as error:                # of another program's .npz
         raise InputError(f"{real}: mu and sigma cannot be used, {error}") from None
     row["IS"] = fakes.inception_score()
@@ -159,7 +162,7 @@ def generation(fake, real, args, inception, pairs=0, size=None):
         b = torch.cat(fakes.kept)
         row["KID x 1e3"] = 1e3 * kid(a, b)
         row["precision"], row["recall"] = precision_recall(a, b)
-    return row, theirs, size
+    return row, real_stats, size
 
 def read_statistics(path, made_with):
     """The statistics in a .npz, as a dict: mu and sigma of the features that FID compares, as in
@@ -212,7 +215,8 @@ def smoothness(args):
         shown.append(torch.cat(strip))
     title = f"Reconstruction from z + eps std N(0, 1), {len(held_out)} images (Fig. 6)"
     report(args, title + fid_note(inception, len(held_out)), rows)
-    picture(shown, args.ckpt, f"{args.out}/smoothness_strip.png")  # the original, then one per eps
+    # In each row first the original, then one picture for each eps.
+    save_rows(shown, args.ckpt, f"{args.out}/smoothness_strip.png")
     vmae.plot(f"{args.out}/smoothness.png", curves, "eps, in standard deviations of a channel",
               axis)
 
@@ -252,8 +256,8 @@ def separability(args):
         clouds.append({name: xy[part == k][:1500].tolist() for k, name in enumerate(vmae.PARTS)})
     report(args, "Order in latent space, by our definition (Figs. 4, 7)", rows)
     for i, path in enumerate(args.ckpt):
-        number = "" if i == 0 else i
-        vmae.plot(f"{args.out}/separability{number}.png", clouds[i],
+        suffix = "" if i == 0 else i
+        vmae.plot(f"{args.out}/separability{suffix}.png", clouds[i],
                   "first principal component of the tokens", f"second component; {path}",
                   lines=False)
 
@@ -303,18 +307,22 @@ def face_levels(run):
     data = vmae.Faces(run.model.img_size, "val")
     n = min(run.args.n, len(data))
     found = {"z": [], "part": [], "kind": [], "pattern": [], "image": []}
-    for numbers in torch.arange(n).split(run.args.batch):
-        x, kind, pattern, part = data.render(numbers)
+    for indices in torch.arange(n).split(run.args.batch):
+        x, kind, pattern, part = data.render(indices)
         z = run.encode(vmae.to_uint8(x)).permute(0, 2, 3, 1)               # (B, h, w, d)
         cover = F.one_hot(part, len(vmae.PARTS)).permute(0, 3, 1, 2).float()   # (B, 5, S, S)
-        share, part = F.avg_pool2d(cover, run.model.patch_size).max(1)     # (B, h, w) each
+        share, token_part = F.avg_pool2d(cover, run.model.patch_size).max(1)   # (B, h, w) each
         clear = share > 0.5                 # the others show an edge
         found["z"].append(z[clear])
-        found["part"].append(part[clear])
-        for name, value in (("kind", kind), ("pattern", pattern), ("image", numbers)):
-            everywhere = value.view(-1, 1, 1).expand_as(part)              # (B, h, w)
+        found["part"].append(token_part[clear])
+        for name, value in (("kind", kind), ("pattern", pattern), ("image", indices)):
+            everywhere = value.view(-1, 1, 1).expand_as(clear)             # (B, h, w)
             found[name].append(everywhere[clear])
-    z, part, kind, pattern, image = [torch.cat(parts) for parts in found.values()]
+    z = torch.cat(found["z"])                                              # (M, d)
+    part = torch.cat(found["part"])                                        # (M,), as what follows
+    kind = torch.cat(found["kind"])
+    pattern = torch.cat(found["pattern"])
+    image = torch.cat(found["image"])
     head = part != vmae.PARTS.index("background")
     skin = part == vmae.PARTS.index("skin")
     return {"object": (z[head], kind[head], image[head]),
@@ -332,7 +340,8 @@ def principal_components(z):
     """Tokens (M, d) -> the two components of largest variance (M, 2), after every channel has been
     scaled, as in `separation`."""
     z = (z - z.mean(0)) / z.std(0).clamp(min=1e-12)
-    return z @ torch.linalg.eigh(z.T @ z).eigenvectors[:, -2:].flip(1)     # eigh's rise
+    vectors = torch.linalg.eigh(z.T @ z).eigenvectors      # (d, d), the largest variance last
+    return z @ vectors[:, -2:].flip(1)                                     # (M, 2)
 
 # ---- Table 3: efficiency ----------------------------------------------------------------------
 
@@ -343,7 +352,8 @@ def efficiency(args):
     MB: float32 MiB of the state dict. GFLOPs: as in the paper, multiply-adds of the encoder without
     attention's products, batch 128. "+ norms": with four per element of a LayerNorm, which gives
     the paper's 703.9. all GFLOPs: encoder and decoder with attention, one image, two operations per
-    multiply-add. --time: seconds of encode, decode and a training step (forward, backward)."""
+    multiply-add. --time: seconds of encode, decode, and of forward and backward with the squared
+    error of whole images, without an optimiser."""
     if args.size % 8:
         raise InputError(f"--size {args.size}: must be a multiple of 8, as both models are f8")
     rows = []                               # of both models
@@ -387,11 +397,11 @@ def multiply_adds(function, *args):
     with FlopCounterMode(display=False) as counter:        # counts two operations per multiply-add
         result = function(*args)
     counts = counter.get_flop_counts()["Global"]
-    attention = counts.pop(torch.ops.aten.bmm, 0)
+    attention = counts.pop(torch.ops.aten.bmm, 0)          # on "meta" it is two such products
     return result, sum(counts.values()) / 2, attention / 2
 
 def seconds(model, args):
-    """Seconds of encode, decode and a training step of --batch images, each the best of 4."""
+    """Seconds of encode, decode, and forward with backward, of --batch images, the best of 4."""
     x = torch.rand(args.batch, 3, args.size, args.size, device=args.device)
     with torch.no_grad():
         z = model.encode(x).mode()
@@ -447,7 +457,7 @@ def compare(args):
     held_out = HeldOut(args)
     rows = []
     for name in names:
-        path = vmae.checkpoint(name)
+        path = vmae.checkpoint_path(name)
         run = Run(path, args)
         held_out.open(run)
         x, _ = held_out.whole()                            # (N, 3, S, S)
@@ -622,7 +632,7 @@ def neighbours(args):
             shown.append(x)
             names.append(f"nearest {k + 1} by {space}")
     report(args, f"Distance to the nearest of {len(train)} training images, median", rows)
-    picture(shown, names, f"{args.out}/neighbours.png")
+    save_rows(shown, names, f"{args.out}/neighbours.png")
 
 def as_points(images, net, B):
     """uint8 (N, 3, S, S) -> points (N, D) on the CPU, whose distances mean something: Inception's
@@ -700,7 +710,7 @@ class HeldOut:
         if self.name is None:
             self.name = name
             self.images = self.opened(data, val, size)
-            self.numbers = self.images.some(self.args.n)   # (at most n,)
+            self.indices = self.images.some(self.args.n)   # (at most n,)
         if name != self.name:
             raise InputError(f"{run.path}: would be measured on {name}, the runs before it on "
                              f"{self.name}; such numbers do not compare")
@@ -719,32 +729,32 @@ class HeldOut:
         return images
 
     def __len__(self):
-        return len(self.numbers)
+        return len(self.indices)
 
     def batches(self):
         """Iterate over batches of uint8 (B, 3, S, S)."""
-        return images_of(self.images, self.numbers, self.args.batch, self.args.device)
+        return images_of(self.images, self.indices, self.args.batch, self.args.device)
 
     def whole(self):
         """All images at once, uint8 (N, 3, S, S), and their classes (N,)."""
         images = []
         classes = []
-        for x, y in self.images.batches(self.numbers, self.args.batch):
+        for x, y in self.images.batches(self.indices, self.args.batch):
             images.append(x)
             classes.append(y)
         return torch.cat(images), torch.cat(classes)
 
     def first(self, n):
         """The first n of the images, for a picture: uint8 (n, 3, S, S)."""
-        x, _ = self.images.batch(self.numbers[:n].tolist())
+        x, _ = self.images.batch(self.indices[:n].tolist())
         return x
 
-def images_of(data, numbers, B, device):
-    """Iterate over the images of a data set that have these numbers, without their labels, in
+def images_of(data, indices, B, device):
+    """Iterate over the images of a data set that have these indices, without their labels, in
     batches of uint8 (B, 3, S, S)."""
-    return read_ahead((x for x, _ in data.batches(numbers, B)), device)
+    return prefetched((x for x, _ in data.batches(indices, B)), device)
 
-def read_ahead(batches, device):
+def prefetched(batches, device):
     """Iterate over batches of images. For a GPU, a thread reads the next one while this one is
     computed, into memory that the GPU can copy from by itself (pinned)."""
     if device.type != "cuda":
@@ -779,11 +789,14 @@ def open_source(source, args, size=None):
     folder (default: that of all its images) or the faces, and to ask of a .npz."""
     if source.endswith(".npz"):
         images = open_npz(source, size)[:args.n]           # (N, 3, side, side)
-        return images.shape[-1], len(images), read_ahead(images.split(args.batch), args.device)
+        return images.shape[-1], len(images), prefetched(images.split(args.batch), args.device)
     if os.path.isfile(source):
         _, _, ckpt = ldm.load_ldm(source)
-        return (ckpt["vmae"]["model_args"]["img_size"], args.n,
-                draw_samples(source, args, args.cfg))
+        drawn = ckpt["vmae"]["model_args"]["img_size"]
+        if size not in (None, drawn):
+            raise InputError(f"--size {size}: {source} draws images of {drawn} pixels; leave "
+                             f"--size out")
+        return drawn, args.n, draw_samples(source, args, args.cfg)
     if source == "faces":
         data = vmae.Faces(size or 32)
     else:
@@ -793,8 +806,8 @@ def open_source(source, args, size=None):
             raise InputError(f"{source}: holds images of {min(sides)} to {max(sides)} pixels; give "
                              f"all one --size")
         data = vmae.ImageFolder(source, size or min(sides), folder=folder)
-    numbers = data.some(args.n)             # always the same
-    return data.size, len(numbers), images_of(data, numbers, args.batch, args.device)
+    indices = data.some(args.n)             # always the same
+    return data.size, len(indices), images_of(data, indices, args.batch, args.device)
 
 def open_npz(path, size):
     """arr_0 of a .npz -> uint8 (N, 3, H, H). size: the H that it must have, or None."""
@@ -880,8 +893,8 @@ def blur(x):
     return F.conv2d(x, g[:, :, None], groups=C)
 
 def for_float64(x):
-    """x on a device that has float64, which MPS has not: on the CPU, unless it is on a CUDA device,
-    where it stays, because to copy it would be to wait for the GPU."""
+    """x on a device that has float64, as metrics need it. On CUDA it stays where it is, because
+    copying it would wait for the GPU; from elsewhere, such as MPS, it goes to the CPU."""
     if x.is_cuda:
         return x
     return x.cpu()
@@ -916,7 +929,8 @@ class Statistics:
 
 def cholesky(sigma):
     """Covariance (D, D) -> L (D, r) with sigma = L L^T, where r is the rank, at most N - 1 for N
-    images. With pivoting: it stops where only rounding is left, six times as fast as eigenvectors.
+    images. With pivoting (LAPACK's dpstrf) a singular sigma is no problem, and it takes a sixth of
+    the time of eigenvectors.
     ValueError if sigma is no covariance: NaN, or negative eigenvalues beyond rounding."""
     rounding = 1e-4 if sigma.dtype == np.float32 else 1e-8     # statistics may come as float32
     sigma = sigma.astype(np.float64)
@@ -973,13 +987,13 @@ def mean_within(x):
 
 def nearest(rows, batches, k):
     """rows (Q, D), batches of (B, D) -> the k nearest members of all batches to each row: their
-    Euclidean distances and their numbers, (Q, k) each. Only one batch is in memory at a time."""
+    Euclidean distances and their indices, (Q, k) each. Only one batch is in memory at a time."""
     best = rows.new_empty(len(rows), 0)     # the distances of the nearest so far
-    index = torch.empty(len(rows), 0, dtype=torch.long, device=rows.device)    # their numbers
+    index = torch.empty(len(rows), 0, dtype=torch.long, device=rows.device)    # their indices
     seen = 0
     for batch in batches:
-        number = torch.arange(seen, seen + len(batch), device=rows.device)     # (B,)
-        index = torch.cat([index, number.expand(len(rows), -1)], 1)        # (Q, k + B)
+        new = torch.arange(seen, seen + len(batch), device=rows.device)        # (B,)
+        index = torch.cat([index, new.expand(len(rows), -1)], 1)           # (Q, k + B)
         best = torch.cat([best, torch.cdist(rows, batch)], 1)              # (Q, k + B)
         best, place = best.topk(min(k, best.shape[1]), largest=False)      # (Q, k) each
         index = index.gather(1, place)
@@ -1019,7 +1033,7 @@ class Features:
         """images: uint8 (B, 3, H, W)."""
         features, spatial, logits = self.net.outputs(images)
         missing = self.pairs - self.pool.n
-        if missing > 0:                     # an empty slice would keep its whole batch in memory
+        if missing > 0:                     # once enough are kept, no more
             self.kept.append(for_float64(features[:missing]))
         self.pool.add(features)
         self.spatial.add(spatial)
@@ -1048,6 +1062,8 @@ class Features:
 
 # ---- The judge of the built-in faces ----------------------------------------------------------
 
+JUDGED = 4096          # training faces that samples are compared with
+
 class Judge(nn.Module):
     """A small U-Net that learns what the renderer of the built-in faces knows: object, pattern, and
     the part at each pixel. Its features take the place of Inception's, without a download. They are
@@ -1064,7 +1080,8 @@ class Judge(nn.Module):
         self.object = nn.Linear(128, len(vmae.OBJECTS))
         self.pattern = nn.Linear(128, len(vmae.PATTERNS))
         self.part = nn.Conv2d(16, len(vmae.PARTS), 1)
-        self.register_buffer("mean", torch.zeros(208))     # of each feature, see train_judge
+        # Of each of the 128 + 32 + 32 + 16 features, see train_judge.
+        self.register_buffer("mean", torch.zeros(208))
         self.register_buffer("std", torch.ones(208))
 
     @staticmethod
@@ -1120,8 +1137,8 @@ def train_judge(data):
     opt = torch.optim.AdamW(judge.parameters(), weight_decay=0.01)
     parts = torch.arange(len(data)).split(32)
     plan = torch.optim.lr_scheduler.OneCycleLR(opt, 5e-3, len(parts))
-    for numbers in tqdm(parts, "training the judge", dynamic_ncols=True):
-        x, kind, pattern, part = data.render(numbers)
+    for indices in tqdm(parts, "training the judge", dynamic_ncols=True):
+        x, kind, pattern, part = data.render(indices)
         _, kind_logits, pattern_logits, part_logits = judge(vmae.to_uint8(x))
         loss = F.cross_entropy(kind_logits, kind)
         loss = loss + F.cross_entropy(pattern_logits, pattern)
@@ -1133,15 +1150,13 @@ def train_judge(data):
     judge.eval().requires_grad_(False)
     # Scale each feature, so that none of them rules the distances.
     features = []
-    for numbers in parts[:128]:
-        x, _ = data.batch(numbers)
+    for indices in parts[:JUDGED // 32]:
+        x, _ = data.batch(indices)
         features.append(judge(x)[0])
     features = torch.cat(features)                         # (4096, 208)
     judge.mean = features.mean(0)
     judge.std = features.std(0).clamp(min=1e-6)
     return judge
-
-JUDGED = 4096          # training faces that samples are compared with
 
 class FaceMetrics:
     """Compares images with the first JUDGED training faces, in the features of the Judge."""
@@ -1413,7 +1428,7 @@ def fid_note(net, n):
         note += ", bfloat16, so two or three digits count"
     return note
 
-def picture(rows, names, path):
+def save_rows(rows, names, path):
     """Save rows of uint8 images of one size as one PNG, and print the names of the rows."""
     vmae.save_grid([vmae.to_float(row) for row in rows], path)
     print(f"\n{path}, the rows: {', '.join(names)}")
@@ -1503,22 +1518,22 @@ def command_line():
         "sampled; a folder; a .npz with arr_0; or the word faces (default: %(default)s)")
     add("--real", help="folder, .npz (mu and sigma, or arr_0), or the word faces (default: as in "
         "training)")
-    add("--size", type=vmae.count, help="side that all images get, in pixels (default: that of the "
-        "fakes)")
-    add("--pairs", type=vmae.number(int, least=0), default=10000, help="images per side whose "
+    add("--size", type=vmae.count_type, help="side that all images get, in pixels (default: that "
+        "of the fakes)")
+    add("--pairs", type=vmae.number_type(int, least=0), default=10000, help="images per side whose "
         "features are kept, 8 KB each, for KID, precision, recall (default: %(default)s)")
     add("--save-stats", metavar="FILE", help="write the real side's statistics to this .npz")
     add_batch(command, n=10000)
     add_cfg(command)
     add_inception(command)
-    command.set_defaults(download=True)
+    command.set_defaults(download=True)     # without its weights there is no FID
 
     command = add_command(commands, smoothness, "Figs. 3, 6: smoothness of the latent space")
     add_ckpt(command)
     add_images(command, n=256)
-    command.add_argument("--eps", type=vmae.weight, nargs="+", default=[0.0, .01, .05, .1, .2, .3],
-                         help="noise, in standard deviations of a latent channel (default: 0 .01 "
-                         ".05 .1 .2 .3)")
+    command.add_argument("--eps", type=vmae.weight_type, nargs="+",
+                         default=[0.0, .01, .05, .1, .2, .3], help="noise, in standard deviations "
+                         "of a latent channel (default: 0 .01 .05 .1 .2 .3)")
     add_inception(command)
     add_vgg(command)
 
@@ -1530,10 +1545,10 @@ def command_line():
     command = add_command(commands, efficiency, "Table 3: sizes, operations and times of VMAE and "
                           "SD-VAE")
     add = command.add_argument
-    add("--size", type=vmae.count, default=256, help="side of the images in pixels (default: "
+    add("--size", type=vmae.count_type, default=256, help="side of the images in pixels (default: "
         "%(default)s)")
     add("--time", action="store_true", help="also measure seconds")
-    add("--batch", type=vmae.count, default=1, help="images at a time, for --time (default: "
+    add("--batch", type=vmae.count_type, default=1, help="images at a time, for --time (default: "
         "%(default)s)")
 
     command = add_command(commands, compare, "Fig. 2: several runs on one radar")
@@ -1548,16 +1563,16 @@ def command_line():
     add = command.add_argument
     add("--ckpt", type=checkpoint, nargs="+", default=[STAGE_TWO], help="checkpoints of either "
         f"stage, trained on the faces (default: {STAGE_TWO})")
-    add("--cfg", type=vmae.weight, nargs="+", default=[1.0, 1.5], help="guidance weights of "
+    add("--cfg", type=vmae.weight_type, nargs="+", default=[1.0, 1.5], help="guidance weights of "
         "samples, 1: none (default: 1 1.5)")
-    add("--steps", type=vmae.count, default=50, help="network calls per image (default: "
+    add("--steps", type=vmae.count_type, default=50, help="network calls per image (default: "
         "%(default)s)")
     add("--sampler", choices=ldm.SAMPLERS, help="from noise to latents (default: as sample.py)")
     add_batch(command, n=512)
 
     command = add_command(commands, curves, "losses and held-out numbers of runs, in one picture")
     command.add_argument("runs", type=existing, nargs="+", help="run folders")
-    command.set_defaults(batch=1)
+    command.set_defaults(batch=1)           # fill_in reads it
 
     command = add_command(commands, neighbours, "did the generator memorise?")
     command.add_argument("--ckpt", type=checkpoint, default=STAGE_TWO, help="a checkpoint of stage "
@@ -1575,7 +1590,7 @@ def existing(path):
 
 def checkpoint(path):
     """The same, but a run folder stands for its last.pt."""
-    return vmae.checkpoint(existing(path))
+    return vmae.checkpoint_path(existing(path))
 
 def add_command(commands, function, about):
     """-> the sub-parser of a command, with the options that all have."""
@@ -1596,10 +1611,10 @@ def add_ckpt(command):
 
 def add_batch(command, n):
     """How many images, in all (by default n) and at a time."""
-    command.add_argument("--n", type=vmae.count, default=n, help="images at most (default: "
+    command.add_argument("--n", type=vmae.count_type, default=n, help="images at most (default: "
                          "%(default)s)")
-    command.add_argument("--batch", type=vmae.count, help="images at a time (default: 256 on CUDA, "
-                         "else 64)")
+    command.add_argument("--batch", type=vmae.count_type, help="images at a time (default: 256 on "
+                         "CUDA, else 64)")
 
 def add_images(command, n):
     """Which held-out images, and how many of them."""
@@ -1609,8 +1624,8 @@ def add_images(command, n):
 
 def add_cfg(command):
     """How samples are drawn, in commands without options for the sampler and its steps."""
-    command.add_argument("--cfg", type=vmae.weight, default=1.0, help="guidance weight of samples, "
-                         "1: none (default: %(default)s)")
+    command.add_argument("--cfg", type=vmae.weight_type, default=1.0, help="guidance weight of "
+                         "samples, 1: none (default: %(default)s)")
     command.set_defaults(sampler=None, steps=50)
 
 def add_inception(command):

@@ -61,13 +61,14 @@ class Schedule:
             u = torch.linspace(0, 1, T + 1, dtype=torch.float64)           # Nichol's t / T
             f = ((u + 0.008) / 1.008 * math.pi / 2).cos() ** 2
             beta = 1 - f[1:] / f[:-1]       # so that alpha_bar = f / f[0], except for the clamp
-        # Nichol's last alpha_bar is 2.4e-9. There an error of .01 in eps becomes one of 200 in z_0.
-        # Ho's last, 4e-5, is the least that we take; z_T is N(0, 1) all the same.
+        # Nichol's last alpha_bar is 2.4e-9. To recover z_0 one divides by its square root, and then
+        # an error of .01 in eps becomes one of 200 in z_0. So the last one is at least Ho's, 4e-5,
+        # where z_T is as good as N(0, 1) too.
         self.alpha_bar = (1 - beta.clamp(max=0.999)).cumprod(0).clamp(min=4e-5)    # (T,), float64
-        self.table = self.alpha_bar.float()                # the same for training, where t is
+        self.table = self.alpha_bar.float()                # a copy for training, see `to`
 
     def to(self, device):
-        """Move the table of training to the device of the latents -> self."""
+        """Move the copy that training indexes with t to the device of the latents -> self."""
         self.table = self.table.to(device)
         return self
 
@@ -76,8 +77,9 @@ class Schedule:
         return self.table[t].view(-1, 1, 1, 1)
 
     def first_t(self, alpha_bar):
-        """(B,) in (0, 1) -> the first t with no more signal than this, (B,)."""
-        return torch.searchsorted(-self.table, -alpha_bar).clamp(max=self.T - 1)
+        """alpha_bar (B,) in (0, 1) -> the smallest t with alpha_bar_t <= alpha_bar, (B,)."""
+        rising = -self.table                # as searchsorted needs it
+        return torch.searchsorted(rising, -alpha_bar).clamp(max=self.T - 1)
 
     def q_sample(self, z_0, t, eps):
         """z_t = sqrt(alpha_bar_t) z_0 + sqrt(1 - alpha_bar_t) eps, in one jump. Ho 2020, Eq. 4."""
@@ -133,12 +135,12 @@ def loss_LDM(model, schedule, z_0, y=None, generator=None):
     if schedule.objective == "eps":         # t is uniform, as in the paper and in Ho 2020
         t = torch.randint(schedule.T, (len(z_0),), generator=generator, device=z_0.device)  # (B,)
     else:
-        # Shapes and patterns are decided at medium noise. Samples of the faces at cfg = 1 had a
-        # Frechet distance (evaluate.py faces) of 46 with a uniform t, and of 33 to 36 with five
-        # distributions like this one (1,900 steps of batch 16, patches of 2). With eps a uniform t
-        # is better, 78 against 454: an eps a little off at high noise makes a z_0 that is far off.
-        u = logit_normal(z_0, 0.4, 0.7, generator)         # (B,), the cosine schedule's t / T
-        t = schedule.first_t((u * math.pi / 2).cos() ** 2)     # (B,)
+        # Most times are around .6 of the way to noise, because shapes and patterns are decided at
+        # medium noise. The distance of samples of the faces (evaluate.py faces) was 33 to 36 with
+        # five distributions like this one, and 46 with a uniform t. With eps it is the other way
+        # round, 454 and 78. u is the level of noise, on a path where alpha_bar = cos(u pi/2)^2.
+        u = logit_normal(z_0, 0.4, 0.7, generator)         # (B,)
+        t = schedule.first_t((u * math.pi / 2).cos() ** 2)     # (B,), with as much noise
     eps = torch.randn(z_0.shape, generator=generator, device=z_0.device)   # (B, d, h, w)
     output = model(schedule.q_sample(z_0, t, eps), t, y).float()           # (B, d, h, w)
     return F.mse_loss(output, schedule.target(z_0, t, eps))
@@ -191,7 +193,8 @@ def ddpm_sample(model, schedule, z_T, y=None, steps=None, cfg=1.0, noise=torch.r
         alpha = bar / bar_next              # of this jump, 1 - beta
         sigma = math.sqrt((1 - bar_next) / (1 - bar) * (1 - alpha))        # 0 at the last step
         z = (z - (1 - alpha) / math.sqrt(1 - bar) * eps) / math.sqrt(alpha)
-        z = z + sigma * noise(z) if sigma > 0 else z
+        if sigma > 0:
+            z = z + sigma * noise(z)
         if record is not None:
             record.append(z_0)
     return z
@@ -210,7 +213,8 @@ def ddim_sample(model, schedule, z_T, y=None, steps=50, cfg=1.0, noise=torch.ran
         z_0, eps = schedule.z0_eps(z, guided(model, z, t, y, cfg), bar, clip)
         sigma = eta * math.sqrt((1 - bar_next) / (1 - bar) * (1 - bar / bar_next))
         z = math.sqrt(bar_next) * z_0 + math.sqrt(max(0.0, 1 - bar_next - sigma**2)) * eps
-        z = z + sigma * noise(z) if sigma > 0 else z
+        if sigma > 0:
+            z = z + sigma * noise(z)
         if record is not None:
             record.append(z_0)
     return z
@@ -262,8 +266,8 @@ class Rope(nn.Module):
         super().__init__()
         half = head_dim // 2                # for the row; the other for the column
         omega = 10000.0 ** -(torch.arange(0, half, 2, dtype=torch.float64) / half)
-        angle = (torch.arange(size)[:, None] * omega).repeat_interleave(2, 1)    # (size, half)
-        row = angle[:, None].expand(size, size, half)      # of each place of the grid
+        angles = (torch.arange(size)[:, None] * omega).repeat_interleave(2, 1)   # (size, half)
+        row = angles[:, None].expand(size, size, half)     # of each place of the grid
         column = row.transpose(0, 1)
         angle = torch.cat([row, column], 2).flatten(0, 1).float()                # (N, head_dim)
         self.register_buffer("freqs_cos", angle.cos())
@@ -273,9 +277,9 @@ class Rope(nn.Module):
         """x (..., N, head_dim) -> the same, where each pair of channels (a, b) has become
         (a cos - b sin, b cos + a sin).
 
-        On a CPU as the product of complex numbers, (a + ib)(cos + i sin), which takes a third of
-        the time there, and in float32, as fused_attention needs it. Compilers for GPUs know no
-        complex numbers."""
+        On a CPU this is written as a product of complex numbers, (a + ib)(cos + i sin), which takes
+        a third of the time there; torch.compile knows no complex numbers. On a CPU the result is in
+        float32, as fused_attention needs it."""
         pairs = x.float().unflatten(-1, (-1, 2))           # (..., N, head_dim/2, 2)
         if x.device.type == "cpu":
             turn = torch.complex(self.freqs_cos[:, ::2], self.freqs_sin[:, ::2])
@@ -397,6 +401,7 @@ class DiT(nn.Module):
         size = input_size // patch_size     # N = size * size
         self.patch_size = patch_size
         self.register_buffer("pos_embed", sincos_positions(D, size))
+        # A dict, so that its weight has the published name, x_embedder.proj.weight.
         self.x_embedder = nn.ModuleDict({"proj": nn.Conv2d(in_channels, D, patch_size, patch_size)})
         self.t_embedder = TimestepEmbed(D)
         self.y_embedder = LabelEmbed(num_classes, D)
@@ -430,17 +435,17 @@ class DiT(nn.Module):
         x = x.reshape(B, h // P, w // P, P, P, d).permute(0, 5, 1, 3, 2, 4)
         return x.reshape(B, d, h, w)                       # from (B, d, h/P, P, w/P, P)
 
-# Rows of DiT's arguments; dit_args adds the others. tiny: the default run on a CPU. Patches of 2
-# with D = 192 and 6 blocks are better in the first two minutes, but later they leave a mosaic: 37
-# against 31 in evaluate.py faces at cfg = 1, after 200 s each. small: DiT-S/2, for the 32 x 32
-# latents of CelebA-HQ on one consumer GPU. base: the paper's LightningDiT-B/1.
+# The arguments of DiT for each --model; dit_args adds the others. tiny: the default run on a CPU;
+# with patches of 2 and D = 192 samples keep a mosaic (a distance of 37 instead of 31 after as many
+# seconds, evaluate.py faces). small: DiT-S/2, for the 32 x 32 latents of CelebA-HQ on one consumer
+# GPU. base: the paper's LightningDiT-B/1.
 sizes = {
     "tiny": dict(patch_size=1, hidden_size=144, depth=5, num_heads=4),
     "small": dict(patch_size=2, hidden_size=384, depth=12, num_heads=6),
     "base": dict(patch_size=1, hidden_size=768, depth=12, num_heads=12)}
 
 def dit_args(size, grid, latent_dim, num_classes):
-    """Row `size` of the table -> all arguments of DiT for latents (latent_dim, grid, grid)."""
+    """A key of `sizes` -> all arguments of DiT for latents (latent_dim, grid, grid)."""
     args = dict(sizes[size], input_size=grid, in_channels=latent_dim, num_classes=num_classes)
     if grid <= 16 or grid % 2:              # patches of 2 would save little, or do not fit
         args["patch_size"] = 1
@@ -467,7 +472,7 @@ class EMA:
         for mine, theirs in zip(self.model.buffers(), model.buffers()):
             mine.copy_(theirs)
 
-def published(path, ckpt):
+def published_dit(path, ckpt):
     """A checkpoint of the authors' LightningDiT -> a dict as in ours, without latent_mean,
     latent_std and vmae. The shapes of the weights give DiT's arguments. Prints what was left over.
     InputError for another model, or a part of it."""
@@ -512,7 +517,7 @@ def load_ldm(path, stats=None):
     sentence, for anything else."""
     ckpt = read_checkpoint(path)
     if not {"model_args", "ema", "latent_mean", "latent_std", "vmae"} <= set(ckpt):
-        ckpt = published(path, ckpt)
+        ckpt = published_dit(path, ckpt)
     if stats is not None:
         add_statistics(ckpt, stats)
     if "latent_mean" not in ckpt:

@@ -47,22 +47,23 @@ def main():
     if device.type == "cuda" and args.n * args.steps / WORLD >= WORTH_COMPILING:
         vmae.compile_blocks(model.blocks)
 
-    drawn = functools.partial(draw, labels=labels, model=model, ae=ae, schedule=schedule, ckpt=ckpt,
-                              sampler=sampler, seed=args.seed, cfg=cfg, steps=args.steps, **own)
+    draw_batch = functools.partial(draw, labels=labels, model=model, ae=ae, schedule=schedule,
+                                   ckpt=ckpt, sampler=sampler, seed=args.seed, cfg=cfg,
+                                   steps=args.steps, **own)
     out = Path(args.out)
     files = [out / f"sample_{i:06d}.png" for i in range(args.n)]
-    settings = dict(w=cfg, labels=labels, sampler=sampler.__name__)
-    done = vmae.from_first(lambda: begin(out, args, settings, files))
+    settings = dict(cfg=cfg, labels=labels, sampler=sampler.__name__)
+    finished = vmae.from_first(lambda: open_folder(out, args, settings, files))
     # Whole batches, also after an interruption: rounding depends a little on how many images are
     # drawn at once, so the files are then the same for any number of processes.
     parts = []
     for part in torch.arange(args.n).split(args.batch):
-        if not done.issuperset(files[i] for i in part):
+        if not finished.issuperset(files[i] for i in part):
             parts.append(part)
     with ThreadPoolExecutor() as pool:      # PNGs are written while the next batch is drawn
         written = []
         for part in tqdm(parts[RANK::WORLD], "sampling", dynamic_ncols=True, disable=RANK > 0):
-            images = drawn(part).permute(0, 2, 3, 1).numpy()               # (B, H, W, 3)
+            images = draw_batch(part).permute(0, 2, 3, 1).numpy()          # (B, H, W, 3)
             wait(written)                   # at most one batch is waiting to be written
             written = [pool.submit(write_png, files[i], image) for i, image in zip(part, images)]
         wait(written)
@@ -74,7 +75,7 @@ def main():
     if args.npz:                            # for evaluate.py fid, or ADM's
         save_npz(files, ae.img_size, out / "samples.npz")
     if args.trajectory:
-        save_trajectory(drawn, args, ae, ckpt, out / "trajectory.png")
+        save_trajectory(draw_batch, args, ae, ckpt, out / "trajectory.png")
     print(f"{args.n} images in {out}, an overview in {out}/grid.png")
 
 @torch.no_grad()
@@ -111,27 +112,29 @@ def read_options():
     parser = vmae.Parser(description=__doc__.split("\n")[0], usage="%(prog)s [options]",
                          allow_abbrev=False)
     add = parser.add_argument
-    add("--ckpt", type=vmae.checkpoint, default="runs/ldm", help="stage two (default: %(default)s)")
-    add("--n", type=vmae.count, default=64, help="number of images (default: %(default)s)")
-    add("--vmae", type=vmae.checkpoint, help="stage-one checkpoint (default: that inside --ckpt)")
+    add("--ckpt", type=vmae.checkpoint_path, default="runs/ldm", help="stage two (default: "
+        "%(default)s)")
+    add("--n", type=vmae.count_type, default=64, help="number of images (default: %(default)s)")
+    add("--vmae", type=vmae.checkpoint_path, help="stage-one checkpoint (default: that inside "
+        "--ckpt)")
     add("--stats", help="file of latent statistics that comes with the authors' weights")
-    add("--steps", type=vmae.count, default=50, help="network calls per image (default: "
+    add("--steps", type=vmae.count_type, default=50, help="network calls per image (default: "
         "%(default)s)")
     add("--sampler", choices=ldm.SAMPLERS, help="from noise to latents (default: eps ddim, v ddim, "
         "flow euler)")
-    add("--cfg", type=vmae.weight, help="weight of guidance, 1: none (default: 1.5 with classes, "
-        "else 1)")
-    add("--clip", type=vmae.positive, help="ddim, ddpm: bound z_0 to this many standard deviations "
-        "(default: no bound)")
-    add("--eta", type=vmae.fraction, help="ddim: share of DDPM's noise (default: 0)")
-    add("--shift", type=vmae.positive, help="euler: spacing of times; below 1: smaller steps near "
-        "the noise (default: 1)")
-    add("--interval", type=vmae.fraction, help="euler: guide from this time on, 0 (noise) to 1 "
-        "(image) (default: 0)")
+    add("--cfg", type=vmae.weight_type, help="weight of guidance, 1: none (default: 1.5 with "
+        "classes, else 1)")
+    add("--clip", type=vmae.positive_type, help="ddim, ddpm: bound z_0 to this many standard "
+        "deviations (default: no bound)")
+    add("--eta", type=vmae.fraction_type, help="ddim: share of DDPM's noise (default: 0)")
+    add("--shift", type=vmae.positive_type, help="euler: spacing of times; below 1: smaller steps "
+        "near the noise (default: 1)")
+    add("--interval", type=vmae.fraction_type, help="euler: guide from this time on, 0 (noise) to "
+        "1 (image) (default: 0)")
     add("--class", dest="label", help="name of a class, or its number, counted from 0, unless the "
         "names are numbers; null: the null class (default: all classes in turn)")
-    add("--seed", type=vmae.any_seed, default=0, help="fixes each image (default: %(default)s)")
-    add("--batch", type=vmae.count, help="images at a time (default: 256 on CUDA, else 64)")
+    add("--seed", type=vmae.seed_type, default=0, help="fixes each image (default: %(default)s)")
+    add("--batch", type=vmae.count_type, help="images at a time (default: 256 on CUDA, else 64)")
     add("--device", default="auto", help="cuda, cpu, mps... (default: cuda if there is one)")
     add("--out", default="samples", help="folder (default: %(default)s)")
     add("--npz", action="store_true", help="also samples.npz: arr_0, uint8 (N, H, W, 3), for ADM")
@@ -229,15 +232,17 @@ def check_latents(path, ckpt, vmae_path, ae):
                          f"side of {ae.grid}, those of {path} have {d} on {side}")
     if "vmae" not in ckpt:
         return
-    theirs = vmae.build_vmae(ckpt["vmae"]).to(ae.logvar_x.device)
-    x = torch.linspace(-1, 1, 3 * ae.img_size**2).view(1, 3, ae.img_size, -1).to(ae.logvar_x)
-    if not torch.allclose(ae.encode(x).mu, theirs.encode(x).mu, atol=1e-3):
+    device = ae.logvar_x.device
+    inside = vmae.build_vmae(ckpt["vmae"]).to(device)
+    # Both encode one image, a ramp of all grey levels; equal encoders differ by rounding only.
+    x = torch.linspace(-1, 1, 3 * ae.img_size**2, device=device).view(1, 3, ae.img_size, -1)
+    if not torch.allclose(ae.encode(x).mu, inside.encode(x).mu, atol=1e-3):
         raise InputError(f"--vmae {vmae_path}: has another encoder than the stage one inside "
                          f"{path}, and so other latents; name that one, or leave --vmae out")
 
 # ---- What is written --------------------------------------------------------------------------
 
-def begin(out, args, settings, files):
+def open_folder(out, args, settings, files):
     """Make the folder `out` -> those of `files` that this same command drew before it was
     interrupted. Images of another command are deleted, and so are the files made from them. Only a
     folder with samples.json is cleared."""
@@ -251,7 +256,7 @@ def begin(out, args, settings, files):
     kept = set()
     if note.exists():
         if note.read_text() == settings:
-            kept = {file for file in files if is_whole(file)}
+            kept = {file for file in files if is_readable(file)}
         deleted = 0
         for path in set(out.iterdir()) - kept:
             if re.fullmatch(r"sample_(\d{6}|[1-9]\d{6})\.png", path.name):
@@ -266,7 +271,7 @@ def begin(out, args, settings, files):
         file.write(settings.encode())
     return kept
 
-def is_whole(path):
+def is_readable(path):
     """Whether a PNG is there and can be read: a power cut may leave an empty one."""
     try:
         with Image.open(path) as image:
@@ -294,10 +299,10 @@ def save_npz(files, size, path):
         for file in files:
             array.write(Image.open(file).tobytes())
 
-def save_trajectory(drawn, args, ae, ckpt, path):
+def save_trajectory(draw_batch, args, ae, ckpt, path):
     """The estimates of x at ten of the steps, for the first 8 images, one per row."""
     record = []
-    drawn(torch.arange(min(8, args.n)), record=record)
+    draw_batch(torch.arange(min(8, args.n)), record=record)
     at = np.linspace(0, args.steps - 1, min(10, args.steps)).round().astype(int)
     estimates = [decode(record[k], ae, ckpt) for k in at]                  # (8, 3, H, W) each
     vmae.save_grid(torch.stack(estimates, 1), path)                        # (8, 10, 3, H, W)

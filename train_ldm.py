@@ -16,78 +16,86 @@ import torch
 
 import ldm
 import sample
-from train_vmae import (COMMON, Log, Stop, begin, checkpoint, choose_micro, common_parser, finish,
+from train_vmae import (COMMON, Log, Stop, absolute_checkpoint, choose_micro, common_parser, finish,
                         learning_rate, load_states, make_fast, matmul_precision, optimiser,
-                        optimiser_step, read_ahead, refuse_silent_program, resolve, save, say_idle,
-                        use_recipe)
+                        optimiser_step, refuse_unnamed_program, resolve, save, say_idle,
+                        say_options, training_batches, use_recipe)
 from vmae import RANK, InputError
 
-# The options of stage two, beside those of both trainers. None means: chosen later.
+# The options of stage two beside those of both trainers; None means that they are chosen later.
 DEFAULTS = dict(vmae="runs/vmae", out="runs/ldm", no_classes=False, init=None, stats=None,
                 objective=None, schedule=None, drop=0.1)   # Ho & Salimans 2022: 0.1, 0.2 are alike
 
-# Recipes: images per optimiser step, steps, peak learning rate. For tiny on a CPU, batch 16 learnt
-# more than 8 or 32 in the same time. On the small latents of the built-in faces a GPU can afford
-# `small` and large batches. The learning rate of small and base is the authors'.
-RECIPES = {  # size, device ("cpu" stands for all but CUDA)
-    ("tiny", "cpu"): dict(batch=16, steps=2000, lr=3e-3),
+# Recipes, by size and device ("cpu" stands for all but CUDA): images per optimiser step, steps,
+# peak learning rate. That of 2e-4 is the authors'.
+RECIPES = {
+    ("tiny", "cpu"): dict(batch=16, steps=2000, lr=3e-3),          # 8 and 32 learn less per second
     ("tiny", "cuda"): dict(batch=256, steps=2500, lr=3e-3),
     ("small", "cpu"): dict(batch=256, steps=100_000, lr=2e-4),
     ("small", "cuda"): dict(batch=256, steps=100_000, lr=2e-4),
-    ("small", "cuda, faces"): dict(batch=256, steps=2500, lr=1e-3),
+    ("small", "cuda, faces"): dict(batch=256, steps=2500, lr=1e-3),    # latents of 8 x 8 only
     ("base", "cpu"): dict(batch=256, steps=100_000, lr=2e-4),
     ("base", "cuda"): dict(batch=256, steps=100_000, lr=2e-4)}
-# Latents at once where memory cannot be tried out: 8 of 32 x 32 take some 8 GB with base.
+# Latents at once on a CPU or Mac, see choose_micro. 8 of 32 x 32 take some 8 GB with base.
 AT_ONCE = {"tiny": 256, "small": 32, "base": 8}
 
 # ---- The training loop ------------------------------------------------------------------------
 
 def main():
-    args, given, saved = read_options()
+    args, given, resumed = read_options()   # resumed: the checkpoint to go on from, or None
     device = vmae.start(args.device)        # cuda, cpu or mps
-    stage_one = saved["vmae"] if saved else vmae.read_stage_one(args.vmae)
-    fill_in(args, given, device, stage_one["train_args"])
+    stage_one = resumed["vmae"] if resumed else vmae.read_stage_one(args.vmae)
+    init = None
+    if args.init and resumed is None:
+        _, _, init = ldm.load_ldm(args.init, args.stats)
+    fill_in(args, given, device, stage_one["train_args"], init)
+
+    # What is trained, and what a checkpoint holds of it.
     ae = vmae.build_vmae(stage_one).to(device)             # the autoencoder, frozen
     data, val = vmae.open_images(args.data, ae.img_size, args.val, args.out)   # at its size
     vmae.describe(data, val)
-    classes = names_of_classes(args, given, data, saved)
+    classes = names_of_classes(args, given, data, resumed)
     torch.manual_seed(args.seed)            # the same weights in every process
-    model, schedule, entries = new_model(args, ae, classes, saved)
+    model, schedule, entries = new_model(args, ae, classes, resumed, init)
     model.to(device)
     schedule.to(device)
     ema = ldm.EMA(model)
     states = {"model": model, "ema": ema.model, "opt": optimiser(model)}   # of a checkpoint
-    start = load_states(args, saved, states)
+    start = load_states(args, resumed, states)             # the step to begin with
     ema.n = start                           # its warm-up goes on, too
-    saved = None                            # its memory is free again
+    resumed = init = None                   # their memory is free again
     autocast = matmul_precision(args, device)
-    moments = cache_moments(ae, data, args, device, autocast)
+
+    # Latents are encoded once. A checkpoint also holds all that sample.py needs beside the network.
+    cache = cache_moments(ae, data, args, device, autocast)
     if "latent_mean" not in entries:        # those of a run that goes on, or of --init, are kept
-        entries["latent_mean"], entries["latent_std"] = statistics(moments)
-    entries["vmae"] = stage_one             # all that sample.py needs is in one file
+        entries["latent_mean"], entries["latent_std"] = statistics(cache)
+    entries["vmae"] = stage_one
     mean = entries["latent_mean"].to(device)               # (d,)
     std = entries["latent_std"].to(device)                 # (d,)
     generator = torch.Generator(device)     # of all that is random in a micro-batch
 
     def micro_batch(moments, y):
-        """The loss of a part of the batch, q(z|x) as (B, 2d, h, w) with classes (B,), by name. Its
-        gradients are added to those of the other parts. On CUDA this is recorded and replayed."""
+        """The loss of a part of the batch, by name. moments: mu and logvar of q(z|x), as (B, 2d, h,
+        w); y: classes (B,). Its gradients are added to those of the other parts. On CUDA this is
+        recorded and then replayed (Replay in train_vmae.py)."""
         z = vmae.Gaussian(*moments.float().chunk(2, 1)).sample(generator)  # anew each time
         z_0 = ldm.normalise(z, mean, std)                                  # (B, d, h, w)
         y = model.y_embedder.drop(y, args.drop, generator) if classes else None        # (B,)
         with autocast():
             loss = ldm.loss_LDM(model, schedule, z_0, y, generator)        # a scalar, float32
-        part = len(z) / args.batch
-        (part * loss).backward()
+        share = len(z) / args.batch
+        (share * loss).backward()
         return {f"L_{schedule.objective}": loss.detach()}                  # L_eps, L_v or L_flow
 
     def largest_part(n):
-        q = torch.zeros(n, 2 * ae.latent_dim, ae.grid, ae.grid, dtype=torch.half, device=device)
-        micro_batch(q, torch.zeros(n, dtype=torch.long, device=device))
+        zeros = torch.zeros(n, 2 * ae.latent_dim, ae.grid, ae.grid, dtype=torch.half, device=device)
+        micro_batch(zeros, torch.zeros(n, dtype=torch.long, device=device))
 
+    # Each batch is worked through in micro-batches, of which this process takes its share.
     my_micro_batches = choose_micro(args, device, largest_part, states, AT_ONCE[args.model])
-    begin(args, model)
-    batches = read_ahead(moments, args, start, my_micro_batches, device)
+    say_options(args, model)
+    batches = training_batches(cache, args, start, my_micro_batches, device)
     held_out = held_out_latents(val, classes, ae, mean, std)               # z_0, y
     micro_batch = make_fast(micro_batch, args, given, generator, model.blocks)
 
@@ -95,20 +103,21 @@ def main():
     stop = Stop()
     for step in log.progress(range(start, args.steps)):
         lr = learning_rate(step, args.steps, args.lr)      # up, then down a cosine
-        for number in my_micro_batches:
-            q, y = next(batches)                           # (B, 2d, h, w), (B,)
-            generator.manual_seed(vmae.seed_of(args.seed, step, number))
-            terms = micro_batch(q, y)
-            log.add(terms, len(q) / args.batch)
+        for i in my_micro_batches:
+            moments, y = next(batches)                     # (B, 2d, h, w), (B,)
+            generator.manual_seed(vmae.seed_of(args.seed, step, i))
+            terms = micro_batch(moments, y)
+            log.add(terms, len(y) / args.batch)
         is_finite = optimiser_step(states["opt"], model, lr)               # clip, step, zero
-        log.skipped += ~is_finite                          # such a step changed nothing
+        log.skipped += ~is_finite                          # then no weight has changed
         ema.update(model)                                  # what is sampled, here and by sample.py
 
         done = step + 1
         stopping = vmae.any_process(stop.received)         # SIGTERM or Ctrl-C, in one of them
         saving = stopping or done % args.save_every == 0 or done == args.steps
         if saving or done % 50 == 0:
-            line = {"step": done, "lr": lr, **log.means(done)}     # ends a run that only skips
+            log.check_skipped(done)                        # ends a run that goes wrong
+            line = {"step": done, "lr": lr, **log.means(done)}
             if saving and RANK == 0:
                 line |= measure(ema.model, ae, schedule, entries, held_out,
                                 f"{args.out}/preview_{done:06d}.png")
@@ -127,8 +136,9 @@ def main():
 def cache_moments(model, data, args, device, autocast):
     """-> vmae.Cache, kept in the run folder and made anew if stage one's weights or the data
     change. A row holds q(z|x) of an image: mu and logvar, (2d, h, w), float16. Unless args.flip is
-    off, rows 2i and 2i + 1 are image i and its mirror image. After the default run bfloat16 halves
-    the time, and moves mu by .4 % of its spread, of which sigma is 7 %."""
+    off, rows 2i and 2i + 1 are image i and its mirror image. In bfloat16 encoding takes half the
+    time on a CPU. After the default run this changes mu by .4 % of its standard deviation, while
+    sigma is 7 % of it."""
     views = 2 if args.flip else 1           # of each image
 
     def encoded():
@@ -188,26 +198,27 @@ def measure(model, ae, schedule, ckpt, held_out, path):
     vmae.save_grid(vmae.to_float(x).split(8), path)
     return {f"L_{schedule.objective}_val": round(loss.item(), 5)}
 
-# ---- What is trained --------------------------------------------------------------------------
+# ---- Options of stage two, and what they build ------------------------------------------------
 
 def read_options():
     """The command line -> (all options, those that were given, the checkpoint to go on from or
     None). `fill_in` and `new_model` choose the options that are still None."""
     parser = common_parser(__doc__)
     add = parser.add_argument
-    add("--vmae", type=checkpoint, metavar="CHECKPOINT", help="stage one (default: runs/vmae)")
+    add("--vmae", type=absolute_checkpoint, metavar="CHECKPOINT", help="stage one (default: "
+        "runs/vmae)")
     add("--no-classes", action="store_true", help="ignore sub-folders, train unconditionally")
-    add("--init", type=checkpoint, metavar="CHECKPOINT", help="stage two to start from, ours or a "
-        "LightningDiT's")
+    add("--init", type=absolute_checkpoint, metavar="CHECKPOINT", help="stage two to start from, "
+        "ours or a LightningDiT's")
     add("--stats", metavar="FILE", help="latent statistics that come with the authors' --init")
     add("--objective", choices=("eps", "v", "flow"), help="what the network predicts; eps is the "
         "paper's L_LDM, flow what its experiments used (default: that of --init, otherwise v)")
     add("--schedule", choices=("linear", "cosine"), help="how noise grows with time: linear, Ho "
         "2020; cosine, Nichol 2021 (default: that of --init, otherwise cosine)")
-    add("--drop", type=vmae.fraction, help="share of labels replaced by the null class, which "
+    add("--drop", type=vmae.fraction_type, help="share of labels replaced by the null class, which "
         "guidance needs (default: 0.1)")
     given = vars(parser.parse_args())
-    defaults = {**COMMON, **DEFAULTS, "vmae": checkpoint(DEFAULTS["vmae"])}
+    defaults = {**COMMON, **DEFAULTS, "vmae": absolute_checkpoint(DEFAULTS["vmae"])}
     args, saved = resolve(defaults, given, "stage two")
     if args.stats and not args.init:
         raise InputError("--stats: belongs to published weights; name these with --init")
@@ -215,17 +226,22 @@ def read_options():
         raise InputError("--model: --init decides the shape of the network; leave --model out")
     return args, given, saved
 
-def fill_in(args, given, device, theirs):
-    """Choose the options that are still None. theirs: the options of stage one. By default the
-    folders are stage one's, so that what it held out is not trained on here."""
+def fill_in(args, given, device, theirs, init):
+    """Choose the options that are still None. theirs: the options of stage one; init: the
+    checkpoint of --init, or None. By default the folders are stage one's, so that what it held out
+    is not trained on here."""
     if args.val is None and args.data in (None, theirs["data"]):
         args.val = theirs["val"]
     if args.data is None:
         args.data = theirs["data"]
-    refuse_silent_program(args, given)
+    refuse_unnamed_program(args, given)
     kind = "cpu"
     if device.type == "cuda":
         kind = "cuda"
+    if args.model is None and init is not None:
+        for name, row in ldm.sizes.items():
+            if row["hidden_size"] == init["model_args"]["hidden_size"]:
+                args.model = name
     if args.model is None:
         args.model = "small" if kind == "cuda" else "tiny"
     if kind == "cuda" and args.data is None and args.model == "small":
@@ -236,24 +252,24 @@ def fill_in(args, given, device, theirs):
     if args.flip is None:
         args.flip = theirs.get("flip", True)
 
-def names_of_classes(args, given, data, saved):
+def names_of_classes(args, given, data, resumed):
     """The classes of the data by name, none with --no-classes. InputError if they are not those of
     the run that goes on, because labels would change their meaning."""
     classes = data.classes
     if args.no_classes:
         classes = []
     say_idle(given, {"drop": not classes})
-    if saved is not None and saved["classes"] != classes:
+    if resumed is not None and resumed["classes"] != classes:
         raise InputError(f"{args.data}: has the classes {classes}, the run in {args.out} has "
-                         f"{saved['classes']}; name them as they were, or give another --out")
+                         f"{resumed['classes']}; name them as they were, or give another --out")
     return classes
 
-def new_model(args, ae, classes, saved):
+def new_model(args, ae, classes, resumed, init):
     """-> (DiT, Schedule, what a checkpoint holds beside their states). The weights are random, or
-    those of --init; main loads those of the run that goes on, `saved`."""
-    start_from = saved
-    if saved is None and args.init:
-        start_from = read_init(args, ae, classes)
+    those of --init; main loads those of the run that goes on, `resumed`."""
+    start_from = resumed
+    if init is not None:
+        start_from = adapted(init, args, ae, classes)
     if start_from is None:
         start_from = dict(schedule={}, model_args=ldm.dit_args(args.model, ae.grid, ae.latent_dim,
                                                                len(classes)))
@@ -273,10 +289,9 @@ def new_model(args, ae, classes, saved):
             entries[name] = start_from[name]
     return model, ldm.Schedule(**schedule), entries
 
-def read_init(args, ae, classes):
-    """--init -> the dict of load_ldm, with the number of classes of this run's data. The shape of
-    the network is that of --init. InputError if its latents or its schedule are others."""
-    _, _, ckpt = ldm.load_ldm(args.init, args.stats)
+def adapted(ckpt, args, ae, classes):
+    """The checkpoint of --init -> the same with the number of classes of this run's data.
+    InputError if its latents or its schedule are others."""
     old = ckpt["model_args"]
     sample.check_latents(args.init, ckpt, args.vmae, ae)
     kind = ckpt["schedule"].get("kind", args.schedule)     # the authors' rectified flow has none

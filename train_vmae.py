@@ -33,75 +33,75 @@ from vmae import RANK, WORLD, InputError
 
 # ---- The autoencoders that the paper compares, and how they are trained -----------------------
 
-# AE is the plain autoencoder: only L_R, and z is mu. Each preset says what its autoencoder changes.
-# lambda_reg = 0: z is mu. lambda_p = None: L_P has its weight of .5 on a folder, if the weights of
-# its network can be had.
-# Two values are not the authors'. Their lambda_reg of 1e-6 leaves vmae's sigma at .016 of mu's
-# spread; ours, 1e-4, raises it to .12 and costs .2 dB. With Esser's lambda_adv of 0.5 sdvae's
-# discriminator learnt nothing on the faces; with 0.1 it does.
+# The plain autoencoder has the loss L_R only, and z is mu.
 AE = dict(arch="conv", mask=0.0, noise=0.0, lambda_reg=0.0, kl_mean="zero", lambda_p=0.0,
           lambda_adv=0.0)
+# Each preset says what its autoencoder changes. lambda_p = None: .5 on a folder, if the weights of
+# the network of L_P can be had.
 PRESETS = {
     "ae": {},
     "dae": dict(noise=0.2),
     "vae": dict(lambda_reg=3e-4),
-    "sdvae": dict(lambda_reg=1e-5, lambda_p=None, lambda_adv=0.1),
+    "sdvae": dict(lambda_reg=1e-5, lambda_p=None,
+                  lambda_adv=0.1),          # with Esser's 0.5 the discriminator learnt nothing
     "mae": dict(arch="vit", mask=0.6),
-    "vmae": dict(arch="vit", mask=0.6, lambda_reg=1e-4, kl_mean="free", lambda_p=None)}
+    "vmae": dict(arch="vit", mask=0.6, kl_mean="free", lambda_p=None,
+                 lambda_reg=1e-4)}          # with the authors' 1e-6 sigma is .016 of mu's spread,
+                                            # with this one .12, which costs .2 dB
 TUNED = dict(mask=0.0, lambda_p=None, out="runs/tuned")    # with --tune decoder
 
-# The other options. None means: chosen by `fill_in`. The two weights of the masks were chosen by
-# the PSNR of held-out faces after 2,200 steps at --lr 1.5e-3. It is 31.0 dB; with --whole 0 it is
-# 28.3, because the encoder is used on whole images; with --lambda-m 1, the authors' balance, it is
-# 28.6, because the errors of masked patches are much larger and dominate the sum.
-DEFAULTS = dict(preset="vmae", data=None, val=None, size=None, model=None, init=None, tune=None,
-                whole=0.5, lambda_m=0.1, adv_start=None, vgg_weights=None, no_cache=False)
+# The other options of stage one; None means that fill_in chooses. The comments give the PSNR of
+# held-out faces after 2,200 steps at --lr 1.5e-3, which is 31.0 dB with these values.
+DEFAULTS = dict(preset="vmae", size=None, init=None, tune=None, adv_start=None, vgg_weights=None,
+                no_cache=False,
+                whole=0.5,                  # 28.3 dB with 0: the encoder is used on whole images
+                lambda_m=0.1)               # 28.6 dB with 1, as the authors': L_M dominates then
 
-# Recipes: images per optimiser step, steps, peak learning rate. For tiny on a CPU, batch 16 was the
-# best of 16, 32 and 64, and 3,200 steps at 4e-3 reach the 32.5 dB for which 1.5e-3 needs 5,000. A
-# GPU takes 128 images in the time of 16; 3,000, 6,000 such steps reach 34.1, 35.7 dB. For base: the
-# authors' learning rate of 8e-4, times sqrt(128 / 2048). The convolutional bodies: tiny reaches
-# 20.0 dB after 400 steps of 16 at 1.5e-3, 18.2 at 4e-3; after 1,500 steps of 128 it is 28.3 and
-# 30.4. base takes 22 times the operations of VMAE.
-RECIPES = {  # size, body, device ("cpu" stands for all but CUDA)
-    ("tiny", "vit", "cpu"): dict(batch=16, steps=3200, lr=4e-3),
-    ("tiny", "vit", "cuda"): dict(batch=128, steps=6000, lr=4e-3),
+# Recipes, by size, body and device ("cpu" stands for all but CUDA): images per optimiser step,
+# steps, peak learning rate.
+RECIPES = {
+    ("tiny", "vit", "cpu"): dict(batch=16, steps=3200, lr=4e-3),   # 32.5 dB; 5,000 steps at 1.5e-3
+    ("tiny", "vit", "cuda"): dict(batch=128, steps=6000, lr=4e-3),     # 35.7 dB; 34.1 after 3,000
     ("tiny", "conv", "cpu"): dict(batch=16, steps=3200, lr=1.5e-3),
     ("tiny", "conv", "cuda"): dict(batch=128, steps=3000, lr=4e-3),
     ("small", "vit", "cpu"): dict(batch=16, steps=8000, lr=1e-3),
-    ("small", "vit", "cuda"): dict(batch=128, steps=8000, lr=1e-3),
+    ("small", "vit", "cuda"): dict(batch=16, steps=8000, lr=1e-3),
     ("small", "conv", "cpu"): dict(batch=16, steps=8000, lr=1e-3),
     ("small", "conv", "cuda"): dict(batch=16, steps=8000, lr=1e-3),
+    # The authors' learning rate of 8e-4 is for 2,048 images: this is sqrt(128 / 2048) of it.
     ("base", "vit", "cpu"): dict(batch=128, steps=100_000, lr=2e-4),
     ("base", "vit", "cuda"): dict(batch=128, steps=100_000, lr=2e-4),
+    # An image takes 22 times the operations that it takes in VMAE.
     ("base", "conv", "cpu"): dict(batch=16, steps=100_000, lr=2e-4),
     ("base", "conv", "cuda"): dict(batch=16, steps=100_000, lr=2e-4)}
-# Pixels at once where memory cannot be tried out (`choose_micro`): 8 images of 256 px take some
-# 5 GB with VMAE base and LPIPS.
+# Pixels at once on a CPU or Mac, see choose_micro. 8 images of 256 px take some 5 GB with VMAE base
+# and LPIPS.
 PIXELS_AT_ONCE = {"vit": 8 * 256**2, "conv": 2 * 256**2}
 
 # ---- The training loop ------------------------------------------------------------------------
 
 def main():
-    args, given, saved = read_options()
+    args, given, resumed = read_options()   # resumed: the checkpoint to go on from, or None
     device = vmae.start(args.device)        # cuda, cpu or mps
-    known = saved
-    if saved is None and args.init:
-        known = vmae.read_stage_one(args.init)
-    fill_in(args, given, device, known)     # args are complete from here on
+    start_from = resumed
+    if resumed is None and args.init:
+        start_from = vmae.read_stage_one(args.init)
+    fill_in(args, given, device, start_from)               # args are complete from here on
+
+    # What is trained, and what a checkpoint holds of it.
     torch.manual_seed(args.seed)            # the same weights in every process
-    model, model_args = new_model(args, known)
+    model, model_args = new_model(args, start_from)
     train, val = vmae.open_images(args.data, args.size, args.val, args.out)
     model.to(device, memory_format=layout(args))
     lpips_net = load_perceptual(args, given, device)       # None without L_P
-    states = {"model": model, "opt": optimiser(model)}     # what a checkpoint holds
+    states = {"model": model, "opt": optimiser(model)}
     disc = None
     if args.lambda_adv > 0:                 # SD-VAE's discriminator
         disc = vmae.discriminator(args.size).to(device)
         states["disc"] = disc
         states["disc_opt"] = optimiser(disc)
-    start = load_states(args, saved, states)
-    saved = known = None                    # their memory is free again
+    start = load_states(args, resumed, states)             # the step to begin with
+    resumed = start_from = None             # their memory is free again
     autocast = matmul_precision(args, device)
     generator = torch.Generator(device)     # of all that is random in a micro-batch
 
@@ -125,27 +125,28 @@ def main():
                 fake = disc(p.mode())                                      # (B, 1, h', w')
                 terms["L_G"] = vmae.loss_G(fake, loss, model.last_layer)
                 loss = loss + args.lambda_adv * terms["L_G"]
-        part = len(x) / args.batch
-        (part * loss).backward()
+        share = len(x) / args.batch
+        (share * loss).backward()
         if adversary:                       # and the discriminator on x and x_hat
             disc.requires_grad_(True)
             with autocast():
                 real, fake = disc(torch.cat([x, p.mode().detach()])).chunk(2)
             terms["L_D"] = vmae.loss_D(real, fake)
-            (part * terms["L_D"]).backward()
+            (share * terms["L_D"]).backward()
         return {name: term.detach() for name, term in terms.items()}       # scalars
 
     def largest_part(n):                    # whole images, every loss
         grey = torch.zeros(n, 3, args.size, args.size, dtype=torch.uint8, device=device)
         micro_batch(grey, mask_ratio=0.0, adversary=disc is not None)
 
+    # Each batch is worked through in micro-batches, of which this process takes its share.
     my_micro_batches = choose_micro(args, device, largest_part, states,
                                     PIXELS_AT_ONCE[args.arch] // args.size**2)
-    begin(args, model)
+    say_options(args, model)
     vmae.describe(train, val)
     if isinstance(train, vmae.ImageFolder):
         train = train.keep_pixels(args.out, not args.no_cache)
-    batches = read_ahead(train, args, start, my_micro_batches, device)
+    batches = training_batches(train, args, start, my_micro_batches, device)
     x_val = held_out_images(val, device)                   # (64, 3, H, W)
     micro_batch = make_fast(micro_batch, args, given, generator, blocks(args, model), lpips_net)
 
@@ -153,23 +154,24 @@ def main():
     stop = Stop()
     for step in log.progress(range(start, args.steps)):
         lr = learning_rate(step, args.steps, args.lr)      # up, then down a cosine
-        mask_ratio = 0.0 if is_whole(step, args.whole) else args.mask
+        mask_ratio = 0.0 if sees_whole_images(step, args.whole) else args.mask
         adversary = disc is not None and step >= args.adv_start
-        for number in my_micro_batches:
+        for i in my_micro_batches:
             x, _ = next(batches)                           # uint8 (B, 3, H, W)
-            generator.manual_seed(vmae.seed_of(args.seed, step, number))
+            generator.manual_seed(vmae.seed_of(args.seed, step, i))
             terms = micro_batch(x, mask_ratio=mask_ratio, adversary=adversary)
             log.add(terms, len(x) / args.batch)
         is_finite = optimiser_step(states["opt"], model, lr)               # clip, step, zero
         if adversary:
             is_finite = is_finite & optimiser_step(states["disc_opt"], disc, lr)
-        log.skipped += ~is_finite                          # such a step changed nothing
+        log.skipped += ~is_finite                          # then no weight has changed
 
         done = step + 1
         stopping = vmae.any_process(stop.received)         # SIGTERM or Ctrl-C, in one of them
         saving = stopping or done % args.save_every == 0 or done == args.steps
         if saving or done % 50 == 0:
-            line = {"step": done, "lr": lr, **log.means(done)}     # ends a run that only skips
+            log.check_skipped(done)                        # ends a run that goes wrong
+            line = {"step": done, "lr": lr, **log.means(done)}
             if saving and RANK == 0:
                 line |= validate(model, x_val, args, f"{args.out}/preview_{done:06d}.png")
             log.write(line)
@@ -181,7 +183,7 @@ def main():
             break
     finish(args, done)
 
-def is_whole(step, share):
+def sees_whole_images(step, share):
     """Whether this step sees whole images: every other one for 0.5, every fourth for 0.25. This
     spreads them evenly over the run."""
     return math.floor((step + 1) * share) > math.floor(step * share)
@@ -215,11 +217,11 @@ def validate(model, x_val, args, path):
         whole = vmae.to_uint8(x_hat).cpu()
         guess = vmae.to_uint8(p.mode()).cpu()
         found["PSNR_val"].append(vmae.psnr(real, whole))   # (8,)
-        if args.mask > 0:                   # each image hides as many pixels, here in one row
+        if args.mask > 0:                   # each image hides as many pixels: they are one row
             hidden = mask.cpu() == 1                                       # (8, N)
-            real = vmae.patchify(real, P)[hidden].view(len(x), 1, 1, -1)
-            guess = vmae.patchify(guess, P)[hidden].view(len(x), 1, 1, -1)
-            found["PSNR_m_val"].append(vmae.psnr(real, guess))
+            hidden_real = vmae.patchify(real, P)[hidden].view(len(x), 1, 1, -1)
+            hidden_guess = vmae.patchify(guess, P)[hidden].view(len(x), 1, 1, -1)
+            found["PSNR_m_val"].append(vmae.psnr(hidden_real, hidden_guess))
     vmae.save_grid(picture, path)
     means = {}
     for name, values in found.items():
@@ -227,37 +229,37 @@ def validate(model, x_val, args, path):
             means[name] = round(torch.cat(values).mean().item(), 2)
     return means
 
-# ---- What is trained --------------------------------------------------------------------------
+# ---- Options of stage one, and what they build ------------------------------------------------
 
 def read_options():
     """The command line -> (all options, those that were given, the checkpoint to go on from or
     None). `fill_in` chooses the options that are still None."""
     parser = common_parser(__doc__)
-    parser.add_argument("--size", type=vmae.count, help="side of the images in pixels (default: "
-                        "that of --init; faces 32; folders 256 on CUDA, else 64)")
+    parser.add_argument("--size", type=vmae.count_type, help="side of the images in pixels "
+                        "(default: that of --init; faces 32; folders 256 on CUDA, else 64)")
     parser.add_argument("--preset", choices=PRESETS, help="autoencoder of the paper; sets defaults "
                         "of options below (PRESETS), and --out to runs/PRESET (default: vmae)")
     parser.add_argument("--arch", choices=("vit", "conv"), help="body: VMAE's transformer or the "
                         "convolutions of SD-VAE (default: vmae and mae vit, others conv)")
-    parser.add_argument("--init", type=checkpoint, metavar="CHECKPOINT", help="start from this "
-                        "model: ours, a published VMAE or an SD3-style VAE")
+    parser.add_argument("--init", type=absolute_checkpoint, metavar="CHECKPOINT", help="start from "
+                        "this model: ours, a published VMAE or a VAE of Stable Diffusion")
     parser.add_argument("--tune", choices=("decoder",), help="train the decoder of --init and "
                         "leave its encoder as it is, without a mask and with LPIPS at 10: the "
                         "authors' last stage; into runs/tuned")
     group = parser.add_argument_group("the loss")
-    group.add_argument("--mask", type=vmae.fraction, help="share of the patches that is masked "
-                       "(default: vmae and mae 0.6, others 0)")
-    group.add_argument("--whole", type=vmae.fraction, help="share of the steps that see whole "
+    group.add_argument("--mask", type=vmae.fraction_type, help="share of the patches that is "
+                       "masked (default: vmae and mae 0.6, others 0)")
+    group.add_argument("--whole", type=vmae.fraction_type, help="share of the steps that see whole "
                        "images (default: 0.5)")
-    group.add_argument("--noise", type=vmae.weight, help="standard deviation of the noise on x "
-                       "(default: dae 0.2, others 0)")
-    group.add_argument("--lambda-m", type=vmae.weight, help="weight of L_M (default: 0.1)")
-    group.add_argument("--lambda-reg", type=vmae.weight, help="weight of L_reg; with 0 z has no "
-                       "variance (default: vmae 0.0001, vae 0.0003, sdvae 1e-05, others 0)")
-    group.add_argument("--lambda-p", type=vmae.weight, help="weight of L_P, LPIPS (default: vmae "
-                       "and sdvae 0.5 on a folder if VGG's weights can be had, otherwise 0)")
-    group.add_argument("--lambda-adv", type=vmae.weight, help="weight of the adversarial loss, "
-                       "which begins halfway through the run (default: sdvae 0.1, others 0)")
+    group.add_argument("--noise", type=vmae.weight_type, help="standard deviation of the noise on "
+                       "x (default: dae 0.2, others 0)")
+    group.add_argument("--lambda-m", type=vmae.weight_type, help="weight of L_M (default: 0.1)")
+    group.add_argument("--lambda-reg", type=vmae.weight_type, help="weight of L_reg; with 0 z has "
+                       "no variance (default: vmae 0.0001, vae 0.0003, sdvae 1e-05, others 0)")
+    group.add_argument("--lambda-p", type=vmae.weight_type, help="weight of L_P, LPIPS (default: "
+                       "vmae and sdvae 0.5 on a folder if VGG's weights can be had, otherwise 0)")
+    group.add_argument("--lambda-adv", type=vmae.weight_type, help="weight of the adversarial "
+                       "loss, which begins halfway through the run (default: sdvae 0.1, others 0)")
     group.add_argument("--kl-mean", choices=("free", "zero"), help="free: L_reg pulls only the "
                        "variance, to 1, Section 4.4; zero: the KL of Eq. (1) (default: vmae free, "
                        "others zero)")
@@ -283,16 +285,18 @@ def read_options():
     say_idle(given, idle)
     return args, given, saved
 
-def fill_in(args, given, device, known):
-    """Choose the options that are still None. given: those of the command line; known: the
+def fill_in(args, given, device, start_from):
+    """Choose the options that are still None. given: those of the command line; start_from: the
     checkpoint of --resume or --init."""
-    if known is not None:
-        model_args = known["model_args"]
+    if start_from is not None:
+        model_args = start_from["model_args"]
         args.size = args.size or model_args["img_size"]
         args.arch = "conv" if "channels" in model_args else "vit"
         args.model = args.model or name_of_size(model_args)
-    if args.arch == "conv" and args.mask > 0:
+    if args.arch == "conv" and args.mask > 0 and "mask" in given:
         raise InputError(f"--mask {args.mask}: convolutions cannot skip patches; give --mask 0")
+    if args.arch == "conv":                 # --init may be one, whatever the preset
+        args.mask = 0.0
     on_cuda = device.type == "cuda"
     if args.compile is None:
         args.compile = on_cuda
@@ -307,7 +311,7 @@ def fill_in(args, given, device, known):
     elif args.model is None:
         args.model = "base" if on_cuda else "small"
     use_recipe(args, RECIPES[args.model, args.arch, "cuda" if on_cuda else "cpu"])
-    refuse_silent_program(args, given)
+    refuse_unnamed_program(args, given)
     if args.lambda_p is None and args.tune:
         args.lambda_p = 10.0
     elif args.lambda_p is None:             # on the small faces VGG would cost more than the rest
@@ -329,33 +333,35 @@ def too_small(args, given, name, network, least):
     setattr(args, name, 0.0)
 
 def name_of_size(model_args):
-    """Arguments of a constructor -> the row of `sizes` that has them, or None."""
-    for name, row in [*vmae.sizes.items(), *vmae.conv_sizes.items()]:
-        if {**model_args, **row} == model_args:
-            return name
+    """Arguments of a constructor -> the key of `sizes` or `conv_sizes` that has them, or None."""
+    for table in (vmae.sizes, vmae.conv_sizes):
+        for name, row in table.items():
+            if all(model_args.get(key) == value for key, value in row.items()):
+                return name
     return None
 
-def new_model(args, known):
-    """Options -> (model, arguments of its constructor), with the weights of `known`, see fill_in.
-    InputError names --size and --mask if they do not fit the model."""
-    if known is not None:
-        model_args = dict(known["model_args"], img_size=args.size)
+def new_model(args, start_from):
+    """Options -> (model, arguments of its constructor), with the weights of start_from, see
+    fill_in. InputError names --size and --mask if they do not fit the model."""
+    if start_from is not None:
+        model_args = dict(start_from["model_args"], img_size=args.size)
     elif args.arch == "vit":
         model_args = dict(vmae.sizes[args.model], img_size=args.size)
     else:
         model_args = dict(vmae.conv_sizes[args.model], img_size=args.size)
     try:
         model = vmae.build(model_args)
-        vmae.random_mask(1, model.grid, model.grid, args.mask)     # raises if nothing stays visible
+        vmae.random_mask(1, model.grid, model.grid, args.mask)     # only for its ValueError
     except ValueError as error:
         raise InputError(f"--size {args.size} --mask {args.mask}: {error}") from None
-    if known is not None:
-        weights = vmae.resize_positions(known["model"], model)
-        model = vmae.build_vmae(dict(known, model_args=model_args, model=weights)).train()
+    if start_from is not None:
+        weights = vmae.resize_positions(start_from["model"], model)
+        model = vmae.build_vmae(dict(start_from, model_args=model_args, model=weights)).train()
     if args.lambda_reg == 0:
         vmae.drop_variance(model)
+    decoder = ("decoder", "from_latent", "mask_token", "post_quant_conv")
     for name, p in model.named_parameters():               # a frozen encoder keeps its latents
-        p.requires_grad_(not args.tune or name.startswith(("decoder", "from_latent", "mask_token")))
+        p.requires_grad_(not args.tune or name.startswith(decoder))
     return model, model_args
 
 def layout(args):
@@ -399,18 +405,19 @@ def load_perceptual(args, given, device):
 
 # ---- Options, shared with train_ldm.py --------------------------------------------------------
 
-# The options of both trainers. None means: chosen later.
+# Options of both trainers; None means that they are chosen later.
 COMMON = dict(data=None, val=None, flip=None, model=None, batch=None, micro=None, steps=None,
               lr=None, save_every=1000, keep=False, seed=0, device="auto", precision="auto",
               resume=False, compile=None)
-# A resumed run does not take these over from its checkpoint,
+# A resumed run ignores what its checkpoint says of these options.
 FRESH = ("resume", "out", "device", "compile")
-# and it may be given others of these.
+# A resumed run keeps the values of all others, but accepts a new one for these.
 FREE = "data val steps lr micro save_every keep precision no_cache vgg_weights".split()
 
-def checkpoint(path):
-    """The type of options that name a checkpoint. A resumed run may start in another folder."""
-    return os.path.abspath(vmae.checkpoint(path))
+def absolute_checkpoint(path):
+    """For options, as argparse's type: as vmae.checkpoint_path, but absolute, because a resumed run
+    may start in another folder."""
+    return os.path.abspath(vmae.checkpoint_path(path))
 
 def common_parser(doc):
     """-> a parser of the options of both trainers. What was not given is not in its result, so
@@ -428,17 +435,17 @@ def common_parser(doc):
         "stage one)")
     add("--model", choices=vmae.sizes, help="size of the network (default: stage one: tiny to 32 "
         "px; above, base on CUDA, else small; stage two: small on CUDA, else tiny)")
-    add("--batch", type=vmae.count, help="images per optimiser step (default: see RECIPES)")
-    add("--micro", type=vmae.count, help="images at once, whose gradients are summed (default: as "
-        "many as fit)")
-    add("--steps", type=vmae.count, help="optimiser steps in all (default: see RECIPES)")
-    add("--lr", type=vmae.positive, help="peak learning rate (default: see RECIPES)")
-    add("--save-every", type=vmae.count, help="steps between checkpoints (default: 1000)")
+    add("--batch", type=vmae.count_type, help="images per optimiser step (default: see RECIPES)")
+    add("--micro", type=vmae.count_type, help="images at once, whose gradients are summed "
+        "(default: as many as fit)")
+    add("--steps", type=vmae.count_type, help="optimiser steps in all (default: see RECIPES)")
+    add("--lr", type=vmae.positive_type, help="peak learning rate (default: see RECIPES)")
+    add("--save-every", type=vmae.count_type, help="steps between checkpoints (default: 1000)")
     add("--keep", action="store_true", help="keep each checkpoint, to measure it later, as "
         "step_000123.pt beside last.pt, and as large")
     add("--out", metavar="FOLDER", help="run folder (default: stage one: runs/PRESET; stage two: "
         "runs/ldm)")
-    add("--seed", type=vmae.any_seed, help="sets weights, order, masks and noise (default: 0)")
+    add("--seed", type=vmae.seed_type, help="sets weights, order, masks and noise (default: 0)")
     add("--device", help="cuda, cpu, mps... (default: cuda if there is one)")
     add("--precision", choices=("auto", "float32", "bfloat16"), help="of matrix products; auto: "
         "bfloat16 on CUDA from Ampere on, or if a CPU is faster with it; float32: as TF32 on CUDA "
@@ -492,9 +499,9 @@ def say_idle(given, idle):
         if idle.get(name):
             vmae.say(f"--{name.replace('_', '-')}: has no effect beside the other options")
 
-def refuse_silent_program(args, given):
-    """InputError if the images come from a Python file that the user has not named now: it would be
-    run because a checkpoint names it."""
+def refuse_unnamed_program(args, given):
+    """A checkpoint may say that its images come from a Python file. It is run only if the user
+    names it with --data; otherwise InputError."""
     if args.data and args.data.endswith(".py") and "data" not in given:
         raise InputError(f"--data: the checkpoint was trained on {args.data}, a program; name it "
                          f"again with --data, so that it may run")
@@ -508,7 +515,8 @@ def use_recipe(args, recipe):
 # ---- Plumbing, shared with train_ldm.py -------------------------------------------------------
 
 def matmul_precision(args, device):
-    """Choose --precision, if it is auto -> a function that makes a context for matrix products."""
+    """Choose --precision, if it is auto -> a function that makes the context in which matrix
+    products have it. On CUDA it also lets torch choose fast kernels."""
     if args.precision == "auto":
         fast = vmae.smallest(vmae.has_bfloat16(device))    # the same in all processes
         args.precision = "bfloat16" if fast else "float32"
@@ -541,14 +549,18 @@ def choose_micro(args, device, largest_part, states, at_once):
     return range(RANK, n_micro, WORLD)
 
 def equal_parts(batch, fits):
-    """The size of the parts of a batch, at most `fits`: as few parts per process as possible, or up
-    to twice as many if they are then of equal size, because one graph serves one shape."""
-    per_process = math.ceil(batch / WORLD / fits)
-    for parts in range(per_process, 2 * per_process + 1):
-        if batch % (parts * WORLD) == 0:
-            per_process = parts
+    """The size of the micro-batches, at most `fits`. They are as few as possible; but equal sizes
+    are preferred, because each shape is compiled and recorded by itself, even if they are then up
+    to twice as many."""
+    fewest = math.ceil(batch / WORLD / fits)               # per process
+    per_process = fewest
+    for more in range(fewest, 2 * fewest + 1):
+        if batch % (more * WORLD) == 0:
+            per_process = more
             break
-    return max(1, min(math.ceil(batch / per_process / WORLD), batch // WORLD))
+    size = math.ceil(batch / per_process / WORLD)
+    size = min(size, batch // WORLD)        # so that each process gets one
+    return max(1, size)
 
 def step_fits(n, largest_part, states):
     """Whether a step with n images at once fits the memory of the GPU."""
@@ -566,38 +578,18 @@ def step_fits(n, largest_part, states):
     torch.cuda.empty_cache()
     return fits
 
-def leave_out_step(opt):
-    """An optimiser step that changes nothing, but makes room for the moments."""
-    parameter = opt.param_groups[0]["params"][0]
-    opt.found_inf = torch.ones((), device=parameter.device)
-    opt.step()
-
-def make_fast(micro_batch, args, given, generator, blocks, lpips_net=None):
-    """With --compile, which is the default on CUDA: compile the blocks, where that pays, and the
-    network of L_P, and on CUDA replay micro_batch -> micro_batch, to be called in its place."""
-    if not args.compile:
-        return micro_batch
-    modules = []
-    if args.model != "tiny" or given.get("compile"):       # compiling tiny ones takes too long
-        modules.extend(blocks)
-    if lpips_net is not None:
-        modules.extend([lpips_net.net, *lpips_net.distances])
-    if modules:
-        vmae.compile_blocks(modules, given.get("compile"))
-    if generator.device.type == "cuda":
-        return Replay(micro_batch, generator)
-    say_idle(given, {"compile": not modules})
-    return micro_batch
-
 class Replay:
     """A function of CUDA tensors whose kernels are launched all at once, as a CUDA graph.
 
-    Python launches the hundreds of kernels of a step one after another, and a GPU that is done with
-    each at once waits for Python most of the time. For each set of shapes and options the function
-    runs twice as usual, while libraries choose their kernels and blocks are compiled; then it is
-    recorded, and from there on the record is replayed. So it may depend on nothing but its tensors,
-    its options and the generator, and may not read a tensor on the CPU (item(), print): the second
-    run is watched, and if it does, it goes on as usual."""
+    Python launches the hundreds of kernels of a training step one after another. A GPU that is done
+    with each of them at once waits for Python most of the time. For each set of shapes and options:
+
+        call 1    runs the function; libraries choose their kernels, blocks are compiled
+        call 2    runs it, and watches whether it reads a tensor on the CPU (item(), print); if it
+                  does, it cannot be recorded, and all calls run it
+        call 3    records it, and replays the record, as do all later calls
+
+    So the result may depend on nothing but the tensors, the options and the generator."""
 
     def __init__(self, function, generator):
         self.function = function
@@ -645,11 +637,29 @@ class Replay:
             outputs = self.function(*copies, **options)
         return copies, graph, outputs
 
+def make_fast(micro_batch, args, given, generator, blocks, lpips_net=None):
+    """-> a faster function in place of micro_batch. With --compile, which is the default on CUDA,
+    the blocks of all models but the tiny ones are compiled, and the network of L_P. On CUDA the
+    function is also a Replay."""
+    if not args.compile:
+        return micro_batch
+    modules = []
+    if args.model != "tiny" or given.get("compile"):       # compiling tiny ones takes too long
+        modules.extend(blocks)
+    if lpips_net is not None:
+        modules.extend([lpips_net.net, *lpips_net.distances])
+    if modules:
+        vmae.compile_blocks(modules, given.get("compile"))
+    if generator.device.type == "cuda":
+        return Replay(micro_batch, generator)
+    say_idle(given, {"compile": not modules})
+    return micro_batch
+
 def index_batches(n, args, start, my_micro_batches):
-    """Yield this process's parts of each batch, from step `start` on, without end: lists of numbers
+    """Yield this process's parts of each batch, from step `start` on, without end: lists of indices
     below n. They are sorted, because reading a file front to back is faster and the order within a
     part does not matter. The batches are cut, one after the other, from the epochs in a row; each
-    epoch is a new random order of all n numbers."""
+    epoch is a new random order of all n indices."""
     @functools.lru_cache(2)
     def order(epoch):
         return torch.randperm(n, generator=vmae.seeded(args.seed, epoch)).tolist()
@@ -658,20 +668,19 @@ def index_batches(n, args, start, my_micro_batches):
         batch = []
         for place in range(step * args.batch, (step + 1) * args.batch):
             batch.append(order(place // n)[place % n])
-        for number in my_micro_batches:
-            yield sorted(batch[number * args.micro:(number + 1) * args.micro])
+        for i in my_micro_batches:
+            yield sorted(batch[i * args.micro:(i + 1) * args.micro])
 
-def read_ahead(data, args, start, my_micro_batches, device):
+def training_batches(data, args, start, my_micro_batches, device):
     """Yield without end what this process trains on, x and y on `device`. For a GPU a thread reads
     the next part while this one is computed, into memory that the GPU can copy from by itself
     (pinned). Beside a training on the CPU the thread would only take cores from it."""
     batches = map(data.batch, index_batches(len(data), args, start, my_micro_batches))
-    if device.type != "cuda":
-        for x, y in batches:
-            yield x.to(device), y.to(device)
-    pinned = ((x.pin_memory(), y.pin_memory()) for x, y in batches)
-    for x, y in vmae.prefetch(pinned):
-        yield x.to(device, non_blocking=True), y.to(device, non_blocking=True)
+    on_cuda = device.type == "cuda"
+    if on_cuda:
+        batches = vmae.prefetch((x.pin_memory(), y.pin_memory()) for x, y in batches)
+    for x, y in batches:
+        yield x.to(device, non_blocking=on_cuda), y.to(device, non_blocking=on_cuda)
 
 def learning_rate(step, steps, peak):
     """Linear warm-up over 2 % of the run, while AdamW's moments settle; a cosine down to zero."""
@@ -695,8 +704,9 @@ def optimiser(model):
 
 def optimiser_step(opt, model, lr):
     """One step with the gradients that all processes have summed, clipped at norm 1, and then
-    zeroed -> whether they were finite, a tensor. If not, nothing is changed: AdamW's kernel leaves
-    a step out if found_inf is 1, so that the CPU does not have to wait for the GPU."""
+    zeroed -> whether they were finite, a tensor. If not, no weight is changed: fused AdamW leaves a
+    step out if its found_inf is 1, as mixed-precision training uses it, and the CPU need not wait
+    for the GPU."""
     parameters = [p for p in model.parameters() if p.grad is not None]
     if WORLD > 1:
         sum_over_processes([p.grad for p in parameters])
@@ -708,10 +718,17 @@ def optimiser_step(opt, model, lr):
     opt.zero_grad(set_to_none=False)        # the gradients stay where Replay has recorded them
     return is_finite
 
+def leave_out_step(opt):
+    """An optimiser step that changes no weight, see optimiser_step, but makes room for the
+    moments."""
+    parameter = opt.param_groups[0]["params"][0]
+    opt.found_inf = torch.ones((), device=parameter.device)
+    opt.step()
+
 def sum_over_processes(gradients):
     """Replace each gradient by its sum over the processes: as one vector, in one go."""
     flat = torch.cat([g.flatten() for g in gradients])
-    with vmae.together():
+    with vmae.collective():
         dist.all_reduce(flat)
     for g, part in zip(gradients, flat.split([g.numel() for g in gradients])):
         g.copy_(part.view_as(g))
@@ -734,8 +751,8 @@ def load_states(args, ckpt, states):
                          f"finds {start}; all processes need the same folder")
     return start
 
-def begin(args, model):
-    """Make the run folder and print what will run."""
+def say_options(args, model):
+    """Print all options and the size of the model, and make the run folder."""
     os.makedirs(args.out, exist_ok=True)
     count = sum(p.numel() for p in model.parameters()) / 1e6
     options = " ".join(f"{name}={value}" for name, value in vars(args).items())
@@ -755,12 +772,14 @@ def save(args, states, step, **entries):
 def finish(args, done):
     """End the run after step `done`, when process 0 has saved it."""
     vmae.wait_for_all()
+    if done < args.steps and RANK == 0:
+        sys.exit(f"stopped after step {done}, which is saved; --resume goes on")
     if done < args.steps:
-        sys.exit(f"stopped after step {done}, which is saved; --resume goes on" if RANK == 0 else 1)
+        sys.exit(1)
 
 class Stop:
-    """Notes SIGTERM and Ctrl-C, so that the run ends after a whole step. Without torchrun, which
-    would see to that, a second one ends it at once."""
+    """Notes SIGTERM and Ctrl-C, so that the run ends after a whole step. A second one ends it at
+    once; under torchrun, torchrun does that."""
 
     def __init__(self):
         self.received = False
@@ -807,39 +826,50 @@ class Log:
                         mininterval=1, disable=RANK > 0)
         return self.bar
 
-    def add(self, terms, part):
-        """Losses of this part of a batch; what is not finite is left out of their means."""
+    def add(self, terms, share):
+        """Losses of this share of a batch; what is not finite is left out of their means."""
         values = torch.stack(list(terms.values()))         # (terms,)
         good = values.isfinite()
-        rows = part * torch.stack([values.nan_to_num(0, 0, 0), good, ~good])   # (3, terms)
+        rows = share * torch.stack([values.nan_to_num(0, 0, 0), good, ~good])  # (3, terms)
         names = tuple(terms)
         self.sums[names] = self.sums.get(names, 0) + rows
 
-    def means(self, step):
-        """-> {name: value} for the log: the speed, and the means of the losses, since the last
-        line. InputError if more than ten steps since then had to be left out."""
-        totals = {}                         # of each loss: the sum, the good share, the bad share
+    def totals(self):
+        """-> of each loss, by name: its sum, the share of good values, the share of bad ones."""
+        found = {}
         for names, rows in self.sums.items():
+            rows = rows.clone()
             if WORLD > 1:
-                with vmae.together():
+                with vmae.collective():
                     dist.all_reduce(rows)
             for name, column in zip(names, rows.T.tolist()):
-                old = totals.get(name, (0, 0, 0))
-                totals[name] = [a + b for a, b in zip(old, column)]
+                old = found.get(name, (0, 0, 0))
+                found[name] = [a + b for a, b in zip(old, column)]
+        return found
+
+    def check_skipped(self, step):
+        """InputError, which names the loss, if more than ten steps since the last line had to be
+        left out, because a gradient was infinite or NaN."""
         skipped = int(self.skipped)
-        if skipped > 10:
-            broken = [name for name, (_, _, bad) in totals.items() if bad > 0]
-            raise InputError(f"step {step}: {' and '.join(broken) or 'the gradient'} infinite or "
-                             f"NaN, in {skipped} of the last {step - self.logged} steps; go on "
-                             f"with --resume and a lower --lr")
+        if skipped <= 10:
+            return
+        broken = [name for name, (_, _, bad) in self.totals().items() if bad > 0]
+        raise InputError(f"step {step}: {' and '.join(broken) or 'the gradient'} infinite or NaN, "
+                         f"in {skipped} of the last {step - self.logged} steps; go on with "
+                         f"--resume and a lower --lr")
+
+    def means(self, step):
+        """-> {name: value} for the log: the speed, and the means of the losses, since the last
+        line."""
+        totals = self.totals()
         images = (step - self.logged) * self.args.batch
         means = {"images_per_s": round(images / (time.perf_counter() - self.since), 1)}
         for name, (total, good, _) in totals.items():
             means[name] = math.nan
             if good > 0:
                 means[name] = round(total / good, 5)
-        if skipped > 0:
-            means["skipped"] = skipped
+        if self.skipped > 0:
+            means["skipped"] = int(self.skipped)
         return means
 
     def write(self, line):

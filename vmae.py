@@ -30,9 +30,9 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 
-# Threads that wait for each other spin, and so two trainings on the same cores would disturb each
-# other (README, troubleshooting). torch reads this when it is loaded, hence before the import.
-if "OMP_WAIT_POLICY" not in os.environ:
+# Let torch's threads wait without keeping their cores busy, so that two trainings can share a CPU
+# (README, troubleshooting). torch reads this while it is imported, so it has to stand before that.
+if "OMP_WAIT_POLICY" not in os.environ:     # unless the user has decided
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 import numpy as np
@@ -75,7 +75,7 @@ def random_mask(B, h, w, mask_ratio, generator=None, device="cpu"):
     is 1 where a patch is masked. V = N(1 - mask_ratio), rounded down; ValueError if V is 0.
     generator: on `device`, for repeatable masks."""
     N = h * w
-    V = math.floor(N * (1 - mask_ratio) + 1e-9)            # in floats 10 * (1 - 0.9) is below 1
+    V = math.floor(N * (1 - mask_ratio) + 1e-9)            # 10 * (1 - 0.9) is .9999..., in floats
     if not 0 < V <= N:
         raise ValueError(f"a mask ratio of {mask_ratio} leaves {max(V, 0)} of {N} patches visible; "
                          f"it must be at least 0 and leave one patch visible")
@@ -126,8 +126,8 @@ class Gaussian:
             The means may lie anywhere, because stage two learns where they lie.
 
         Sum over the channels of a token, mean over tokens and batch: a scalar, in nats per token.
-        L_reg acts on sigma, the noise around one latent. The scale of mu over the data is set by
-        ldm.normalise, before stage two."""
+        With mean="free" L_reg acts on sigma, the noise around one latent, and does not limit the
+        scale of mu over the data. ldm.normalise sets that scale, before stage two."""
         logvar = self.logvar.float()
         kl = logvar.exp() - 1 - logvar                                     # (B, d, V)
         if mean == "zero":
@@ -143,7 +143,7 @@ def mean_nll(p, x, weight, P):
     With sigma = 1 this is half the squared error plus 1/2 log(2 pi) = .919, a constant without a
     gradient, which hides progress; the PSNR in the log is easier to read."""
     nll = patchify(p.nll(x), P).mean(-1)                                   # (B, N)
-    return (nll * weight).sum() / weight.sum().clamp(min=1)                # a scalar; 0, not 0 / 0
+    return (nll * weight).sum() / weight.sum().clamp(min=1)                # a scalar, never 0 / 0
 
 def loss_R(p, x, mask, P):
     """L_R = E[-log p(x_v|z)]: what the encoder saw must be reconstructed. Section 4.3."""
@@ -193,13 +193,14 @@ def sincos_positions(D, grid, trained_grid=None):
     """Fixed 2-D sin-cos positions (1, N, D): half of D for the column, half for the row.
 
     Frequencies 10000^(-k / (D/4)), sines before cosines (Vaswani 2017; MAE, He 2022). If the model
-    was trained on another grid, the new one is spread over the same range of coordinates."""
+    was trained on another grid, coordinates are measured in patches of that grid, so that the new
+    patches lie between the places that the model knows."""
     omega = 10000.0 ** -(torch.arange(D // 4, dtype=torch.float64) / (D // 4))     # (D/4,)
     trained_grid = trained_grid or grid
-    spacing = trained_grid / grid           # of the new patches, in patches of the trained grid
-    centre = (torch.arange(grid, dtype=torch.float64) + 0.5) * spacing - 0.5       # (grid,)
-    centre = centre.clamp(0, trained_grid - 1)
-    row, column = torch.meshgrid(centre, centre, indexing="ij")            # (grid, grid) each
+    spacing = trained_grid / grid           # between two new patches
+    coordinate = (torch.arange(grid, dtype=torch.float64) + 0.5) * spacing - 0.5   # (grid,)
+    coordinate = coordinate.clamp(0, trained_grid - 1)
+    row, column = torch.meshgrid(coordinate, coordinate, indexing="ij")    # (grid, grid) each
     column = column.reshape(-1, 1) * omega                                 # (N, D/4)
     row = row.reshape(-1, 1) * omega                                       # (N, D/4)
     return torch.cat([column.sin(), column.cos(), row.sin(), row.cos()], 1).float()[None]
@@ -311,7 +312,7 @@ class VMAE(nn.Module):
         # log sigma^2 of p(x|z), fixed at sigma = 1. To learn it, make it an nn.Parameter.
         self.register_buffer("logvar_x", torch.zeros(()), persistent=False)
         for module in self.modules():
-            if isinstance(module, nn.Linear):              # as MAE does
+            if isinstance(module, nn.Linear):              # as MAE does with these
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
 
@@ -370,9 +371,9 @@ class VMAE(nn.Module):
         """The weight nearest to the pixels, on which the adversarial loss is scaled."""
         return self.decoder_pred.conv_smoother.weight
 
-# Rows of VMAE's arguments, without img_size. tiny: for 32 px. small: for small photographs on a
-# CPU. base: the paper's f8d16 (patches of 8 pixels, d = 16); at 256 px it holds 11.19 M numbers, of
-# which 10.80 M are learned and the rest are fixed positions.
+# The arguments of VMAE for each --model, without img_size. tiny: for 32 px. small: for small
+# photographs on a CPU. base: the paper's f8d16 (patches of 8 pixels, d = 16); at 256 px it holds
+# 11.19 M values, of which 10.80 M are learned and the rest are fixed positions.
 sizes = {
     "tiny": dict(patch_size=4, embed_dim=128, depth=2, num_heads=4, latent_dim=16),
     "small": dict(patch_size=8, embed_dim=192, depth=3, num_heads=6, latent_dim=16),
@@ -413,7 +414,8 @@ class ResnetBlock(nn.Module):
         return self.conv_shortcut(x) + self.conv2(F.silu(self.norm2(h)))   # (B, c_out, h, w)
 
 class MidBlock(nn.Module):
-    """At the smallest size: a residual block, attention among all pixels, a residual block."""
+    """At the smallest size: a residual block, attention among all pixels, a residual block. The
+    modules are nested so that they have the names of published weights."""
 
     def __init__(self, C):
         super().__init__()
@@ -440,21 +442,21 @@ def up(C):
     """Twice the size: each pixel is repeated four times, then a convolution smooths."""
     return nn.Sequential(named(nearest=nn.Upsample(scale_factor=2), conv=conv3(C, C)))
 
-def levels(channels, blocks, name, step):
-    """One level for each width in `channels`: `blocks` residual blocks, then, except in the last
-    level, step(width). `step` is down or up; published weights call it `name`."""
-    rows = []
+def levels(channels, n_blocks, resize_name, make_resize):
+    """One level for each width in `channels`: n_blocks residual blocks, then, except in the last
+    level, make_resize(width), which is `down` or `up`. Published weights call it resize_name."""
+    all_levels = []
     c_in = channels[0]
-    for number, c_out in enumerate(channels, 1):
+    for level, c_out in enumerate(channels):
         resize = {}
-        if number < len(channels):
-            resize[name] = step(c_out)
+        if level < len(channels) - 1:
+            resize[resize_name] = make_resize(c_out)
         resnets = []
-        for _ in range(blocks):
+        for _ in range(n_blocks):
             resnets.append(ResnetBlock(c_in, c_out))
             c_in = c_out
-        rows.append(named(resnets=nn.Sequential(*resnets), **resize))
-    return nn.Sequential(*rows)
+        all_levels.append(named(resnets=nn.Sequential(*resnets), **resize))
+    return nn.Sequential(*all_levels)
 
 class ConvAutoencoder(nn.Module):
     """The convolutional autoencoder of Stable Diffusion 3, with VMAE's attributes and methods.
@@ -518,7 +520,7 @@ class ConvAutoencoder(nn.Module):
     def last_layer(self):
         return self.decoder.conv_out.weight
 
-conv_sizes = {                              # the rows of `sizes`, with the same latents
+conv_sizes = {                              # as `sizes`, with the same latents
     "tiny": dict(channels=(16, 32, 64), latent_dim=16),
     "small": dict(channels=(32, 64, 128, 128), latent_dim=16),
     "base": dict(channels=(128, 256, 512, 512), latent_dim=16)}            # SD3's, 83.82 M
@@ -554,9 +556,10 @@ def loss_G(fake, reconstruction, last_layer):
     of the other losses (Esser 2021, Eq. 7; Rombach 2022). fake: the discriminator's scores of
     x_hat; reconstruction: the sum of the other losses; last_layer: the model's weight."""
     adversarial = -fake.float().mean()                     # a scalar
-    wanted = torch.autograd.grad(reconstruction, last_layer, retain_graph=True)[0].norm()
-    length = torch.autograd.grad(adversarial, last_layer, retain_graph=True)[0].norm()
-    return (wanted / (length + 1e-4)).clamp(max=1e4).detach() * adversarial
+    grad_rec = torch.autograd.grad(reconstruction, last_layer, retain_graph=True)[0].norm()
+    grad_adv = torch.autograd.grad(adversarial, last_layer, retain_graph=True)[0].norm()
+    scale = (grad_rec / (grad_adv + 1e-4)).clamp(max=1e4)  # bounds as in Esser's code
+    return scale.detach() * adversarial
 
 # ---- LPIPS, the network inside L_P ------------------------------------------------------------
 
@@ -632,12 +635,12 @@ class InputError(ValueError):
     """The user gave something that cannot be used. The message is one sentence that says what."""
 
 def first_sentence(error):
-    """Of an error of torch, whose explanations are long."""
+    """The first sentence of an error's message: those of torch go on for many lines."""
     text = str(error) or repr(error)
     return text.splitlines()[0].split(". ")[0]
 
 def last_line(error):
-    """Of an error that lists everything that did not fit: one example is enough."""
+    """The last line of an error's message: where it lists all that did not fit, one example."""
     text = str(error).strip() or repr(error)
     return text.splitlines()[-1].strip()
 
@@ -658,8 +661,9 @@ def say(text):
         print(text)
 
 @contextlib.contextmanager
-def together():
-    """Around what all processes do at once. If one of them has ended, the others end here."""
+def collective():
+    """Around an operation of all processes. If one of them has ended, the others get a RuntimeError
+    of the network, which becomes an InputError here."""
     try:
         yield
     except RuntimeError as error:
@@ -672,7 +676,7 @@ def smallest(value):
     if WORLD == 1:
         return value
     box = torch.tensor(value, dtype=torch.float64)
-    with together():
+    with collective():
         dist.all_reduce(box, dist.ReduceOp.MIN)
     return type(value)(box.item())
 
@@ -690,7 +694,7 @@ def from_first(function):
     if RANK == 0:
         box = [function()]
     if WORLD > 1:
-        with together():
+        with collective():
             dist.broadcast_object_list(box, device=torch.device("cpu"))
     return box[0]
 
@@ -703,9 +707,10 @@ def build(model_args):
     return VMAE(**model_args)
 
 def resize_positions(weights, model):
-    """Weights trained at another image size -> the same with positions for `model`'s grid: sines at
-    places spread over the trained grid, which the authors' bilinear resize approximates. On faces
-    of twice the training size both reach 35.0 dB; places beyond the trained grid reach 23.6 dB."""
+    """Weights trained at another image size -> the same with positions for `model`'s grid, whose
+    coordinates have the same range as in training. (On faces of twice the training size: 35.0 dB;
+    23.6 dB if coordinates go on beyond that range. The authors resize the old table bilinearly,
+    which also gives 35.0 dB.)"""
     old = weights.get("pos_embed")
     if old is None or old.shape[1] == model.grid**2:       # a convolution has no positions
         return weights
@@ -714,10 +719,13 @@ def resize_positions(weights, model):
 
 def drop_variance(model):
     """For lambda_reg = 0: shrink q(z|x) to its mean, sigma = 3e-7. Sets logvar to -40; Gaussian
-    clamps it to -30, where its gradient is zero, so it stays."""
-    last = model.encoder.conv_out if isinstance(model, ConvAutoencoder) else model.to_latent
-    if isinstance(model, ConvAutoencoder) and isinstance(model.quant_conv, nn.Conv2d):
+    clamps it to -30, and outside the clamp its gradient is zero, so it stays."""
+    if isinstance(model, VMAE):
+        last = model.to_latent
+    elif isinstance(model.quant_conv, nn.Conv2d):
         last = model.quant_conv
+    else:
+        last = model.encoder.conv_out
     last.weight.data[model.latent_dim:] = 0
     last.bias.data[model.latent_dim:] = -40
 
@@ -765,8 +773,8 @@ def save_checkpoint(path, **entries):
                 raise error.__context__ from None
             raise
 
-def checkpoint(path):
-    """The type of options that name a checkpoint: a run folder stands for its last.pt."""
+def checkpoint_path(path):
+    """A run folder -> its last.pt; any other path -> the same. For options, as argparse's type."""
     last = os.path.join(path, "last.pt")
     if os.path.exists(last):
         return last
@@ -776,7 +784,7 @@ def read_checkpoint(path):
     """The dict in a checkpoint, ours or published, on the CPU. path: a file, or a run folder.
     Nothing in the file is executed. InputError says why it cannot be used, for instance because a
     weight is NaN."""
-    path = checkpoint(path)
+    path = checkpoint_path(path)
     if not os.path.isfile(path):
         raise InputError(f"{path}: no such checkpoint; training writes last.pt into its --out")
     torch.serialization.add_safe_globals([argparse.Namespace])     # the authors' files hold one
@@ -785,7 +793,7 @@ def read_checkpoint(path):
             ckpt = read_safetensors(path)
         else:
             ckpt = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:                         # such as a file that may not be read
+    except OSError:                         # such as a forbidden file: it keeps its own message
         raise
     except Exception:
         raise InputError(f"{path}: {why_unreadable(path)}") from None
@@ -794,9 +802,9 @@ def read_checkpoint(path):
     for name in ("model_args", "train_args", "vmae"):
         if not isinstance(ckpt.get(name, {}), dict):
             raise InputError(f"{path}: not a checkpoint, or a damaged one: its {name} is no dict")
-    inner = ckpt.get("vmae", {})            # stage one inside stage two
+    stage_one = ckpt.get("vmae", {})        # inside a checkpoint of stage two
     for weights in (ckpt, ckpt.get("model"), ckpt.get("ema"), ckpt.get("state_dict"),
-                    inner.get("model")):
+                    stage_one.get("model")):
         if isinstance(weights, dict):
             refuse_nan(path, weights)
     return ckpt
@@ -840,12 +848,13 @@ def read_safetensors(path):
 
 def read_stage_one(path, num_heads=12):
     """Any checkpoint -> a dict of stage one's model_args, model and train_args, and the path.
-    num_heads: of published weights, which do not say it, nor what they were trained on."""
+    num_heads is used for published weights only, because their files do not hold it. What these
+    were trained on is not known either: data and val are None."""
     ckpt = read_checkpoint(path)
     if "vmae" in ckpt:                      # a checkpoint of stage two holds its stage one
         ckpt = ckpt["vmae"]
     if "model_args" not in ckpt or "model" not in ckpt:
-        ckpt = published(path, ckpt, num_heads)
+        ckpt = published_vmae(path, ckpt, num_heads)
     trained = {"data": None, "val": None, **ckpt.get("train_args", {})}
     return dict(model_args=ckpt["model_args"], model=ckpt["model"], train_args=trained, path=path)
 
@@ -864,7 +873,7 @@ def load_vmae(path, num_heads=12):
     eval mode. InputError as read_checkpoint's."""
     return build_vmae(read_stage_one(path, num_heads))
 
-def published(path, ckpt, num_heads):
+def published_vmae(path, ckpt, num_heads):
     """A checkpoint of the authors' VMAE, or of a VAE of Stable Diffusion 1, 2 or 3 or FLUX.1 under
     diffusers' names -> model_args and model, as in ours. The shapes tell all arguments but
     num_heads. Prints what was ignored, and whether the mask token, which only training needs, was
@@ -895,15 +904,17 @@ IGNORED = ("perceptual", "lpips", "loss", "discriminator", "model_ema")
 MAY_LACK = {"mask_token"}
 
 def check_weights(path, weights, missing, left_over):
-    """Print what was read from published weights, and what was ignored on purpose. InputError if
-    weights are missing, or if some have no place in our model: it would compute something else."""
-    lost = set(missing) - MAY_LACK
-    if lost:
-        raise InputError(f"{path}: lacks {len(lost)} weights of this model, such as {min(lost)}")
-    unknown = [name for name in left_over if not name.startswith(IGNORED)]
-    if unknown:
-        raise InputError(f"{path}: {len(unknown)} of its weights have no place in this model, such "
-                         f"as {unknown[0]}, so it is another one")
+    """Print what was read from published weights, and what was ignored on purpose. missing,
+    left_over: names, as load_state_dict returns them. InputError if a weight is missing, or if one
+    has no place in our model, which would then compute something else."""
+    needed = set(missing) - MAY_LACK
+    if needed:
+        raise InputError(f"{path}: lacks {len(needed)} weights of this model, such as "
+                         f"{min(needed)}")
+    unexpected = [name for name in left_over if not name.startswith(IGNORED)]
+    if unexpected:
+        raise InputError(f"{path}: {len(unexpected)} of its weights have no place in this model, "
+                         f"such as {unexpected[0]}, so it is another one")
     say(f"{path}: {len(weights) - len(left_over)} tensors read; missing: "
         f"{', '.join(missing) or 'none'}; ignored: {', '.join(left_over) or 'none'}")
 
@@ -979,7 +990,7 @@ class Images:
         size              pixels per side
         classes           names of the classes, or an empty list
         __len__()         the number of images
-        batch(indices)    B numbers, a list -> x uint8 (B, 3, size, size), y (B,), their classes
+        batch(indices)    B indices, a list -> x uint8 (B, 3, size, size), y (B,), their classes
         made_of()         a text that changes whenever the images do: caches are named after it
 
     and put it into a Python file with a function open_images(size) that returns two of them, to
@@ -995,13 +1006,13 @@ class Images:
         x, y = self.batch([i])
         return to_float(x[0]), y.item()
 
-    def batches(self, numbers, B=64):
-        """Yield the batches x, y of the images with these numbers, a tensor."""
-        for part in numbers.split(B):
+    def batches(self, indices, B=64):
+        """Yield the batches x, y of the images with these indices, a tensor."""
+        for part in indices.split(B):
             yield self.batch(part.tolist())
 
     def some(self, n):
-        """The numbers (n,) of n images, always the same."""
+        """The indices (n,) of n images, always the same."""
         return torch.randperm(len(self), generator=torch.Generator().manual_seed(0))[:n]
 
 class Cache:
@@ -1010,7 +1021,8 @@ class Cache:
     Process 0 writes the file from front to back, and it gets its name when it is whole: a run that
     is killed meanwhile begins it again. All processes then map it into memory and read from there.
     The file is numpy's .npy, with one record per row. Its name ends in a hash of `made_of`, a text
-    that changes with what the rows come from; files of the same kind with another hash go."""
+    that changes with what the rows come from; files of the same kind with another hash go. n rows,
+    with x of this shape and dtype; kind: the beginning of the file's name."""
 
     def __init__(self, folder, kind, made_of, n, shape, dtype):
         self.n = n
@@ -1028,12 +1040,13 @@ class Cache:
         """Whether the file is there, or this fraction of the free disk has room for it."""
         return self.path.exists() or self.bytes <= fraction * shutil.disk_usage(self.folder).free
 
-    def open(self, what, batches):
+    def open(self, verb, batches):
         """-> self, ready to be read. batches: an iterator over the rows as x, y, which is used if
-        the file is not there yet. InputError if the disk has no room, or if the file is damaged."""
+        the file is not there yet; verb: what that is called, for the bar. InputError if the disk
+        has no room, or if the file is damaged."""
         if RANK == 0 and not self.path.exists():
             self.delete_others()
-            self.write(what, batches)
+            self.write(verb, batches)
         wait_for_all()
         try:
             self.rows = np.load(self.path, mmap_mode="r")
@@ -1047,15 +1060,15 @@ class Cache:
             if re.fullmatch(rf"{self.kind}_[0-9a-f]{{16}}\.npy(\.tmp)?", file.name):
                 file.unlink()
 
-    def write(self, what, batches):
+    def write(self, verb, batches):
         """Write all rows."""
         if not self.fits():
             free = shutil.disk_usage(self.folder).free
             raise InputError(f"{self.folder}: needs {self.bytes / 1e6:,.1f} MB, {free / 1e6:,.1f} "
                              f"MB are free; make room, or give another --out")
-        say(f"{what} {self.n} images, kept in {self.folder}: {self.bytes / 1e6:,.1f} MB")
+        say(f"{verb} {self.n} images, kept in {self.folder}: {self.bytes / 1e6:,.1f} MB")
         header = dict(descr=self.record.descr, fortran_order=False, shape=(self.n,))
-        bar = tqdm(total=self.n, desc=what, dynamic_ncols=True)
+        bar = tqdm(total=self.n, desc=verb, dynamic_ncols=True)
         with whole_file(self.path) as file, bar:
             np.lib.format.write_array_header_2_0(file, header)
             for x, y in batches:
@@ -1066,7 +1079,7 @@ class Cache:
                 bar.update(len(x))
 
     def batch(self, indices):
-        """B numbers of rows -> x (B, ...), y (B,)."""
+        """B indices of rows -> x (B, ...), y (B,)."""
         rows = self.rows[np.asarray(indices)]              # a copy, (B,) records
         x = torch.from_numpy(np.ascontiguousarray(rows["x"]))
         y = torch.from_numpy(np.ascontiguousarray(rows["y"]))
@@ -1085,19 +1098,22 @@ def prefetch(batches):
 
 # ---- Images: a folder -------------------------------------------------------------------------
 
-# All that the installed Pillow reads by itself. Of these formats it reads only the header, or it
-# runs another program, or they hold measurements, not pictures.
+# Formats that Pillow knows and that we do not read: of some it reads only the header, for some it
+# runs another program, and some hold measurements instead of pictures.
 NOT_PICTURES = {"BUFR", "EPS", "FITS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"}
+# The extensions of all the others that the installed Pillow can open.
 Image.init()
 EXTENSIONS = tuple(extension for extension, kind in Image.registered_extensions().items()
                    if kind in Image.OPEN and kind not in NOT_PICTURES)
-SKIPPED = (".", "grid.png", "trajectory.png")          # hidden files, and sample.py's overviews
+# Beginnings of the names of files that are left out: hidden ones, and sample.py's overviews.
+SKIPPED = (".", "grid.png", "trajectory.png")
 OUTPUT = {"log.jsonl", "samples.json", "reconstruct.json", "smoothness.json", "separability.json",
           "compare.json", "neighbours.json"}           # such a folder was written by our scripts
 MIN_SIDE = 8           # pixels; anything smaller is a placeholder, not a photograph
 MAX_PIXELS = 178_956_970   # a header may claim any size; Pillow's own limit can be switched off
 MAX_UNREADABLE = 0.01  # share of the files; a collected folder often has a few broken ones
-# Pillow warns of what we read, or refuse; torchvision of arguments that it renamed, by lpips.
+# Two warnings that tell the user nothing: Pillow's about odd files, which are read or named, and
+# torchvision's about old names of arguments, which lpips uses.
 warnings.filterwarnings("ignore", module="PIL|torchvision")
 
 def read_image(path, size, draft=False):
@@ -1233,22 +1249,22 @@ class ImageFolder(Images):
         elif split == "val":
             paths = self.held_out() or paths    # `describe` says if nothing is held out
         self.paths = sorted(paths)
-        number = {name: y for y, name in enumerate(self.classes)}
-        self.labels = torch.tensor([number.get(path.split("/")[0], 0) for path in self.paths])
+        label = {name: y for y, name in enumerate(self.classes)}
+        self.labels = torch.tensor([label.get(path.split("/")[0], 0) for path in self.paths])
 
     def held_out(self):
-        """The paths that are not trained on, about one in twenty. The path of an image alone
-        decides, so that added files move none. There is one at least, unless that would leave a
-        class without any image to train on."""
-        random_number = {path: zlib.crc32(os.fsencode(path)) for path in self.folder.files}
-        held_out = {path for path in random_number if random_number[path] % 20 == 0}
+        """The paths that are not trained on: about one in twenty, by a hash of the path, so that
+        files that are added later move none of the others. There is one at least, but never the
+        whole of a class."""
+        hashes = {path: zlib.crc32(os.fsencode(path)) for path in self.folder.files}
+        held_out = {path for path in hashes if hashes[path] % 20 == 0}
         if not held_out:
-            held_out = {min(random_number, key=random_number.get)}
-        classes = {}                        # name: its paths
-        for path in sorted(random_number):
+            held_out = {min(hashes, key=hashes.get)}
+        paths_of_class = {}
+        for path in sorted(hashes):
             name = path.split("/")[0] if self.classes else ""
-            classes.setdefault(name, []).append(path)
-        for paths in classes.values():
+            paths_of_class.setdefault(name, []).append(path)
+        for paths in paths_of_class.values():
             if held_out.issuperset(paths):
                 held_out.remove(paths[0])
         return held_out
@@ -1445,7 +1461,7 @@ class Faces(Images):
         paint((X - gaze).abs() - eye_x, Y + level - gaze.abs() / 2,
               rx * by_kind(.62, .38, .58, .45), ry * by_kind(.62, .85, .72, .45), box, dark, 3)
 
-        # Nose, and a mouth that smiles or not: a stroke along y = bend * x^2.
+        # Nose, and a mouth: a stroke along a parabola, which smiles if bend > 0, as y points down.
         paint(X, Y - b * by_kind(.30, .30, .18, 0), a * by_kind(.17, .11, .09, 0),
               b * by_kind(.11, .09, .14, 0), by_kind(2, 1, 2, 2),
               torch.where(human, skin * .7, dark), 2)
@@ -1492,8 +1508,6 @@ def own_images(path, size):
         raise InputError(f"{path}: defines no function open_images(size); see vmae.Images")
     return program["open_images"](size)
 
-SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}
-
 def in_words(counts, most=10):
     """{"cat": 9, "dog": 3} -> "cat 9, dog 3"; of more than `most`, how many more there are."""
     texts = [f"{printable(name)} {count}" for name, count in list(counts.items())[:most]]
@@ -1521,10 +1535,10 @@ def describe_folder(train, val):
     small = sum(side < train.size for side in sides)
     if small > 0:
         print(f"enlarged: {small} of {len(sides)}; the smallest has {min(sides)} pixels")
-    numbers = torch.bincount(train.labels, minlength=len(train.classes)).tolist()
+    counts = torch.bincount(train.labels, minlength=len(train.classes)).tolist()
     below = sum("/" in path for path in folder.files)
     if train.classes:
-        print(f"classes: {in_words(dict(zip(train.classes, numbers)))}")
+        print(f"classes: {in_words(dict(zip(train.classes, counts)))}")
     elif below == len(sides):
         print("classes: none, as there is only one sub-folder; if the classes are in there, name "
               "that one with --data")
@@ -1534,10 +1548,15 @@ def describe_folder(train, val):
         print(f"left out, by extension: {in_words(folder.others)}")
     if folder.unreadable:
         print(f"left out, unreadable: {len(folder.unreadable)}")
-    if train.classes and SPLITS.issuperset(name.lower() for name in train.classes):
-        train_on, *others = sorted(train.classes, key=lambda name: not name.startswith("train"))
+    parts = {"train", "training", "val", "valid", "validation", "test", "testing"}
+    if train.classes and parts.issuperset(name.lower() for name in train.classes):
+        to_train_on = train.classes[0]
+        for name in train.classes:
+            if name.lower().startswith("train"):
+                to_train_on = name
+        held_out = [name for name in train.classes if name != to_train_on][-1]
         print(f"warning: these classes look like parts of one data set; if they are, give --data "
-              f"{Path(folder.root, train_on)} --val {Path(folder.root, others[-1])}")
+              f"{Path(folder.root, to_train_on)} --val {Path(folder.root, held_out)}")
     if val.folder is folder and train.paths == val.paths:
         print("warning: too few images to hold any out, so those trained on are measured")
     some, _ = train.batch(train.some(64).tolist())
@@ -1554,10 +1573,11 @@ def psnr(a, b):
 def picture(rows):
     """Rows of images in [-1, 1], each (K, 3, H, W) -> one picture of Pillow's, which a notebook
     shows; short rows end in white, images below 64 px are enlarged."""
-    cells = nn.utils.rnn.pad_sequence(list(rows), True, 1.0)               # (R, K, 3, H, W)
+    cells = nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=1.0)
     cells = to_uint8(F.pad(cells, (0, 2, 0, 2), value=1.0)).cpu()          # a white gap of 2
-    grid = cells.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)        # (R(H+2), K(W+2), 3)
-    image = Image.fromarray(grid[:-2, :-2].numpy())
+    grid = cells.permute(0, 3, 1, 4, 2)                                    # (R, H+2, K, W+2, 3)
+    grid = grid.flatten(2, 3).flatten(0, 1)                                # (R(H+2), K(W+2), 3)
+    image = Image.fromarray(grid[:-2, :-2].numpy())        # without the last gaps
     return ImageOps.scale(image, max(1, 64 // rows[0].shape[-1]), Image.NEAREST)
 
 def save_grid(rows, path):
@@ -1595,7 +1615,8 @@ def draw_plot(series, x_label, y_label, lines=True):
     # The axes end at x = 130 and 1230 and at y = 560 and 60 pixels; y points down.
     grid = []
     texts = [((680, 625), x_label, "mm"), ((130, 26), y_label, "lm")]
-    digits = [max(0, 1 - math.floor(math.log10(v / 4))) for v in span]     # that tell ticks apart
+    # So many digits that neighbouring ticks, a quarter of the span apart, look different.
+    digits = [max(0, 1 - math.floor(math.log10(v / 4))) for v in span]
     for i in range(5):                      # lines of the grid, with their numbers
         x = 130 + 275 * i
         y = 560 - 125 * i
@@ -1610,7 +1631,7 @@ def draw_plot(series, x_label, y_label, lines=True):
         curves[name] = []
         for point in curve:
             u, v = (np.array(point) - low) / span          # as shares of the axes
-            if max(abs(u - 0.5), abs(v - 0.5)) < 0.501:    # not an outlier
+            if max(abs(u - 0.5), abs(v - 0.5)) < 0.501:    # no outlier: inside, up to rounding
                 curves[name].append((130 + 1100 * u, 560 - 500 * v))
     return draw_chart(680, grid, texts, curves, lines)
 
@@ -1691,8 +1712,8 @@ def save_curves(runs, path):
 # ---- Devices, and the command line ------------------------------------------------------------
 
 def start(name):
-    """--device -> torch.device. Nothing here touches CUDA if the user asks for the CPU. Under
-    torchrun the process also joins its group, and takes one GPU."""
+    """--device -> torch.device, which is tried out. Nothing here touches CUDA if the user asks for
+    the CPU. Under torchrun the process takes one GPU, and joins the group of all processes."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if WORLD > 1 and "MASTER_ADDR" not in os.environ:
@@ -1722,7 +1743,7 @@ def start(name):
     return device
 
 def seed_of(*numbers):
-    """One seed from several numbers, such as --seed, the step and the number of the micro-batch.
+    """One seed from several numbers, such as --seed, the step and the index of the micro-batch.
     numpy mixes them, so that neighbours have nothing in common."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
@@ -1760,9 +1781,9 @@ def compile_blocks(blocks, asked_for=False):
         block.compile(dynamic=False)        # one graph serves one shape
     return True
 
-def number(kind, least=None, above=None, most=None):
-    """The type of an option that is a number: int or float, at least `least` or above `above`, and
-    at most `most`; neither NaN nor infinite."""
+def number_type(kind, least=None, above=None, most=None):
+    """-> argparse's type of an option that is a number: int or float, at least `least` or above
+    `above`, and at most `most`; neither NaN nor infinite."""
     limits = []
     if least is not None:
         limits.append(f"at least {least}")
@@ -1789,11 +1810,11 @@ def number(kind, least=None, above=None, most=None):
 
     return parse
 
-count = number(int, least=1)                # of images, steps, pixels
-positive = number(float, above=0)
-weight = number(float, least=0)
-fraction = number(float, least=0, most=1)
-any_seed = number(int, least=0, most=2**32 - 1)
+count_type = number_type(int, least=1)      # of images, steps, pixels
+positive_type = number_type(float, above=0)
+weight_type = number_type(float, least=0)
+fraction_type = number_type(float, least=0, most=1)
+seed_type = number_type(int, least=0, most=2**32 - 1)
 
 class Parser(argparse.ArgumentParser):
     """argparse, but a wrong option is one line, as all errors here."""
