@@ -52,6 +52,7 @@ def reconstruct(args):
     for path in args.ckpt:
         run = Run(path, args)
         held_out.open(run)
+        lpips_net = if_large_enough(lpips_net, run)
         pairs = ((x, run.reconstruct(x)) for x in held_out.batches())
         row, real = scores(pairs, args.device, lpips_net, inception, real)
         rows.append({"checkpoint": path, "N": len(held_out), **row})
@@ -127,6 +128,7 @@ def generation(fake, real, args, inception, pairs=0, size=None):
         _, _, ckpt = ldm.load_ldm(fake)
         refuse_program(ckpt["train_args"]["data"], "name images to compare with by --real")
         real = ckpt["train_args"]["data"] or "faces"
+        refuse_program(real, "name a folder or a .npz with --real")
     if real is None:
         raise InputError('--real: name a folder, a .npz or "faces" to compare with')
     # Both sides are opened before the work begins, so that what cannot be read is named at once.
@@ -197,6 +199,7 @@ def smoothness(args):
     for path in args.ckpt:
         run = Run(path, args)
         held_out.open(run)
+        lpips_net = if_large_enough(lpips_net, run)
         x, _ = held_out.whole()                            # (N, 3, S, S)
         z = run.encode(x)                                  # (N, d, h, w)
         strip = [x[:1]]
@@ -453,13 +456,14 @@ def compare(args):
     drawn = what_they_draw(names)
     if drawn == "faces":
         face_metrics = FaceMetrics(args.device)
-    perception = "SSIM" if lpips_net is None else "LPIPS"
     held_out = HeldOut(args)
     rows = []
     for name in names:
         path = vmae.checkpoint_path(name)
         run = Run(path, args)
         held_out.open(run)
+        lpips_net = if_large_enough(lpips_net, run)
+        perception = "SSIM" if lpips_net is None else "LPIPS"
         x, _ = held_out.whole()                            # (N, 3, S, S)
         z = run.encode(x)                                  # (N, d, h, w)
         x_hat = run.decode(z)                              # (N, 3, S, S)
@@ -484,7 +488,8 @@ def compare(args):
     report(args, title, rows, rescaled=rescaled)
     radar(f"{args.out}/compare.png", axes, rescaled)
     if not axes[-1].startswith("generation"):
-        print("skipped generation: takes runs of stage two, and on photographs Inception's weights")
+        print("skipped generation: takes runs of stage two, all on the faces, or all on folders "
+              "and with Inception's weights")
 
 def runs_of_stage_one():
     """The run folders in runs/ that hold a stage one, sorted."""
@@ -496,13 +501,14 @@ def runs_of_stage_one():
 
 def what_they_draw(runs):
     """"faces" or "photographs" if all runs are of stage two, by what they were trained on;
-    "nothing" if one of them is of stage one."""
+    "nothing" if one of them is of stage one, or was trained on the images of a Python file."""
     folders = []
     for path in runs:                       # one in memory at a time
         ckpt = vmae.read_checkpoint(path)
-        if "vmae" not in ckpt:
+        folder = ckpt.get("train_args", {}).get("data")    # None for the built-in faces
+        if "vmae" not in ckpt or is_program(folder):
             return "nothing"
-        folders.append(ckpt.get("train_args", {}).get("data"))     # None for the built-in faces
+        folders.append(folder)
     if any(folders):
         return "photographs"
     return "faces"
@@ -560,13 +566,14 @@ def faces(args):
     faces. precision, recall: against as many of these as there are images. Each machine trains its
     own judge, and rounding sets these apart: the same samples were at 34.5 and at 37.1. Compare
     distances by one runs/judge_*.pt only."""
+    for path in args.ckpt:                  # before the judge is trained
+        data = vmae.read_checkpoint(path).get("train_args", {}).get("data")
+        if data:                            # None for the built-in faces
+            raise InputError(f"{path}: was trained on {data}, not on the faces")
     face_metrics = FaceMetrics(args.device)
     rows = []
     for path in args.ckpt:
         ckpt = vmae.read_checkpoint(path)
-        data = ckpt.get("train_args", {}).get("data")      # None for the built-in faces
-        if data:
-            raise InputError(f"{path}: was trained on {data}, not on the faces")
         run = Run(path, args)
         x, kinds = held_out_faces(run.model.img_size, args.n)
         # What is judged: a name, batches of uint8 (B, 3, S, S), the kinds that should be in them.
@@ -645,6 +652,9 @@ def as_points(images, net, B):
 
 def curves(args):
     """The losses and held-out numbers in the logs of one or several runs, in one picture."""
+    logs = [vmae.read_log(run) for run in args.runs]       # an error leaves no --out
+    if not any(logs):
+        raise InputError(f"{', '.join(args.runs)}: nothing was logged yet")
     path = os.path.join(args.out, "curves.png")
     os.makedirs(args.out, exist_ok=True)
     vmae.save_curves(args.runs, path)
@@ -685,10 +695,14 @@ class Run:
         z = self.model.encode(x).mode()                    # (B, d, h, w)
         return vmae.to_uint8(self.model.decode(z))
 
+def is_program(data):
+    """Whether --data of a training was a Python file, see vmae.Images."""
+    return data is not None and data.endswith(".py")
+
 def refuse_program(data, what_to_do):
     """InputError if a checkpoint was trained on the images of a Python file: it is not run because
     a checkpoint names it."""
-    if data is not None and data.endswith(".py"):
+    if is_program(data):
         raise InputError(f"the checkpoint was trained on {data}, a program; {what_to_do}")
 
 class HeldOut:
@@ -725,7 +739,9 @@ class HeldOut:
         else:
             data = named
             val = None
-        _, images = vmae.open_images(data, size, val)
+        train, images = vmae.open_images(data, size, val)
+        if vmae.nothing_held_out(train, images):
+            warnings.warn("nothing was held out, so images are measured that were trained on")
         return images
 
     def __len__(self):
@@ -840,6 +856,18 @@ def find_lpips(args):
     if not can_load("VGG-16", vmae.VGG_URL, args.vgg_weights, "--vgg-weights", args):
         return None
     return vmae.load_lpips(args.vgg_weights).to(args.device)
+
+def if_large_enough(lpips_net, run):
+    """lpips_net, or None, which a line then says, if the images of a run are too small for it.
+    InputError if the user asked for it."""
+    size = run.model.img_size
+    if lpips_net is None or size >= vmae.LPIPS_MIN:
+        return lpips_net
+    why = f"LPIPS needs images of {vmae.LPIPS_MIN} pixels, those of {run.path} have {size}"
+    if run.args.vgg_weights is not None:
+        raise InputError(f"--vgg-weights: {why}; leave it out")
+    print(f"skipped LPIPS: {why}")
+    return None
 
 def find_inception(args):
     """InceptionV3 on the device, or None, likewise."""
@@ -1440,6 +1468,8 @@ STAGE_ONE = "runs/vmae/last.pt"
 STAGE_TWO = "runs/ldm/last.pt"
 
 def main():
+    if vmae.WORLD > 1:                      # the processes would write the same files
+        raise InputError("evaluate.py measures in one process; start it without torchrun")
     parser = command_line()
     if len(sys.argv) == 1:
         run_all(parser)

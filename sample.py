@@ -38,12 +38,12 @@ def main():
     sampler, own = pick_sampler(args, schedule)            # by default DDIM, or Euler
     labels = pick_labels(args.label, ckpt["classes"])      # none without classes
     cfg = guidance(args.cfg, ckpt["classes"])
-    say_what_is_drawn(labels, cfg, ckpt["classes"])
     device = vmae.start(args.device)
     if args.batch is None:
         args.batch = 256 if device.type == "cuda" else 64
     model.to(device)
     ae = stage_one(args, ckpt).to(device)                  # the autoencoder
+    say_what_is_drawn(labels, cfg, ckpt["classes"])
     if device.type == "cuda" and args.n * args.steps / WORLD >= WORTH_COMPILING:
         vmae.compile_blocks(model.blocks)
 
@@ -149,8 +149,8 @@ def pick_labels(label, classes):
         return list(range(len(classes)))
     if not classes:
         raise InputError(f"--class {label}: this checkpoint is unconditional, it has no classes")
-    names = [unicodedata.normalize("NFC", name) for name in classes]
-    wanted = unicodedata.normalize("NFC", label)
+    names = composed(classes)
+    [wanted] = composed([label])
     if wanted in names:
         return [names.index(wanted)]
     if wanted == "null":
@@ -168,6 +168,10 @@ def pick_labels(label, classes):
     numbers = "" if are_numbers else f", a number below {len(classes)}"
     raise InputError(f"--class {label}: unknown; choose from {some}{numbers}, or null, the null "
                      f"class")
+
+def composed(names):
+    """Names in one form: macOS stores an accent as a character of its own, others do not."""
+    return [unicodedata.normalize("NFC", name) for name in names]
 
 def say_what_is_drawn(labels, cfg, classes):
     """Print the classes by name, and the weight of guidance."""

@@ -53,7 +53,6 @@ def main():
     # What is trained, and what a checkpoint holds of it.
     ae = vmae.build_vmae(stage_one).to(device)             # the autoencoder, frozen
     data, val = vmae.open_images(args.data, ae.img_size, args.val, args.out)   # at its size
-    vmae.describe(data, val)
     classes = names_of_classes(args, given, data, resumed)
     torch.manual_seed(args.seed)            # the same weights in every process
     model, schedule, entries = new_model(args, ae, classes, resumed, init)
@@ -65,6 +64,7 @@ def main():
     ema.n = start                           # its warm-up goes on, too
     resumed = init = None                   # their memory is free again
     autocast = matmul_precision(args, device)
+    vmae.describe(data, val)
 
     # Latents are encoded once. A checkpoint also holds all that sample.py needs beside the network.
     cache = cache_moments(ae, data, args, device, autocast)
@@ -259,7 +259,7 @@ def names_of_classes(args, given, data, resumed):
     if args.no_classes:
         classes = []
     say_idle(given, {"drop": not classes})
-    if resumed is not None and resumed["classes"] != classes:
+    if resumed is not None and sample.composed(resumed["classes"]) != sample.composed(classes):
         raise InputError(f"{args.data}: has the classes {classes}, the run in {args.out} has "
                          f"{resumed['classes']}; name them as they were, or give another --out")
     return classes
@@ -297,7 +297,8 @@ def adapted(ckpt, args, ae, classes):
     kind = ckpt["schedule"].get("kind", args.schedule)     # the authors' rectified flow has none
     if args.schedule not in (None, kind):
         raise InputError(f"--schedule {args.schedule}: --init has {kind}; leave --schedule out")
-    if len(classes) != old["num_classes"] or ("vmae" in ckpt and ckpt["classes"] != classes):
+    same_names = sample.composed(ckpt["classes"]) == sample.composed(classes)
+    if len(classes) != old["num_classes"] or ("vmae" in ckpt and not same_names):
         vmae.say(f"{args.init}: its {old['num_classes']} classes are not the {len(classes)} here; "
                  f"the table of labels starts anew")
         del ckpt["ema"]["y_embedder.embedding_table.weight"]

@@ -795,11 +795,11 @@ def read_checkpoint(path):
             ckpt = torch.load(path, map_location="cpu", weights_only=True)
     except OSError:                         # such as a forbidden file: it keeps its own message
         raise
-    except Exception:
-        raise InputError(f"{path}: {why_unreadable(path)}") from None
+    except Exception as error:
+        raise InputError(f"{path}: {why_unreadable(path, error)}") from None
     if not isinstance(ckpt, dict):
         raise InputError(f"{path}: not a checkpoint: it holds a {type(ckpt).__name__}, not a dict")
-    for name in ("model_args", "train_args", "vmae"):
+    for name in ("model_args", "train_args", "vmae", "model", "state_dict"):
         if not isinstance(ckpt.get(name, {}), dict):
             raise InputError(f"{path}: not a checkpoint, or a damaged one: its {name} is no dict")
     stage_one = ckpt.get("vmae", {})        # inside a checkpoint of stage two
@@ -809,14 +809,14 @@ def read_checkpoint(path):
             refuse_nan(path, weights)
     return ckpt
 
-def why_unreadable(path):
-    """Why torch, or read_safetensors, cannot read a checkpoint."""
-    if Path(path).suffix not in (".pt", ".pth", ".bin", ".ckpt", ".safetensors"):
+def why_unreadable(path, error):
+    """Why torch, or read_safetensors, cannot read a checkpoint. error: what it raised."""
+    if Path(path).suffix.lower() not in (".pt", ".pth", ".bin", ".ckpt", ".safetensors"):
         return "not a checkpoint; give a file in .pt, .pth, .bin, .ckpt or .safetensors"
     try:
         objects = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    except Exception:                       # it is not even a file of torch
-        objects = []
+    except Exception:                       # a file of torch 1.5 or older, or none of torch's
+        objects = re.findall(r"Unsupported global: GLOBAL (\S+)", str(error))
     if objects:
         return (f"not a checkpoint of weights alone: it holds Python objects "
                 f"({', '.join(objects[:3])}), which are not loaded, as they might run anything; "
@@ -882,7 +882,7 @@ def published_vmae(path, ckpt, num_heads):
         weights = {}
         for name, value in (ckpt.get("state_dict") or ckpt.get("model") or ckpt).items():
             weights[name.removeprefix("module.")] = value  # DDP's prefix
-        if "encoder.down.0.block.0.norm1.weight" in weights:
+        if any(name.endswith("encoder.down.0.block.0.norm1.weight") for name in weights):
             raise ValueError("it has the names of the first latent diffusion code; convert it with "
                              "diffusers' AutoencoderKL.from_single_file and save_pretrained")
         if "encoder.conv_in.weight" in weights:
@@ -1111,6 +1111,7 @@ OUTPUT = {"log.jsonl", "samples.json", "reconstruct.json", "smoothness.json", "s
           "compare.json", "neighbours.json"}           # such a folder was written by our scripts
 MIN_SIDE = 8           # pixels; anything smaller is a placeholder, not a photograph
 MAX_PIXELS = 178_956_970   # a header may claim any size; Pillow's own limit can be switched off
+BITS_PER_SAMPLE = 258  # the number of this tag in a TIFF
 MAX_UNREADABLE = 0.01  # share of the files; a collected folder often has a few broken ones
 # Two warnings that tell the user nothing: Pillow's about odd files, which are read or named, and
 # torchvision's about old names of arguments, which lpips uses.
@@ -1122,7 +1123,7 @@ def read_image(path, size, draft=False):
     size if it is still twice as large as wanted: half the time, and 51 dB against the whole.
 
     Pixels of 8 and 16 bits are scaled by the range of their type. OSError for floats and 32 bits,
-    of which a file does not tell the range."""
+    of which a file does not tell the range, and for 12, which Pillow passes for 16."""
     with Image.open(path) as image:
         if draft:
             image.draft(None, (2 * size, 2 * size))
@@ -1133,6 +1134,8 @@ def read_image(path, size, draft=False):
         if image.mode == "F" or (image.mode == "I" and not sixteen_bits):
             raise OSError("its pixels are floats, or integers of 32 bits, and a file does not tell "
                           "their range; convert it to 8 or 16 bits")
+        if image.format == "TIFF" and 12 in image.tag_v2.get(BITS_PER_SAMPLE, ()):
+            raise OSError("its pixels have 12 bits; convert it to 8 or 16 bits")
         with contextlib.suppress(Exception):               # damaged EXIF, but a sound picture
             image = ImageOps.exif_transpose(image)
         if sixteen_bits:                    # Pillow's own conversion clips at 255
@@ -1550,20 +1553,23 @@ def describe_folder(train, val):
         print(f"left out, unreadable: {len(folder.unreadable)}")
     parts = {"train", "training", "val", "valid", "validation", "test", "testing"}
     if train.classes and parts.issuperset(name.lower() for name in train.classes):
-        to_train_on = train.classes[0]
-        for name in train.classes:
-            if name.lower().startswith("train"):
-                to_train_on = name
-        held_out = [name for name in train.classes if name != to_train_on][-1]
+        names = [name for name in train.classes if name.lower().startswith("train")]
+        names += [name for name in train.classes if name not in names]
         print(f"warning: these classes look like parts of one data set; if they are, give --data "
-              f"{Path(folder.root, to_train_on)} --val {Path(folder.root, held_out)}")
-    if val.folder is folder and train.paths == val.paths:
+              f"{Path(folder.root, names[0])} --val {Path(folder.root, names[-1])}")
+    if nothing_held_out(train, val):
         print("warning: too few images to hold any out, so those trained on are measured")
     some, _ = train.batch(train.some(64).tolist())
     flat = int((some.float().std((1, 2, 3)) < 2).sum())    # of 255 grey levels
     if flat > 0:
         print(f"warning: {flat} of the {len(some)} images that were looked at are nearly constant, "
               f"such as all black; is that what they show?")
+
+def nothing_held_out(train, val):
+    """Whether a folder is so small that the images trained on are also those that are measured."""
+    if not isinstance(train, ImageFolder):
+        return False
+    return val.folder is train.folder and val.paths == train.paths
 
 def psnr(a, b):
     """PSNR = 10 log10(255^2 / MSE) in dB, (N,); infinite if equal. a, b: (N, C, H, W) in 0..255."""
@@ -1719,6 +1725,9 @@ def start(name):
     if WORLD > 1 and "MASTER_ADDR" not in os.environ:
         raise InputError(f"WORLD_SIZE={WORLD} is set, but torchrun did not start this process; "
                          f"unset WORLD_SIZE, or start it with torchrun")
+    if RANK >= WORLD:                       # such a process would write nothing
+        raise InputError(f"RANK={RANK} is set, but there are {WORLD} processes; unset RANK, or "
+                         f"start this with torchrun")
     if name.startswith("cuda:") and WORLD > 1:
         raise InputError(f"--device {name}: under torchrun each process takes a GPU; give cuda")
     if name == "cuda" and WORLD > 1:
@@ -1823,8 +1832,8 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{message.removeprefix('argument ')}; --help lists the options")
 
 def is_out_of_memory(error):
-    """Whether an error of torch says so. Only a GPU's has a class of its own."""
-    if isinstance(error, torch.OutOfMemoryError):
+    """Whether an error says so. Only those of a GPU, and of Python, have a class of their own."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     text = str(error).lower()
     return any(words in text for words in ("out of memory", "can't allocate memory",
@@ -1843,7 +1852,7 @@ def cli(main):
         if error.filename is None:
             sys.exit(f"error: {error}")
         sys.exit(f"error: {printable(str(error.filename))}: {error.strerror}")
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         sys.exit("error: out of memory; give a smaller --micro, --batch or --size")
