@@ -1,16 +1,19 @@
 """The executable specification: closed forms, optimal denoisers, other people's numbers, real runs.
 
-    python test_all.py              all of it, CPU only, no network, under two minutes on two cores
-    python test_all.py mask cache   the tests with these words in their names
+    python test_all.py              all tests: no network, some minutes on two cores
+    python test_all.py mask cache   those with one of these words in their names
     python test_all.py --long       50 kills instead of 6, 1,000 hostile images instead of 100
     pytest test_all.py              the same functions
 
-Tests against ../shared/vectors (outputs of the authors' code and of scikit-image) skip without it.
-A comment behind an expected value says where it comes from.
+Every script runs on the CPU here, also beside a GPU: only there are two equal runs equal bit by
+bit. Tests against ../shared/vectors (outputs of the authors' code and of scikit-image) are skipped
+if that folder is not there. A comment beside an expected value says where it comes from.
 """
 import argparse
 import contextlib
+import copy
 import functools
+import hashlib
 import inspect
 import io
 import itertools
@@ -18,17 +21,21 @@ import json
 import math
 import os
 import re
+import runpy
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
+import unicodedata
 import unittest
 import warnings
 import zlib
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from types import SimpleNamespace
 from unittest import mock
 
@@ -36,26 +43,40 @@ import vmae                                 # before torch, see there
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
-from torch._subclasses.fake_tensor import FakeTensorMode
+from PIL import Image, features
 
 import evaluate
 import ldm
 import sample
 import train_ldm
 import train_vmae
-from vmae import VMAE, Faces, Gaussian, ImageFolder, InputError
+from vmae import VMAE, Cache, Faces, Gaussian, ImageFolder, InputError
 
 HERE = Path(__file__).absolute().parent
 VECTORS = HERE.parent / "shared" / "vectors"
-TINY_VMAE = dict(img_size=16, patch_size=4, embed_dim=32, depth=2, num_heads=4, latent_dim=4)
-TINY_RUN = ("--data data --size 16 --steps 2 --batch 4 --lambda-p 0 "
-            "--precision float32")  # the last one given wins
 FOLDER = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)           # goes when Python ends
-REAL, small = ldm.sizes["tiny"], dict(patch_size=1, hidden_size=32, depth=2, num_heads=4)
-ldm.sizes["tiny"] = small                                  # a tenth of the time
-LONG = "--long" in sys.argv                                # 50 kills, 1,000 hostile images
-patch, load = mock.patch.object, functools.partial(torch.load, weights_only=True)
+LONG = "--long" in sys.argv
+CPU = torch.device("cpu")
+CUDA = torch.device("cuda")                 # a name, which needs no GPU
+
+TINY_VMAE = dict(img_size=16, patch_size=4, embed_dim=32, depth=2, num_heads=4, latent_dim=4)
+TINY_VMAE_ROW = {name: value for name, value in TINY_VMAE.items() if name != "img_size"}
+TINY_DIT = dict(patch_size=1, hidden_size=32, depth=2, num_heads=4)
+ldm.sizes["tiny"] = TINY_DIT                # a tenth of the time
+# Two steps of stage one. Of an option that is given twice, the second one counts.
+TINY_RUN = "--data data --size 16 --steps 2 --batch 4 --lambda-p 0 --precision float32"
+# Two steps of stage two, after trained().
+TINY_LDM = "--steps 2 --batch 8 --precision float32"
+
+# How much the tests of chance try: with --long for a quarter of an hour, otherwise for a minute.
+EFFORT = dict(kills=6, saves=6, least_kills=3, least_between=1, images=100, batch=8)
+if LONG:
+    EFFORT = dict(kills=50, saves=100, least_kills=40, least_between=12, images=1000, batch=40)
+
+patch = mock.patch.object
+load = functools.partial(torch.load, weights_only=True)
+
+# ---- Helpers ----------------------------------------------------------------------------------
 
 def setup_function():
     """Before each test, here and in pytest, which knows this name: seed 0, and an empty folder."""
@@ -64,1499 +85,28 @@ def setup_function():
     shutil.rmtree(FOLDER.name)
     os.mkdir(FOLDER.name)
     os.chdir(FOLDER.name)                                  # so that files need only their names
+    signal.signal(signal.SIGINT, signal.default_int_handler)   # a training run has changed them
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 def vector(name):
     """A recorded output of the original code, or a skip."""
-    if not (path := VECTORS / name).exists():
+    path = VECTORS / name
+    if not path.exists():
         raise unittest.SkipTest(f"{path} is not here")
-    return np.load(path) if name.endswith(".npz") else load(path)
+    if path.suffix == ".npz":
+        return np.load(path)
+    return load(path)
+
+def source(name):
+    """The text of one of our files."""
+    return (HERE / name).read_text(encoding="utf-8")
 
 def close(a, b, tolerance):
     """Fail with the largest difference rather than with two tensors."""
-    a, b = (torch.as_tensor(v, dtype=torch.float64).detach() for v in (a, b))
+    a = torch.as_tensor(a, dtype=torch.float64).detach()
+    b = torch.as_tensor(b, dtype=torch.float64).detach()
     difference = (a - b).abs().max().item()
     assert difference <= tolerance, f"differs by {difference:.3g}, more than {tolerance:.3g}"
-
-def raises(kind, function, *args, **kwargs):
-    """The message of the expected exception."""
-    with unittest.TestCase().assertRaises(kind) as caught:
-        function(*args, **kwargs)
-    return str(caught.exception)
-
-def random_images(B=2, size=16, seed=0):
-    """(B, 3, size, size) in [-1, 1], the same every time."""
-    return torch.rand(B, 3, size, size, generator=torch.Generator().manual_seed(seed)) * 2 - 1
-
-def save_images(folder, count, size=20, seed=0):
-    """Photographs of noise, different from each other -> their pixels, uint8 (count, H, W, 3)."""
-    pixels = np.random.default_rng(seed).integers(0, 256, (count, size, size, 3), dtype=np.uint8)
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    for i, image in enumerate(pixels):
-        Image.fromarray(image).save(Path(folder, f"{i:03d}.png"))
-    return pixels
-
-def runs(main, line="", status=0):
-    """Run a script's main in this process, with these options, to this status -> what it said."""
-    said, got = io.StringIO(), 0
-    with (patch(sys, "argv", ["script.py", *line.split()]), warnings.catch_warnings(),
-          contextlib.redirect_stdout(said), contextlib.redirect_stderr(said)):
-        warnings.simplefilter("always", UserWarning)       # not only the first time
-        try:
-            vmae.cli(main)
-        except SystemExit as stop:
-            message = stop.code if isinstance(stop.code, str) else ""
-            print(message)
-            got = 1 if message else stop.code or 0         # as in a shell
-    assert got == status, said.getvalue()
-    return said.getvalue()
-
-def refuses(main, table, start=""):
-    """Run commands with the options in `table`, each of which has to stop with one line that holds
-    the words beside it, and to write nothing."""
-    before = set(Path().rglob("*"))
-    for options, words in table.items():
-        text = runs(main, f"{start} {options}", status=1)
-        news = r"\s*$|skipped|.*(tensors read|%\|)"        # the last are bars of progress
-        lines = [line for line in text.splitlines() if not re.match(news, line)]
-        assert len(lines) == 1 and words in lines[0], text
-        assert set(Path().rglob("*")) == before
-
-def trained(options="", out="runs/vmae"):
-    """Two steps of stage one on the images in data/ -> the autoencoder that they leave in `out`."""
-    shutil.rmtree(out, ignore_errors=True)                 # a run is never overwritten
-    runs(train_vmae.main, f"{TINY_RUN} --out {out} {options}")
-    return vmae.load_vmae(f"{out}/last.pt")
-
-def all_differ(a, b):
-    """Whether two models share no weight matrix: what was changed reached all of their layers."""
-    return not any(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True)
-                   if p.ndim > 1)
-
-def both_stages():
-    """data/ with two classes, and two steps of each stage on it, in runs/vmae and runs/ldm."""
-    save_images("data/left", 12), save_images("data/right", 12, seed=1)
-    trained()
-    runs(train_ldm.main, "--steps 2 --batch 8")
-
-def log_of(run):
-    """The lines of a run's log.jsonl."""
-    return [json.loads(line) for line in Path(run, "log.jsonl").read_text().splitlines()]
-
-def measured(name, options="", *words):
-    """Run a sub-command of evaluate.py -> the rows of its table, which are also its JSON's."""
-    text = runs(evaluate.main, f"{name} {options} --out out")
-    assert all(word in text for word in ("|---|", *words)), text
-    return json.loads(Path("out", f"{name}.json").read_text())["rows"]
-
-
-# ---- What a reader relies on ------------------------------------------------------------------
-
-def test_the_method_comes_first():
-    def ends(thing):
-        lines, first = inspect.getsourcelines(thing)
-        return first + len(lines) - 1
-    assert inspect.getsourcelines(vmae.random_mask)[1] <= 100 and ends(vmae.loss_VMAE) <= 200
-    assert ends(VMAE) <= 400                               # then what surrounds the method
-    order = (vmae.patchify, vmae.random_mask, Gaussian, vmae.loss_R, vmae.loss_M, vmae.loss_P,
-             vmae.loss_VMAE, VMAE, InputError, vmae.load_vmae, ImageFolder, Faces, vmae.load_lpips,
-             vmae.cli, vmae.ConvAutoencoder, vmae.discriminator)
-    assert sorted(order, key=ends) == list(order)
-
-def test_waiting_threads_spin_little_unless_the_user_decides():
-    head = (HERE / "vmae.py").read_text().split("\nimport numpy")[0]
-    cases = ({}, "3000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)
-    for given, spin in cases:
-        with mock.patch.dict(os.environ, given, clear=True):
-            exec(head, {})
-            assert os.environ.get("GOMP_SPINCOUNT") == spin
-    for name in ("train_vmae", "train_ldm", "sample", "evaluate"):         # before torch reads it
-        assert re.search(r"^import (\w+) .*before|^import torch", (HERE / f"{name}.py").read_text(),
-                         re.MULTILINE)[1] == "vmae"
-
-def test_readme_names_what_exists():
-    text, modules = (HERE / "README.md").read_text(), dict(
-        vmae=vmae, ldm=ldm, train_vmae=train_vmae, train_ldm=train_ldm, evaluate=evaluate)
-    names = set(re.findall(r"`((?:vmae|ldm|train_vmae|train_ldm|evaluate)(?:\.\w+)+)", text))
-    names = {name for name in names if not name.endswith(".py")}
-    assert len(names) > 30 and {"vmae.loss_VMAE", "ldm.LabelEmbed"} <= names
-    for name in names:
-        first, *path = name.split(".")
-        functools.reduce(getattr, path, modules[first])    # AttributeError if it is not there
-    options = "".join((HERE / f"{name}.py").read_text() for name in (*modules, "sample"))
-    for option in set(re.findall(r"(?<![\w-])--([a-z][a-z-]+)", text)) - {
-            "help", "nproc-per-node", "nnodes", "rdzv-backend", "rdzv-endpoint"}:  # torchrun's
-        assert f'"--{option}"' in options or f'"{option}":' in options or \
-            option in sample.SAMPLER_OPTIONS or option in evaluate.HELP, option
-    for file in re.findall(r"`(\.?[\w/.]+\.(?:py|png|txt))`|\]\((\.github/[^)]+)\)", text):
-        file = "".join(file)                               # but for what a run writes
-        assert (HERE / file).exists() or file.startswith(("runs/", "samples/")), file
-    table = text.split("## From the paper to the code")[1].split("\n## ")[0]
-    rows = [row.split("|") for row in table.splitlines() if row.startswith("|")][2:]
-    tests = [name for name in globals() if name.startswith("test_")]
-    assert len(rows) > 25
-    for _, _, code, words, _, _ in rows:    # the tests that pin an equation, a figure, a table
-        assert "`" in code and re.findall(r"`(\w+)`", words), code
-        for word in re.findall(r"`(\w+)`", words):
-            assert any(word in name for name in tests), word
-
-
-# ---- Patches, masks, posterior, losses --------------------------------------------------------
-
-def test_patchify_round_trip_is_exact():
-    x = torch.randn(2, 3, 24, 16)
-    patches = vmae.patchify(x, 4)
-    assert patches.shape == (2, 24, 48)                    # 6 x 4 patches of 4 x 4 x 3
-    assert torch.equal(vmae.unpatchify(patches, 4, 24, 16), x)
-    assert torch.equal(patches[0, 5].view(4, 4, 3).permute(2, 0, 1), x[0, :, 4:8, 4:8])
-    raises(ValueError, vmae.patchify, x, 5)                # divides neither 24 nor 16
-
-def test_random_mask_shows_exactly_the_floor_and_repeats_by_generator():
-    for h, w in ((2, 5), (4, 4), (8, 8), (32, 32)):
-        N = h * w
-        for percent in (0, 10, 25, 30, 60, 75, 90):
-            keep, mask = vmae.random_mask(3, h, w, percent / 100)
-            V = N * (100 - percent) // 100                 # whole numbers: .1 has no rounding
-            assert keep.shape == (3, V) and mask.sum(1).tolist() == [N - V] * 3
-            assert mask.gather(1, keep).sum() == 0         # 1 = masked
-    for ratio in (1.0, -0.1, 0.99):
-        raises(ValueError, vmae.random_mask, 1, 4, 4, ratio)   # each leaves none, or more than all
-    a, b = (vmae.random_mask(64, 8, 8, 0.6, torch.Generator().manual_seed(1))[0] for _ in range(2))
-    assert torch.equal(a, b) and len(a.unique(dim=0)) == 64                # no two samples alike
-    share = a.flatten().bincount(minlength=64) / 64
-    assert share.min() > 0.1 and share.max() < 0.7         # no patch is favoured; expected .39
-
-def test_masked_patches_cost_no_work_and_cannot_influence_the_latents():
-    model, x, seen = VMAE(**TINY_VMAE), random_images().requires_grad_(), []
-    for module in [model.patch_embed, *model.blocks, model.norm, model.to_latent]:
-        module.register_forward_hook(lambda m, inputs, output: seen.append(output.shape[1]))
-    _, q, mask = model(x, 0.6)
-    assert seen == [6] * 5                                 # floor(16 * .4), in all that multiplies
-    (q.mu.square().sum() + q.logvar.square().sum()).backward()
-    grad = vmae.patchify(x.grad, 4).abs().amax(-1)         # (B, N)
-    assert grad[mask == 1].max() == 0 and grad[mask == 0].min() > 0
-
-def test_attention_is_fused():
-    with torch.profiler.profile() as log, torch.no_grad():
-        VMAE(**TINY_VMAE).blocks[0].attn(torch.randn(1, 1024, 32))
-    names = {event.key for event in log.key_averages()}
-    assert any("flash" in name for name in names) and "aten::softmax" not in names
-
-def test_gaussian_has_the_kl_of_torch_and_samples_with_its_moments():
-    mu, logvar = torch.randn(3, 4, 5), torch.randn(3, 4, 5)                # 4 channels of 5 tokens
-    q = torch.distributions.Normal(mu, (logvar / 2).exp())
-    for mean, target in (("zero", 0 * mu), ("free", mu)):
-        prior = torch.distributions.Normal(target, 1.0)
-        expected = torch.distributions.kl_divergence(q, prior).sum(1).mean()  # sum over channels
-        close(Gaussian(mu, logvar).kl(mean), expected, 1e-5)
-    q = Gaussian(torch.full((100000,), 3.0), torch.full((100000,), math.log(4.0)))
-    z = q.sample(torch.Generator().manual_seed(0))
-    close(z.mean(), 3, 0.02), close(z.std(), 2, 0.02)      # sqrt(4)
-    assert torch.equal(z, q.sample(torch.Generator().manual_seed(0)))
-    assert torch.equal(q.mode(), q.mu)
-    assert Gaussian(torch.zeros(1), torch.tensor([1e9])).sample().isfinite()  # clamped
-
-def test_nll_is_a_gaussians_over_the_patches_that_count_and_can_learn_sigma():
-    x, x_hat = random_images(), random_images(seed=1)
-    _, mask = vmae.random_mask(2, 4, 4, 0.6)
-    for logvar in (0.0, -2.0):                             # sigma fixed at 1, and another
-        p = Gaussian(x_hat, torch.tensor(logvar))
-        expected = torch.distributions.Normal(vmae.patchify(x_hat, 4), math.exp(logvar / 2))
-        nll = -expected.log_prob(vmae.patchify(x, 4))      # (B, N, P*P*C)
-        close(vmae.loss_R(p, x, mask, 4), nll[mask == 0].mean(), 1e-6)
-        close(vmae.loss_M(p, x, mask, 4), nll[mask == 1].mean(), 1e-6)
-    assert vmae.loss_M(p, x, 0 * mask, 4) == 0             # not 0 / 0
-    model = VMAE(**TINY_VMAE)
-    assert "logvar_x" not in model.state_dict()            # published weights have none
-    model.logvar_x = torch.nn.Parameter(torch.zeros(()))   # all that a learned sigma needs
-    assert "logvar_x" in model.state_dict()
-    p, q, mask = model(x, 0.6)
-    vmae.loss_VMAE(x, p, q, mask, 4)[0].backward()
-    error = vmae.patchify((x - p.mode()) ** 2, 4).mean(-1)                 # (B, N)
-    visible, masked = ((error * m).sum() / m.sum() for m in (1 - mask, mask))
-    close(model.logvar_x.grad, 0.5 * (1 - visible) + 0.05 * (1 - masked), 1e-5)  # d NLL / d logvar
-
-@patch(vmae, "loss_P", lambda net, x, x_hat: (x - x_hat).abs().mean())
-def test_loss_VMAE_is_the_weighted_sum_of_section_4_4():
-    x, model = random_images(), VMAE(**TINY_VMAE)
-    p, q, mask = model(x, 0.6)
-    alone = {"L_R": vmae.loss_R(p, x, mask, 4), "L_M": vmae.loss_M(p, x, mask, 4),
-             "L_P": (x - p.mode()).abs().mean(), "L_reg": q.kl("zero")}
-    total, terms = vmae.loss_VMAE(x, p, q, mask, 4, lambda_M=2.0, lambda_P=3.0, lambda_reg=5.0,
-                                  kl_mean="zero")
-    assert list(terms) == list(alone)                      # before weighting, by the paper's names
-    close(torch.stack([*terms.values()]), torch.stack([*alone.values()]), 1e-6)
-    close(total, alone["L_R"] + 2 * alone["L_M"] + 3 * alone["L_P"] + 5 * alone["L_reg"], 1e-4)
-    total, terms = vmae.loss_VMAE(x, p, q, mask, 4, lambda_M=0.0, lambda_reg=0.0)
-    assert total == terms["L_R"] and len(terms) == 1       # what has no weight is not computed
-
-def test_lpips_is_frozen_and_reads_vgg_from_a_file():
-    widths, weights = [3, 64, 64, 128, 128, *[256] * 3, *[512] * 6], {}
-    layers = [0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28]  # numbers of VGG-16's convolutions
-    for i, c_in, c_out in zip(layers, widths, widths[1:]):
-        std = math.sqrt(2 / (9 * c_in))                    # He 2015: no layer fades out
-        weights[f"features.{i}.weight"] = std * torch.randn(c_out, c_in, 3, 3)
-        weights[f"features.{i}.bias"] = torch.zeros(c_out)
-    torch.save(weights, "vgg.pth")
-    net, x = vmae.load_lpips("vgg.pth"), random_images(2, 32).requires_grad_()
-    assert not net.training and not any(p.requires_grad for p in net.parameters())
-    assert torch.equal(net.net.slice5[-2].weight, weights["features.28.weight"])
-    assert vmae.loss_P(net, x, x) == 0
-    close(vmae.loss_P(net, x, -x), net(x, -x).mean(), 1e-6)                # the lpips package's
-    with torch.autocast("cpu", torch.bfloat16):            # features in bfloat16, distance not
-        low = vmae.loss_P(net, x, -x)
-    assert low.dtype == torch.float32 and 0 < (low / net(x, -x).mean() - 1).abs() < 0.02
-    vmae.loss_P(net, random_images(2, 32, 1), x).backward()
-    assert x.grad.abs().max() > 0                          # frozen, but not cut off
-    message = raises(InputError, vmae.load_lpips, "/nowhere/vgg.pth")
-    assert "/nowhere/vgg.pth" in message and vmae.VGG_URL in message and "--vgg-weights" in message
-    save_images("data", 8)
-    one, two = (trained(f"--vgg-weights vgg.pth --lambda-p {n}", f"{n}") for n in (1, 2))
-    assert all_differ(one, two) and "L_P" in log_of("1")[-1]
-    runs(train_vmae.main, "--init 1/last.pt --tune decoder --vgg-weights vgg.pth --data data "
-         "--steps 1 --batch 2")
-    tuned = load("runs/tuned/last.pt")["train_args"]
-    assert (tuned["lambda_p"], tuned["mask"]) == (10, 0)   # the authors' stage 3
-
-
-# ---- VMAE, and the convolutional body beside it -----------------------------------------------
-
-def test_vmae_equals_the_authors_and_loads_with_a_report():
-    v = vector("vmae_official.pt")
-    x, mask = v["x"], v["mask"]
-    close(VMAE(**v["model_args"]).pos_embed, v["state_dict"]["pos_embed"], 1e-6)
-    weights = {f"module.{k}": w for k, w in v["state_dict"].items()}
-    weights["module.perceptual.scale"] = torch.zeros(1)
-    torch.save({"model": weights, "epoch": 3, "args": argparse.Namespace(lr=1)}, "vmae.pth")
-    model = vmae.load_vmae("vmae.pth", v["model_args"]["num_heads"])
-    q = model.encode(x)
-    close(torch.cat([q.mu, q.logvar], 1), v["moments"], 1e-4)
-    close(model.decode(q.mode()), v["recon"], 1e-4)
-    keep = mask.argsort(dim=1, stable=True)[:, :int((1 - mask[0]).sum())]  # the visible
-    x_hat = model.decode_tokens(model.encode_tokens(x, keep).mode(), keep)
-    close(x_hat, v["pred_img"], 1e-4)
-    constant = 0.5 * math.log(2 * math.pi)                 # our NLL is half their squared error
-    p = Gaussian(x_hat, model.logvar_x)
-    close(2 * (vmae.loss_R(p, x, mask, 8) - constant), v["vis_mse"], 1e-4)
-    close(2 * (vmae.loss_M(p, x, mask, 8) - constant), v["masked_mse"], 1e-4)
-    del weights["module.mask_token"]                       # training alone needs it
-    torch.save({"model": weights}, "vmae.pth")
-    text = runs(train_vmae.main, "--init vmae.pth --steps 1 --lambda-p 0 --batch 2 --out run")
-    assert "missing: mask_token; left over: perceptual.scale" in text
-    assert load("run/last.pt")["model_args"]["depth"] == 2
-    del weights["module.norm.weight"]
-    half, zero = {"model_args": {}}, torch.zeros(1)        # half of one of our checkpoints
-    for content, words in (({"model": weights}, "norm.weight"), ({"weight": zero}, "patch_embed"),
-                           (half, "patch_embed"), (zero, "not a checkpoint")):
-        torch.save(content, "bad.pth")
-        assert words in raises(InputError, vmae.load_vmae, "bad.pth")
-
-def test_conv_autoencoder_equals_diffusers():
-    v = vector("sd3vae_diffusers.pt")
-    torch.save(v["state_dict"], "vae.bin")
-    model = vmae.load_vmae("vae.bin")
-    assert isinstance(model, vmae.ConvAutoencoder) and model.latent_dim == 16
-    q = model.encode(v["x"])
-    close(torch.cat([q.mu, q.logvar], 1), v["moments"], 1e-4)
-    close(model.decode(q.mode()), v["recon"], 1e-4)
-    header, data = {"__metadata__": {"format": "pt"}}, b""  # as SD3 and FLUX.1 are published
-    for name, value in v["state_dict"].items():
-        half = value.to(torch.float32 if "weight" in name else torch.bfloat16)
-        header[name] = dict(dtype="F32" if "weight" in name else "BF16", shape=list(half.shape),
-                            data_offsets=[len(data), len(data) + half.nbytes])
-        data += half.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
-    text = json.dumps(header).encode()
-    Path("vae.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + data)
-    other = vmae.load_vmae("vae.safetensors")
-    for (name, p), q in zip(model.named_parameters(), other.parameters(), strict=True):
-        assert torch.equal(q, p if "weight" in name else p.bfloat16().float())
-    Path("cut.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + data[:-9])
-    assert "damaged" in raises(InputError, vmae.load_vmae, "cut.safetensors")
-
-def test_norms_of_the_convolutions_are_in_float32_beside_bfloat16():
-    norm, x = vmae.GroupNorm(4), 100 + torch.randn(2, 4, 8, 8)     # 100: bfloat16 has 3 digits
-    with torch.autocast("cpu", torch.bfloat16):
-        close(norm(x), F.group_norm(x, 4, eps=1e-6), 1e-4)
-        assert vmae.conv3(4, 4)(x).dtype == torch.bfloat16 and norm(x.bfloat16()).dtype == x.dtype
-    assert all(isinstance(m, vmae.GroupNorm) for m in vmae.ConvAutoencoder(
-        32, **vmae.conv_sizes["tiny"]).modules() if isinstance(m, torch.nn.GroupNorm))
-
-def test_both_bodies_encode_and_decode_the_whole_grid_and_come_in_the_same_sizes():
-    x = random_images()
-    for model in (VMAE(**TINY_VMAE), vmae.ConvAutoencoder(16, (8, 8, 16), 4)):  # both f4d4
-        q = model.encode(x)
-        assert q.mu.shape == q.logvar.shape == (2, 4, 4, 4)
-        assert (model.patch_size, model.grid, model.latent_dim) == (4, 4, 4)
-        p, q_v, mask = model(x, 0.0)                       # mask 0 is the use-time path
-        assert p.mu.shape == model.decode(q.mode()).shape == x.shape and mask.sum() == 0
-        last = list(model.named_parameters())[-2][1]       # before its bias, in both
-        assert model.last_layer is last and model.last_layer.shape[0] == 3     # makes the colours
-        close(q_v.mu.view(2, 4, 4, 4), q.mu, 1e-6)
-        draws = [model(x, 0.0, torch.Generator().manual_seed(i))[0].mode() for i in (0, 1, 1)]
-        assert torch.equal(draws[1], draws[2]) and not torch.equal(draws[0], draws[1])  # z ~ q
-    raises(ValueError, VMAE(**TINY_VMAE).encode, random_images(1, 32))     # made for 16
-    raises(ValueError, VMAE, 30, 4)                        # 30 pixels hold no whole patches
-    raises(ValueError, vmae.ConvAutoencoder, 30)
-    for name, vit in vmae.sizes.items():                   # test_efficiency has base's numbers
-        channels, latent_dim = (vmae.conv_sizes[name][key] for key in ("channels", "latent_dim"))
-        assert (2 ** (len(channels) - 1), latent_dim) == (vit["patch_size"], vit["latent_dim"])
-    args = SimpleNamespace(arch="conv", model="base", size=256, mask=0, data=None, batch=None,
-                           steps=None, lr=None, adv_start=None)
-    train_vmae.fill_in(args, False, None)                  # not on CUDA
-    assert args.batch < train_vmae.RECIPES["base"]["batch"]                # 22 times the work
-
-def test_resized_positions_are_those_the_authors_interpolate():
-    table = vmae.sincos_positions(192, 16)
-    bilinear = F.interpolate(table.view(1, 16, 16, 192).permute(0, 3, 1, 2), size=(32, 32),
-                             mode="bilinear").flatten(2).transpose(1, 2)   # (1, 1024, 192)
-    finer = vmae.sincos_positions(192, 32, 16)
-    close(finer[..., 12:48], bilinear[..., 12:48], 0.03)   # slow waves
-    assert (finer - bilinear).square().mean().sqrt() < 0.03
-    assert (vmae.sincos_positions(192, 32) - bilinear).square().mean().sqrt() > 0.3  # not resized
-    close(vmae.sincos_positions(192, 16, 16), table, 0)
-
-
-# ---- Images -----------------------------------------------------------------------------------
-
-def test_faces_repeat_whatever_the_batch_and_have_all_levels():
-    faces = Faces(32)
-    x, kind, pattern, part = three = faces.render([5, 900, 17])
-    assert x.shape == (3, 3, 32, 32) and part.shape == (3, 32, 32)
-    assert x.min() >= -1 and x.max() <= 1 and x.std() > 0.2
-    for one, of_three in zip(faces.render([900]), three, strict=True):
-        close(one[0], of_three[1], 1e-6)
-    image, label = faces[17]
-    close(image, x[2], 0.5 / 127.5 + 1e-6), close(label, kind[2], 0)       # rounded to 8 bits
-    assert not torch.equal(Faces(32, seed=1).render([5])[0][0], x[0])
-    drawn = vmae.to_uint8(x)
-    with patch(faces, "render", wraps=faces.render) as render:             # each is rendered once
-        close(faces.batch([5, 17, 5])[0], drawn[[0, 2, 0]], 0), close(faces[900][1], kind[1], 0)
-        close(faces.batch(torch.tensor([900, 5]))[0], drawn[[1, 0]], 0)
-        assert [call.args[0] for call in render.mock_calls] == [[5, 5], [900]]     # 17: above
-        with patch(faces, "kept", dict.fromkeys(range(10**5))):            # of 32 px, too many
-            close(faces.batch([17])[0], drawn[[2]], 0)
-    x, kind, pattern, part = faces.render(range(64))
-    close(x.mean(), 0.26472, 1e-4), close(x.std(), 0.42470, 1e-4)  # the faces of README's numbers
-    assert kind.unique().tolist() == [0, 1, 2, 3] and pattern.unique().tolist() == [0, 1, 2]
-    assert all(face.unique().tolist() == [0, 1, 2, 3, 4] for face in part)  # has every part
-    train, val = Faces(8, "train"), Faces(8, "val")        # which share no face
-    assert train.first + len(train) <= val.first and len(val) >= 256
-    assert not torch.equal(val.render([0])[0], train.render([0])[0])
-    with patch(val, "count", 3):
-        assert len(list(val)) == 3                         # a loop ends, and meets no other face
-
-def test_folder_reads_every_mode_crops_the_centre_and_turns_by_exif():
-    for mode in ("1", "L", "P", "CMYK"):
-        Image.new("RGB", (40, 30), (255, 0, 0)).convert(mode).save(f"{mode}.TIFF")
-    Image.new("RGBA", (40, 30), (255, 0, 0, 0)).save("RGBA.PNG")
-    Image.new("LA", (40, 30), (0, 0)).save("LA.png")
-    Image.fromarray(np.full((30, 40), 32896, np.uint16)).save("I16.png")
-    wide, phone, exif = np.zeros((20, 60), np.uint8), np.zeros((32, 32), np.uint8), Image.Exif()
-    wide[:, 20:40] = 255                                   # white in the middle third
-    Image.fromarray(wide).save("wide.png")
-    phone[:, :16] = 255                                    # left half white: upright, the top
-    exif[0x0112] = 6                                       # turn by 90 degrees to view
-    Image.fromarray(phone).save("phone.jpg", exif=exif, quality=95)
-    data = ImageFolder(".", 20)
-    x = {Path(path).stem: data[i][0] for i, path in enumerate(data.paths)}
-    assert len(x) == 9 and all(v.shape == (3, 20, 20) for v in x.values())
-    close(x["RGBA"], 1, 0), close(x["LA"], 1, 0)           # transparent is white
-    close(x["I16"], 32896 / 65535 * 2 - 1, 0.005)          # half of 16 bits is half
-    for mode in ("P", "CMYK"):
-        close(x[mode].mean((1, 2)), [1, -1, -1], 0.05)     # red
-    close(x["wide"], 1, 0.01)
-    assert x["phone"][:, :8].mean() > 0.9 and x["phone"][:, 12:].mean() < -0.9
-
-def test_folder_classes_hidden_files_and_hold_out():
-    for name in ("dog/deep", ".hidden", "Cat/deep"):
-        pixels = save_images(name, 40)
-    Path("dog", "._000.png").write_bytes(b"Apple")
-    Path("dog", "notes.txt").write_text("no image")
-    os.symlink("..", "dog/loop")                           # each file once, whatever links to it
-    whole, train, val = (ImageFolder(".", 20, split) for split in ("all", "train", "val"))
-    assert whole.classes == ["Cat", "dog"] and len(whole) == 80
-    assert [whole[i][1] for i in (0, 79)] == [0, 1]
-    close(vmae.to_uint8(whole[7][0]), pixels[7].transpose(2, 0, 1), 0)     # there and back is exact
-    assert vmae.to_uint8(torch.tensor([-9, -1, 0.1, 0.999, 9])).tolist() == [0, 0, 140, 255, 255]
-    assert sorted(train.paths + val.paths) == whole.paths and 1 <= len(val) <= 10
-    save_images("Bat", 7, seed=1)                          # adding files moves none across
-    assert set(val.paths) <= set((new := ImageFolder(".", 20, "val")).paths)
-    os.utime(new.paths[0], (1, 1))
-    assert ImageFolder(".", 20, "val").fingerprint() != new.fingerprint()
-    Image.new("RGB", (20, 20)).save("beside.png")
-    assert ImageFolder(".", 20).classes == []
-
-def test_caches_belong_to_one_folder_with_its_labels_and_size():
-    save_images("data/a", 30), save_images("data/b", 30), save_images("other/a", 30, seed=1)
-    shutil.copytree("data/b", "other/b")
-    for path in Path().rglob("*.png"):
-        path.write_bytes(path.read_bytes().ljust(2000, b"\0"))
-        os.utime(path, (1, 1))                             # of equal names, sizes and times
-    def prints(root="data", size=16):
-        return ImageFolder(root, size, "train").fingerprint()
-    assert len({prints(), prints("other"), prints(size=20), prints()}) == 3
-    os.mkdir("run")
-    seen = [vmae.open_images(root, 16, run="run")[0] for root in ("data", "other", "data")]
-    for data in seen:
-        rows, plain = data.keep_pixels("run"), ImageFolder(data.folder.root, 16, "train")
-        assert torch.equal(rows.batch([0, 9])[0], plain.batch([0, 9])[0])
-    labels = prints()
-    beside = next(f"{i}.png" for i in range(99) if zlib.crc32(f"{i}.png".encode()) % 20 == 0)
-    shutil.copy("data/a/000.png", f"data/{beside}")        # held out, but there are no classes now
-    assert prints() != labels
-
-def test_nobody_else_s_file_is_deleted():
-    save_images("data", 30)
-    os.mkdir("run")
-    theirs = ["images_000.png", "images_backup.zip", f"images_{'a' * 16}.pt", "moments_0.pt"]
-    for name in theirs:
-        Path("run", name).touch()
-    Path("run", f"images_{'a' * 16}_0.pt").touch()         # ours, of other data
-    vmae.open_images("data", 16, run="run")[0].keep_pixels("run")
-    names = os.listdir("run")
-    assert set(theirs) < set(names) and len(names) == len(theirs) + 3
-    assert "of the images" in raises(InputError, vmae.open_images, "data", 16, None, "data")
-    os.rename("run", "data/run")
-    for pair in (("data", "data/run"), ("data/run", "data"), ("data", "data")):
-        assert "trained on" in raises(InputError, vmae.open_images, pair[0], 16, pair[1])
-
-def test_folder_skips_a_few_broken_files_and_stops_at_many():
-    save_images("data", 200)
-    cut = Path("data/100.png")
-    cut.write_bytes(cut.read_bytes()[:600])                # sound header, no end
-    Path("data/text.jpg").write_text("not an image")
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        data = ImageFolder("data", 16)
-        assert len(data) == 200 and any("text.jpg" in str(w.message) for w in caught)
-        x, _ = data[data.paths.index("100.png")]
-        close(x, data[data.paths.index("101.png")][0], 0)  # its neighbour stands in
-        assert any("100.png" in str(w.message) for w in caught)
-        Path("data/more.jpg").write_text("")
-        Image.new("RGB", (1, 1)).save("data/pixel.png")
-        assert "over 1 %" in raises(InputError, ImageFolder, "data", 16)   # 3 of 203
-    save_images("bomb", 1)                                 # 400 pixels
-    with patch(Image, "MAX_IMAGE_PIXELS", 300):
-        assert "over 1 %" in raises(InputError, ImageFolder, "bomb", 16)
-
-def test_the_limit_of_broken_files_holds_over_restarts_and_mended_files_count_again():
-    save_images("data", 200)
-    os.mkdir("run")
-    whole = {name: Path("data", name).read_bytes() for name in ("050.png", "120.png", "199.png")}
-
-    def start():
-        """-> the names listed after all images were read."""
-        data = ImageFolder("data", 16, folder=vmae.Folder("data", "run"))
-        data.folder.keep("run")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            x, _ = data.batch(range(200))
-        assert torch.equal(x[199], x[0]) == ("199.png" in broken)      # the first follows the last
-        return set(map(json.loads, Path("run/unreadable.jsonl").read_text().splitlines()))
-    broken = ["050.png", "199.png"]                        # exactly 1 %: no reason to stop
-    for name in broken:
-        Path("data", name).write_bytes(whole[name][:600])
-    assert start() == start() == set(broken)
-    Path("data/120.png").write_bytes(whole["120.png"][:600])
-    for _ in range(3):                                     # every start stops
-        assert "over 1 %" in raises(InputError, start)
-    for name in ("050.png", "120.png"):
-        Path("data", name).write_bytes(whole[name])
-    broken = ["199.png"]
-    assert start() == set(broken)
-    Path("data/199.png").write_bytes(whole["199.png"])
-    broken = []
-    assert start() == set()
-
-def test_damaged_exif_stops_nothing_and_a_draft_is_close():
-    exif, rng = Image.Exif(), np.random.default_rng(0)
-    exif[0x0112], exif[0x010F], exif[0x8769] = 3, "maker", {0x9003: "2026:11:24", 0x829A: 0.01}
-    Image.fromarray(save_images("data", 1, 16)[0]).save("a.jpg", exif=exif)
-    whole = Path("a.jpg").read_bytes()
-    start, end = whole.index(b"Exif") + 4, whole.index(b"Exif") + len(exif.tobytes())
-    for _ in range(4000):                                  # none of these raises
-        data = bytearray(whole)
-        for at in rng.integers(start, end, rng.integers(1, 6)):
-            data[at] = rng.integers(256)
-        Path("a.jpg").write_bytes(data)
-        assert vmae.read_image("a.jpg", 16).shape == (3, 16, 16)
-    smooth = Image.fromarray(rng.integers(0, 256, (9, 9, 3), np.uint8)).resize((256, 256), 3)
-    smooth.save("b.jpg", quality=95)
-    a, b = (vmae.read_image("b.jpg", 32, draft=draft)[None] for draft in (False, True))
-    assert 40 < vmae.psnr(a, b) < math.inf                 # another way to shrink, hardly seen
-
-def test_folder_is_decoded_once_and_its_headers_are_read_once():
-    save_images("data", 30)
-    with patch(vmae.Image, "open", side_effect=Image.open) as opened:
-        train, val = vmae.open_images("data", 16, run="run")
-        os.mkdir("run")
-        assert opened.call_count == 30                     # once for both
-        train.keep_pixels("run")
-        opened.reset_mock()
-        again, _ = vmae.open_images("data", 16, run="run")
-        rows = again.keep_pixels("run")
-        x, y = rows.batch(range(len(again)))
-        assert opened.call_count == 0 and x.dtype == torch.uint8
-        os.utime("data/007.png", (1, 1))                   # an edited file is read again
-        changed, _ = vmae.open_images("data", 16, run="run")
-        assert opened.call_count == 1
-    with contextlib.redirect_stdout(io.StringIO()) as said:
-        vmae.open_images("data", 32)
-    assert "30 of 30 images are smaller than 32 pixels" in said.getvalue()
-    fresh = ImageFolder("data", 16, "train")
-    for i in range(len(fresh)):
-        close(vmae.to_float(x[i]), fresh[i][0], 0)
-    [cache] = Path("run").glob("images_*.pt")
-    changed.keep_pixels("run")                             # replaces it
-    assert not cache.exists() and len(list(Path("run").glob("images_*.pt"))) == 1
-    assert changed.keep_pixels("run", False) is changed    # --no-cache, even if there is one
-    assert changed.draft
-    for allowed, free in ((False, 10**9), (True, 10)):     # --no-cache, or a full disk
-        with patch(shutil, "disk_usage", return_value=SimpleNamespace(free=free)):
-            other = ImageFolder("data", 20)
-            assert other.keep_pixels("run", allowed) is other and other.draft
-            if allowed:
-                rows = vmae.Rows("run", "images", b"key", 9, 192)
-                assert "make room" in raises(InputError, rows.build, "decoding", None)
-    with patch(vmae, "read_image", side_effect=OSError("damaged")):
-        assert "over 1 %" in raises(InputError, changed.read, 0)
-
-def test_rows_are_kept_in_files_that_are_whole_and_go_on():
-    made = []
-    def make(first, last):
-        """Row i is full of i; one file fails halfway."""
-        made.append(first)
-        half = (first + last) // 2
-        yield torch.arange(first, half).view(-1, 1), torch.arange(first, half) % 10
-        if first == stop:
-            raise KeyboardInterrupt
-        yield torch.arange(half, last).view(-1, 1), torch.arange(half, last) % 10
-    def rows():
-        return vmae.Rows(".", "images", b"key", 9, 2**21)  # 8 rows in 16 MB
-    Path("images_0123456789abcdef_0.pt").touch()
-    stop = 8
-    raises(KeyboardInterrupt, rows().build, "counting", make)
-    assert len(os.listdir()) == 1 and rows().missing == 2**21  # not even the old one
-    stop = None
-    x, y = rows().build("counting", make).batch([0, 7, 8])
-    assert made == [0, 8, 8]                               # what was whole is not made again
-    assert x.tolist() == [[0], [7], [8]] and y.tolist() == [0, 7, 8]
-    first, _ = sorted(Path().glob("images_*.pt"))
-    first.write_bytes(first.read_bytes()[:500])
-    assert first.name in raises(InputError, rows().build, "counting", make)
-
-
-# ---- Noise schedule, loss, samplers -----------------------------------------------------------
-
-def test_schedule_runs_from_signal_to_noise_and_its_steps_end_on_clean_latents():
-    for kind, T in itertools.product(("linear", "cosine"), (100, 1000)):
-        bar = ldm.Schedule(kind, T).alpha_bar
-        assert (bar[1:] <= bar[:-1]).all() and bar[0] > 0.99 and 3e-5 < bar[-1] < 1e-3
-    linear = ldm.Schedule("linear").alpha_bar
-    close(linear[0], 1 - 1e-4, 1e-12), close(linear[1] / linear[0], 1 - 1e-4 - 0.0199 / 999, 1e-9)
-    middle = math.cos(0.508 / 1.008 * math.pi / 2) / math.cos(0.008 / 1.008 * math.pi / 2)
-    close(ldm.Schedule("cosine").alpha_bar[499], middle**2, 1e-9)          # 500 of 1000 steps done
-    raises(ValueError, ldm.Schedule, "quadratic")          # there is none
-    schedule = ldm.Schedule()
-    for S in (1, 2, 3, 7, 50, 250, 333, 999, 1000):
-        ts, bars, nexts = zip(*schedule.steps(S))
-        assert len(ts) == len(set(ts)) == S and ts[0] == 999 and min(ts) >= 0
-        assert nexts == (*bars[1:], 1.0)                   # each step begins where the last ended
-    for S in (0, 1001):
-        raises(ValueError, schedule.steps, S)              # of T = 1000
-
-def test_objectives_invert_and_clipping_keeps_z_t():
-    z_0, eps = torch.randn(4, 2, 3, 3), torch.randn(4, 2, 3, 3)
-    for objective, t in itertools.product(("eps", "v"), (0, 300, 900)):
-        schedule = ldm.Schedule(objective=objective)
-        ts, bar = torch.full((4,), t), schedule.alpha_bar[t].item()
-        z_t, output = schedule.q_sample(z_0, ts, eps), schedule.target(z_0, ts, eps)
-        a, b = schedule.z0_eps(z_t, output, bar)
-        close(a, z_0, 1e-4), close(b, eps, 2e-3)           # at t = 0 eps is divided by .006
-        a, b = schedule.z0_eps(z_t, output, bar, clip=0.5)
-        assert a.abs().max() <= 0.5
-        close(math.sqrt(bar) * a + math.sqrt(1 - bar) * b, z_t, 1e-5)      # Ho 2020, Eq. 4
-
-def optimal(schedule, m, s):
-    """The best possible network for latents ~ N(m, s^2): E[z_0 | z_t] in closed form."""
-    def model(z_t, t, y):
-        """On the path z_t = a z_0 + b eps, which is straight in rectified flow."""
-        if schedule.objective == "flow":
-            a, b = t.view(-1, 1, 1, 1), 1 - t.view(-1, 1, 1, 1)
-        else:
-            bar = schedule.alpha_bar[t].float().view(-1, 1, 1, 1)
-            a, b = bar.sqrt(), (1 - bar).sqrt()
-        z_0 = m + a * s**2 / (a**2 * s**2 + b**2) * (z_t - a * m)
-        eps = (z_t - a * z_0) / b
-        return {"eps": eps, "v": a * eps - b * z_0, "flow": z_0 - eps}[schedule.objective]
-    return model
-
-def test_loss_of_the_true_noise_is_zero_and_of_silence_one():
-    z_0 = torch.full((64, 2, 4, 4), 0.7)
-    for objective in ("v", "flow", "eps"):
-        schedule = ldm.Schedule(objective=objective)
-        close(ldm.loss_LDM(optimal(schedule, 0.7, 0), schedule, z_0), 0, 1e-3)
-    close(ldm.loss_LDM(lambda z_t, t, y: 0 * z_t, schedule, z_0), 1, 0.1)  # E eps^2
-
-def test_times_are_uniform_for_eps_and_in_the_middle_for_v_under_any_schedule():
-    z_0, drawn = torch.zeros(40000, 1, 1, 1), []
-    for kind, objective in (("cosine", "eps"), ("linear", "eps"), ("cosine", "v"), ("linear", "v")):
-        schedule = ldm.Schedule(kind, objective=objective)
-        ldm.loss_LDM(lambda z_t, t, y: drawn.append(t) or z_t, schedule, z_0, None,
-                     vmae.seeded(0))
-        assert 0 <= drawn[-1].min() and drawn[-1].max() < 1000
-    uniform, _, cosine, linear = (t.sort().values.float() for t in drawn)
-    close(uniform / 1000, torch.linspace(0, 1, 40000), 0.03)
-    expected = torch.special.ndtri((torch.arange(40000) + 0.5) / 40000) * 0.7 + 0.4
-    close(cosine / 1000, expected.sigmoid(), 0.03)
-    bars = [ldm.Schedule(kind).alpha_bar[t.long()]
-            for kind, t in (("cosine", cosine), ("linear", linear))]
-    close(*bars, 0.01)                                     # as much noise under both
-
-def test_samplers_land_on_a_gaussian_and_small_errors_of_the_network_stay_small():
-    z_T, m, s = torch.randn(64, 4, 16, 16), 0.7, 0.5
-    for kind, objective in itertools.product(("linear", "cosine"), ("eps", "v")):
-        schedule = ldm.Schedule(kind, objective=objective)
-        model = optimal(schedule, m, s)
-        for S in (20, 50, 250, 1000):                      # first order in 1 / S, plus 65,536 draws
-            for sampler, order in ((ldm.ddim_sample, 1.5), (ldm.ddpm_sample, 3)):
-                z = sampler(model, schedule, z_T, steps=S)
-                close(z.mean(), m, 0.006), close(z.std(), s, order / S + 0.006)
-    one = ldm.ddim_sample(model, schedule, z_T, steps=1)   # one step can only give the mean
-    close(one.mean(), m, 0.01), close(one.std(), 0, 0.01)
-    z_T = torch.randn(32, 16, 8, 8)                        # off by .01, or rounded to bfloat16
-    for objective in ("eps", "v"):
-        schedule = ldm.Schedule(objective=objective)
-        model = optimal(schedule, 0.0, 1.0)
-        for wrong in (lambda *a: model(*a) + 0.01 * torch.randn_like(z_T),
-                      lambda *a: model(*a).bfloat16().float()):
-            for sampler, S in ((ldm.ddim_sample, 20), (ldm.ddim_sample, 50),
-                               (ldm.ddim_sample, 250), (ldm.ddpm_sample, 1000)):
-                close(sampler(wrong, schedule, z_T, steps=S).std(), 1, 0.1)
-
-def test_ddim_with_eta_one_is_ddpm():
-    schedule = ldm.Schedule("linear")
-    model, z_T = optimal(schedule, 0.3, 0.8), torch.randn(2, 3, 4, 4)
-    for S in (1, 10, 200, 1000):
-        torch.manual_seed(0)                               # both draw the same noise
-        ddpm = ldm.ddpm_sample(model, schedule, z_T, steps=S)
-        torch.manual_seed(0)
-        ddim = ldm.ddim_sample(model, schedule, z_T, steps=S, eta=1.0, record=(record := []))
-        close(ddpm, ddim, 1e-3)
-        assert len(record) == S
-    ldm.ddpm_sample(lambda z, t, y: 0 * z, schedule, z_T, record=(record := []))
-    assert len(record) == schedule.T                       # by default, as in Ho 2020
-
-def test_euler_is_first_order_on_a_gaussian():
-    m, s, schedule = 0.7, 0.5, ldm.Schedule(objective="flow")
-    z_T, velocity = torch.randn(4, 2, 8, 8).double(), optimal(schedule, m, s)
-    for shift, middle in ((1.0, 0.5), (0.3, 0.3 * 0.5 / (1 - 0.7 * 0.5))):  # LightningDiT's
-        errors = [(ldm.euler_sample(velocity, schedule, z_T, steps=S, shift=shift)
-                   - (m + s * z_T)).abs().max().item() for S in (50, 100, 200)]
-        assert all(1.7 < a / b < 2.3 for a, b in zip(errors, errors[1:])), errors  # halved
-        ts = []
-        ldm.euler_sample(lambda z, t, y: ts.append(t[0].item()) or 0 * z, schedule, z_T, steps=250,
-                         shift=shift)
-        assert len(ts) == 250 and ts[0] == 0 and ts == sorted(ts)
-        close(ts[125], middle, 1e-6)
-    raises(ValueError, ldm.euler_sample, velocity, ldm.Schedule(), z_T)
-    raises(ValueError, ldm.ddim_sample, velocity, schedule, z_T)
-    # The best velocity's loss is the variance it cannot know, mean of s^2 / (t^2 s^2 + (1-t)^2).
-    z_0, t = m + s * torch.randn(20000, 1, 1, 1), torch.randn(200000).sigmoid()
-    close(ldm.loss_LDM(velocity, schedule, z_0), (s**2 / (t**2 * s**2 + (1 - t) ** 2)).mean(), 0.03)
-
-
-# ---- Diffusion transformer, guidance, EMA, normalisation --------------------------------------
-
-def tiny_dit(num_classes=0, patch_size=1):
-    """With random weights everywhere, as adaLN-zero starts by answering zero."""
-    torch.manual_seed(0)
-    model = ldm.DiT(4, patch_size, 4, 32, 2, 4, num_classes)
-    for p in model.parameters():
-        p.data += 0.1 * torch.randn_like(p)
-    return model.eval().requires_grad_(False)
-
-def test_dit_starts_at_zero_and_takes_patches():
-    z_t, t, y = torch.randn(2, 4, 4, 4), torch.tensor([0, 9]), torch.tensor([0, 2])
-    assert ldm.DiT(4, 2, 4, 32, 1, 4, 2)(z_t, t, y).abs().max() == 0
-    assert all(tiny_dit(patch_size=P)(z_t, t).shape == z_t.shape for P in (1, 4))
-    model, numbers = tiny_dit(patch_size=2), torch.arange(16.0)  # each piece answers 0 to 15
-    model.final_layer.linear.weight.zero_(), model.final_layer.linear.bias.copy_(numbers)
-    piece = numbers.view(2, 2, 4).permute(2, 0, 1)         # rows, columns, channels innermost
-    close(model(z_t, t)[0], piece.repeat(1, 2, 2), 0)
-    raises(ValueError, ldm.DiT, 4, 3)                      # pieces of 3 in a grid of 4
-    base = ldm.DiT(**ldm.sizes["base"])
-    assert abs(sum(p.numel() for p in base.parameters()) / 1e6 - 130) < 1  # B/1, 130 M
-    patches = [ldm.dit_args("small", grid, 16, 3)["patch_size"] for grid in (8, 16, 32)]
-    assert patches == [1, 1, 2]                            # S/2 from 32 x 32 on
-
-def test_guidance_of_one_is_none_reaches_every_channel_and_spares_the_noise():
-    model, widths = tiny_dit(num_classes=3), []
-    z_t, t, y = torch.randn(2, 4, 4, 4), torch.full((2,), 500), torch.tensor([0, 2])
-    plain, null = model(z_t, t, y), model(z_t, t, torch.tensor([3, 3]))    # of 0, 1, 2 and none
-    assert torch.equal(ldm.guided(model, z_t, 500, y, 1.0), plain)
-    assert torch.equal(model(z_t, t), null)                # no label is the null label
-    close(ldm.guided(model, z_t, 500, y, 4.0), null + 4 * (plain - null), 1e-4)
-    assert (plain - null).abs().amax((0, 2, 3)).min() > 0
-    model.register_forward_hook(lambda m, inputs, output: widths.append(len(output)))
-    ldm.euler_sample(model, ldm.Schedule(objective="flow"), z_t, y, steps=4, w=2.0, interval=0.5)
-    assert widths == [2, 2, 4, 4]                          # two passes in one from t = 1/2 on
-    y = ldm.LabelEmbed(7, 8).drop(torch.zeros(20000, dtype=torch.long), 0.1)
-    assert set(y.unique().tolist()) == {0, 7}
-    close((y == 7).float().mean(), 0.1, 0.02)
-
-def test_normalise_inverts():
-    z = torch.randn(8, 3, 4, 4) * 5 + 2
-    mean, std = torch.tensor([1.0, 2, 3]), torch.tensor([5.0, 4, 3])
-    close(ldm.denormalise(ldm.normalise(z, mean, std), mean, std), z, 1e-5)
-    close(ldm.normalise(z, mean, std)[:, 1], (z[:, 1] - 2) / 4, 1e-6)  # the second channel's own
-
-def test_ema_warms_up_and_copies_buffers():
-    model, expected = torch.nn.BatchNorm1d(1), 1.0         # its weight to begin with
-    ema = ldm.EMA(model, decay=0.5)
-    model.weight.data.fill_(2.0), model.running_mean.fill_(7.0)
-    for n in range(20):
-        ema.update(model)
-        decay = min(0.5, (1 + n) / (10 + n))               # the warm-up, then 0.5
-        expected = decay * expected + (1 - decay) * 2.0
-        close(ema.model.weight, expected, 1e-6)
-    assert ema.model.running_mean == 7 and model.weight == 2               # copied; left alone
-
-
-# ---- Cache, plumbing, checkpoints -------------------------------------------------------------
-
-def test_cache_equals_fresh_encoding_and_is_never_stale():
-    save_images("data/a", 9), save_images("data/b", 8, seed=1)
-    model = VMAE(**TINY_VMAE)
-    def moments():
-        """The cache of what is in data/ now."""
-        return train_ldm.cache_moments(model, ImageFolder("data", 16), ".", "cpu", precision)
-    precision, seen = contextlib.nullcontext, []           # of stage two's matrix products
-    rows, data = moments(), ImageFolder("data", 16)
-    for i in (0, 8, 16):
-        q = model.encode(torch.stack([data[i][0], data[i][0].flip(-1)]))   # image, mirror
-        close(rows.batch([2 * i, 2 * i + 1])[0], torch.cat([q.mu, q.logvar], 1), 0.01)  # float16
-    every, y = rows.batch(range(len(rows)))
-    assert every.dtype == torch.float16 and y.tolist() == [0] * 18 + [1] * 16
-    draws = torch.cat([Gaussian(*every.float().chunk(2, 1)).sample() for _ in range(200)])
-    mean, std = train_ldm.statistics(rows)
-    close(mean, draws.mean((0, 2, 3)), 0.05), close(std, draws.std((0, 2, 3)), 0.05)
-    [path] = rows.files.values()
-    stamp = os.stat(path).st_mtime_ns
-    assert os.stat(*moments().files.values()).st_mtime_ns == stamp         # found, not made
-    model.to_latent.bias.data[0] += 1
-    [other] = moments().files.values()
-    assert other != path and not os.path.exists(path)
-    save_images("data/b", 8, seed=2)
-    precision = functools.partial(torch.autocast, "cpu", torch.bfloat16)
-    model.to_latent.register_forward_hook(lambda *of: seen.append(of[2].dtype))
-    assert list(moments().files.values()) != [other] and set(seen) == {torch.bfloat16}
-    save_images("data/b", 8, seed=3)
-    with patch(model, "encode", side_effect=OSError("full")), patch(model.norm, "eps", 1e-5):
-        raises(OSError, moments)                           # a failure leaves nothing behind
-    assert not list(Path().glob("moments_*"))
-
-def test_order_is_endless_resumable_and_shared_out():
-    def first(count, start=0, parts=(0,), batch=1, micro=1, seed=3):  # of ten images
-        args = SimpleNamespace(seed=seed, batch=batch, micro=micro)
-        return list(itertools.islice(train_vmae.shares(10, args, start, parts), count))
-    whole = sum(first(40), [])
-    assert all(sorted(whole[i:i + 10]) == list(range(10)) for i in (0, 10, 20, 30))
-    assert whole[:10] != whole[10:20]                      # shuffled anew
-    assert whole != sum(first(40, seed=4), [])
-    assert sum(first(20, start=17), []) == whole[17:37]
-    a, b = (torch.rand(4, generator=vmae.seeded(*pair)) for pair in ((0, 1), (1, 0)))
-    assert not torch.equal(a, b)                           # seeds do not overlap
-    parts = [first(2, 3, [i], 7, 3) for i in range(3)]     # of 7 images in parts of 3, 3 and 1
-    assert parts[2][0] == [whole[27]] and parts[1][1] == sorted(whole[31:34])
-    assert first(6, 3, range(3), 7, 3) == [p[i] for i in (0, 1) for p in parts]
-
-def test_batches_fit_the_memory_of_common_cards():
-    """Saved bytes in bfloat16, counted without computing. A margin of a third is for the rest."""
-    def micro(card, saved):
-        """The default of --micro -> GiB in use: what is saved, weights, gradients, AdamW, EMA."""
-        args = SimpleNamespace(batch=2048, micro=None)
-        with (patch(train_vmae, "free_memory", lambda device: (card - weights) * 2**30),
-              patch(train_vmae, "saved_bytes", lambda forward: saved[forward()])):
-            train_vmae.micro_batches(args, torch.device("cpu"), model, lambda n: n)
-        return args.micro * (saved[2] - saved[1]) / 2**30 + 5 * weights
-
-    def dit_loss(n, model):
-        return ldm.loss_LDM(model, ldm.Schedule(), torch.zeros(n, 16, 32, 32))
-
-    fused = F.scaled_dot_product_attention                 # on a CPU ours is in float32
-    with (patch(vmae, "fused_attention", fused), patch(ldm, "fused_attention", fused),
-          FakeTensorMode(), warnings.catch_warnings(), mock.patch.dict(ldm.sizes, tiny=REAL)):
-        warnings.simplefilter("ignore")
-        net = vmae.import_lpips().LPIPS(pretrained=False, pnet_rand=True, net="vgg", verbose=False)
-        net.requires_grad_(False).eval()
-        cases = [(ldm.DiT(**ldm.dit_args(size, 32, 16, 0)), dit_loss) for size in ldm.sizes]
-        args = SimpleNamespace(lambda_p=0.5)
-        for rows, disc in ((vmae.sizes, None), (vmae.conv_sizes, vmae.discriminator(256))):
-            loss = functools.partial(train_vmae.trial_loss, args=args, net=net, disc=disc)
-            cases += [(vmae.build(dict(row, img_size=256)), loss) for row in rows.values()]
-        for model, loss in cases:
-            with torch.autocast("cpu", torch.bfloat16):    # as on CUDA
-                saved = {n: train_vmae.saved_bytes(lambda: loss(n, model=model)) for n in (1, 2)}
-            weights = sum(p.numel() for p in model.parameters()) * 4 / 2**30
-            assert 5 < micro(24, saved) < 20 and 2 < micro(12, saved) < 9
-
-def test_learning_rate_warms_up_and_decays():
-    rates = [train_vmae.learning_rate(s, 1000, 1.0) for s in range(1000)]
-    assert rates[0] < 0.1 and max(rates) == max(rates[15:30]) > 0.99 and rates[-1] < 1e-4  # 2 % up
-
-def test_bad_batches_are_skipped_and_ten_in_a_row_stop_the_run():
-    save_images("data", 12)
-    sound, calls = vmae.loss_M, itertools.count()
-    def broken(*args):
-        """L_M, NaN at the given calls; with --whole 0 there is one per step."""
-        return sound(*args) * (math.nan if next(calls) in bad else 1)
-    go = f"{TINY_RUN} --whole 0 --steps 60 --save-every 20"
-    with patch(vmae, "loss_M", broken), patch(train_vmae, "validate", lambda *_: {}):
-        bad = {3, *range(25, 34)}                          # nine in a row
-        runs(train_vmae.main, go)
-        assert log_of("runs/vmae")[-1]["skipped"] == 10
-        assert all(p.isfinite().all() for p in vmae.load_vmae("runs/vmae/last.pt").parameters())
-        bad, calls = set(range(25, 35)), itertools.count()
-        text = runs(train_vmae.main, f"{go} --out stops", status=1)
-    assert "step 40: L_M infinite or NaN" in text and "L_R" not in text.split("error")[1]
-    assert load("stops/last.pt")["step"] == 20           # the last good one
-
-def test_speed_in_the_log_leaves_saves_out():
-    args, fine = SimpleNamespace(steps=20, batch=4, save_every=10, out="."), torch.tensor(True)
-    with (patch(train_vmae.time, "perf_counter", side_effect=[0, 5, 100, 110, 120]),
-          train_vmae.Log(args, 0, "cpu") as log):          # begins at 0 s
-        for step in range(1, 21):                          # at 5 s, then a save until 100 s; 110 s
-            log.add({"L_R": torch.ones(())}, 1)
-            log.step(step, fine, 0.1, lambda path: {"PSNR_val": 30.0}, {})
-    assert [line["images_per_s"] for line in log_of(".")] == [10 * 4 / 5, 10 * 4 / 10]
-    assert load("last.pt")["step"] == 20
-
-def test_two_micro_batches_equal_one_and_memory_is_named():
-    half = np.random.default_rng(0).integers(0, 256, (12, 16, 8, 3), dtype=np.uint8)
-    Path("data").mkdir()
-    for i, left in enumerate(half):                        # equal to their mirror images, so that
-        Image.fromarray(np.concatenate([left, left[:, ::-1]], 1)).save(f"data/{i}.png")
-    go = "--precision float32 --lr 1 --preset ae --batch 8 --micro"        # ae has no other chance
-    with patch(train_vmae, "optimiser", lambda m: torch.optim.SGD(m.parameters(), fused=True)):
-        one, two = trained(f"{go} 8", "one"), trained(f"{go} 3", "two")    # 3 + 3 + 2 images
-    for p, q in zip(one.parameters(), two.parameters(), strict=True):
-        close(p, q, 1e-6)                                  # AdamW would magnify rounding errors
-    assert all_differ(one, trained(f"{go} 8 --steps 1", "less"))
-    assert load("two/last.pt")["train_args"]["micro"] == 3
-    with patch(vmae, "loss_R", side_effect=torch.OutOfMemoryError("CUDA")):
-        text = runs(train_vmae.main, f"{TINY_RUN} --micro 4 --out none", status=1)
-    assert "give --micro 2" in text.splitlines()[-1]
-    args = SimpleNamespace(batch=8, micro=8)
-    with patch(train_vmae, "WORLD", 2):
-        assert "--micro 4" in raises(InputError, train_vmae.micro_batches, args, "cpu", 0, 0)
-        args = SimpleNamespace(batch=1, micro=1)
-        assert "larger --batch" in raises(InputError, train_vmae.micro_batches, args, "cpu", 0, 0)
-    model = VMAE(**TINY_VMAE)
-    with patch(model, "encode_tokens", wraps=model.encode_tokens) as encode:   # whole: the most
-        train_vmae.trial_loss(2, model, SimpleNamespace(lambda_p=0), None, None)
-    assert encode.call_args.args[1].shape == (2, 16)
-    model, cpu = torch.nn.Linear(4, 4), torch.device("cpu")
-    for world, batch, micro in ((2, 8, 4), (7, 16, 2), (1, 16, 16)):       # with lots of memory
-        args = SimpleNamespace(batch=batch, micro=None)
-        with patch(train_vmae, "WORLD", world):
-            train_vmae.micro_batches(args, cpu, model, lambda n: model(torch.ones(n, 4)).sum())
-        assert args.micro == micro
-
-def test_precision_is_measured_or_asked_of_the_card():
-    for capability, answer in (((7, 5), False), ((8, 0), True), ((9, 0), True)):   # T4, A100, H200
-        with patch(torch.cuda, "get_device_capability", lambda _, c=capability: c):
-            assert vmae.has_bfloat16(torch.device("cuda")) is answer
-    assert not vmae.has_bfloat16(torch.device("meta"))     # neither of the two
-    products = []
-    for slow, answer in ((torch.bfloat16, False), (torch.float32, True)):
-        def product(a, b):
-            products.append(a.dtype)
-            time.sleep(0.002 if a.dtype == slow else 0.001)
-        with patch(torch.Tensor, "__matmul__", product):
-            assert vmae.has_bfloat16(torch.device("cpu")) is answer
-    assert set(products) == {torch.float32, torch.bfloat16}
-
-def test_an_interrupted_save_leaves_the_last_one_and_resume_continues_the_same_run():
-    model, x = VMAE(**TINY_VMAE), random_images()
-    vmae.save_checkpoint("last.pt", model_args=TINY_VMAE, model=model.state_dict())
-    unwritable = (i for i in "ab")                         # stops pickle halfway, like a power cut
-    raises(TypeError, vmae.save_checkpoint, "last.pt", model=unwritable)
-    close(vmae.load_vmae("last.pt").encode(x).mode(), model.encode(x).mode(), 0)
-    assert os.listdir() == ["last.pt"]
-    save_images("data", 12)
-    go = f"{TINY_RUN} --steps 4 --save-every 2 --resume --out"
-    assert "no checkpoint yet" in runs(train_vmae.main, f"{go} whole")
-    flip = vmae.random_flip
-    for number in (signal.SIGTERM, signal.SIGINT):         # during a step
-        def interrupted(x, generator):
-            os.kill(os.getpid(), number)
-            return flip(x, generator)
-        both = mock.Mock(wraps=vmae)
-        with (patch(vmae, "random_flip", interrupted), patch(vmae, "agree", both.agree),
-              patch(vmae, "save_checkpoint", both.save_checkpoint)):
-            text = runs(train_vmae.main, f"{go} parts", status=1)
-        assert [call[0] for call in both.mock_calls][-2:] == ["save_checkpoint", "agree"]
-        assert f"after step {load('parts/last.pt')['step']}, which is saved" in text
-    runs(train_vmae.main, "--out parts --resume")          # with the options that it had
-    assert "complete, at step 4" in runs(train_vmae.main, f"{go} parts")
-    a, b = (load(f"{name}/last.pt") for name in ("whole", "parts"))
-    assert all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"])  # no random state
-    steps = [line["step"] for line in log_of("parts")]
-    assert steps == [1, 2, 4] and [line["step"] for line in log_of("whole")] == [2, 4]
-    with open("parts/log.jsonl", "ab") as log:             # what a power cut or an editor may leave
-        log.write(b'{"step": 3, "lr\n\xff\xfe\n{"step": 3, "lr": 0{"step": 4, "lr": 1}\n{"step": 3')
-    runs(train_vmae.main, f"{go} parts --steps 5")
-    assert [line["step"] for line in log_of("parts")] == [1, 2, 4, 4, 5]   # whole lines are kept
-
-def test_what_one_process_lacks_and_what_a_checkpoint_holds_count_for_all():
-    args = SimpleNamespace(lambda_p=None, vgg_weights=None, tune=None, data="data")
-    with (patch(vmae, "load_lpips", lambda path: torch.nn.Identity()),
-          patch(vmae, "agree", lambda value: type(value)(0))):     # another one has no VGG
-        assert train_vmae.perceptual(args, torch.device("cpu")) is None and args.lambda_p == 0
-    save_images("data", 12), trained()
-    runs(train_ldm.main, "--steps 2 --batch 8")
-    ckpt = load("runs/ldm/last.pt")
-    ckpt["latent_mean"] += 1                               # the latents may have changed since
-    torch.save(ckpt, "runs/ldm/last.pt")
-    runs(train_ldm.main, "--steps 3 --resume")
-    close(load("runs/ldm/last.pt")["latent_mean"], ckpt["latent_mean"], 0)
-
-def test_measuring_held_out_images_leaves_the_run_alone():
-    save_images("data/left", 24), save_images("data/right", 24, seed=1)
-    often, once = trained("--save-every 1"), trained(out="once")
-    assert all(map(torch.equal, often.parameters(), once.parameters()))
-    first, last = log_of("runs/vmae")                      # a line at each save
-    assert first["step"] == 1 and last["step"] == 2 and first["PSNR_val"] != last["PSNR_val"]
-    x = torch.stack([x for x, _ in ImageFolder("data", 16, "val")])
-    x = x[torch.randperm(len(x), generator=torch.Generator().manual_seed(0))]
-    x_hat = often.decode(often.encode(x).mode())           # whole images, as in use
-    close(last["PSNR_val"], vmae.psnr(vmae.to_uint8(x), vmae.to_uint8(x_hat)).mean(), 0.01)
-    generator = torch.Generator().manual_seed(0)
-    torch.randn(x.shape, generator=generator)              # noise, of weight 0 here
-    p, _, mask = often(x, 0.6, generator)                  # masked patches, as in training
-    error = vmae.patchify((vmae.to_uint8(x).float() - vmae.to_uint8(p.mode()).float()) ** 2, 4)
-    mse = torch.stack([e[m == 1].mean() for e, m in zip(error, mask)])
-    close(last["PSNR_m_val"], (10 * torch.log10(255**2 / mse)).mean(), 0.01)
-    trained("--preset ae", "ae")
-    assert "PSNR_m_val" not in log_of("ae")[-1]            # which masks nothing
-    for objective in ("eps", "v", "flow"):
-        go = f"--steps 2 --batch 8 --objective {objective} --out"
-        draws = objective == "v" and sample.draw or mock.Mock(return_value=torch.zeros(32, 3, 8, 8))
-        with patch(sample, "draw", draws):                 # 32 samples take time
-            for out, every in (("often", 1), ("rarely", 2)):
-                shutil.rmtree(out, ignore_errors=True)
-                runs(train_ldm.main, f"{go} {out} --save-every {every}")
-        a, b = (load(f"{run}/last.pt") for run in ("often", "rarely"))
-        assert all(torch.equal(a["ema"][k], b["ema"][k]) for k in a["ema"])
-        line = log_of("often")[-1]
-        assert {f"L_{objective}", f"L_{objective}_val"} <= set(line), line
-        differ = {k: line[k] for k in ("images_per_s", f"L_{objective}")}  # means over other steps
-        assert line == log_of("rarely")[-1] | differ
-
-def test_compiled_networks_are_in_one_piece_and_train_alike():
-    whole = functools.partial(torch.compile, fullgraph=True, backend="eager")
-    model, dit, x, z_t = VMAE(**TINY_VMAE), tiny_dit(2), random_images(), torch.randn(2, 4, 4, 4)
-    keep, _ = vmae.random_mask(2, 4, 4, 0.6)
-    for function, *args in ((model.encode_tokens, x, keep), (model.decode, z_t),
-                            (dit, z_t, torch.tensor([1, 5]), torch.tensor([0, 2]))):
-        a, b = (f(*args) for f in (function, whole(function)))
-        close(getattr(a, "mu", a), getattr(b, "mu", b), 1e-5)
-    rope, q = dit.feat_rope, torch.randn(2, 16, 8)         # elsewhere than on a CPU RoPE is real
-    elsewhere = mock.MagicMock(wraps=q, device=torch.device("meta"), dtype=q.dtype)
-    elsewhere.__mul__ = lambda _, other: q * other
-    with patch(torch, "view_as_complex", side_effect=AssertionError):
-        real = ldm.Rope.forward(rope, elsewhere)
-    close(real, rope(q), 1e-6)
-    save_images("data", 8)                                 # masked and whole steps of training
-    with patch(torch, "compile", functools.partial(torch.compile, backend="eager")):
-        a, b = trained(), trained("--compile", "compiled")
-    for p, q in zip(a.parameters(), b.parameters(), strict=True):
-        close(p, q, 1e-4)
-
-
-# ---- What is trained: presets, losses, published weights, decoder tuning ----------------------
-
-def test_every_preset_and_option_changes_what_is_learnt():
-    save_images("data", 24)
-    models = {name: trained(f"--preset {name}", name) for name in train_vmae.PRESETS}
-    again = trained("--preset vmae")
-    assert all(map(torch.equal, models["vmae"].parameters(), again.parameters()))  # the same seed
-    terms = {name: sorted(k for k in log_of(name)[-1] if k.startswith("L_")) for name in models}
-    assert terms == dict(ae=["L_R"], dae=["L_R"], vae=["L_R", "L_reg"], mae=["L_M", "L_R"],
-                         sdvae=["L_D", "L_G", "L_R", "L_reg"], vmae=["L_M", "L_R", "L_reg"])
-    for name, model in models.items():
-        point = name in ("ae", "dae", "mae")               # no variance: clamped, and so left
-        assert (model.encode(random_images()).logvar == -30).all() == point, name
-        assert isinstance(model, VMAE) == (name in ("mae", "vmae")), name
-    assert all_differ(models["ae"], models["dae"]) and all_differ(models["ae"], models["vae"])
-    for line in ("ae --lambda-reg 1", "dae --noise 9", "vae --lambda-reg 1", "vae --kl-mean free",
-                 "mae --lambda-m 9", "sdvae --lambda-adv 9", "vmae --lambda-m 0", "vmae --mask 0.3",
-                 "vmae --lambda-reg 0", "vmae --lambda-reg 1", "vmae --whole 1", "vmae --seed 1"):
-        assert all_differ(models[line.split()[0]], trained(f"--preset {line}")), line
-        assert log_of("runs/vmae")[-1]["L_R"] < 5          # 40 if the noise were in the target
-    assert isinstance(trained("--preset ae --arch vit"), VMAE)             # like for like
-    refuses(train_vmae.main, {"--arch conv --out new": "--mask"})          # it sees what is hidden
-
-def test_adversarial_loss_waits_and_is_weighed_on_the_last_layer():
-    save_images("data", 8)
-    go = f"{TINY_RUN} --preset sdvae --steps 100 --batch 2 --save-every 50"
-    with patch(vmae, "loss_G", wraps=vmae.loss_G) as spy:
-        runs(train_vmae.main, go)
-    assert spy.call_count == 50 and spy.call_args.args[2].shape == (3, 16, 3, 3)  # the last layer
-    before, after = log_of("runs/sdvae")                   # steps 1 to 50, 51 to 100
-    assert "L_G" not in before and "L_D" not in before
-    assert all(math.isfinite(after[k]) for k in ("L_R", "L_G", "L_D"))
-    runs(train_vmae.main, f"{go} --steps 102 --resume")    # with the discriminator's part
-    assert load("runs/sdvae/last.pt")["train_args"]["adv_start"] == 50  # --steps moved it no more
-    close(vmae.loss_D(torch.tensor([2.0, 0.5]), torch.tensor([-3.0, 0.0])), 0.375, 1e-6)  # 3 / 8
-    last = torch.nn.Linear(4, 4)
-    x_hat = last(torch.randn(3, 4))
-    reconstruction, fake = 7 * x_hat.square().mean(), 0.01 * x_hat.sum(1)
-    a, b = (torch.autograd.grad(loss, last.weight, retain_graph=True)[0].norm()
-            for loss in (reconstruction, vmae.loss_G(fake, reconstruction, last.weight)))
-    close(a / b, 1, 0.01)                                  # gradients of equal length
-    for size, side in ((64, 6), (32, 6), (8, 2)):          # patches of 70, 34 and 16 pixels
-        assert vmae.discriminator(size)(random_images(2, size)).shape == (2, 1, side, side)
-
-def test_tuning_the_decoder_leaves_the_encoder_alone():
-    save_images("data", 8)
-    for preset in ("vmae", "vae"):                         # a transformer, a convolutional body
-        a = trained(f"--preset {preset}", preset)
-        b = trained(f"--init {preset}/last.pt --tune decoder --size 32", "runs/tuned")
-        assert b.img_size == 32 and b.encode(random_images(1, 32)).mu.shape[-1] == 2 * a.grid
-        moved = [name for (name, p), q in zip(a.named_parameters(), b.parameters(), strict=True)
-                 if not torch.equal(p, q)]
-        assert moved and all(n.startswith(("decoder", "from_latent")) for n in moved), moved
-    refuses(train_vmae.main, {
-        "--tune decoder --out new": "--init", "--preset sdvae --compile": "--compile",
-        "--init vae/last.pt --arch vit": "decides the shape"})
-
-def test_dit_equals_the_authors_and_samples():
-    v = vector("lightningdit_official.pt")
-    for name in ("pos_embed", "feat_rope.freqs_cos", "feat_rope.freqs_sin"):
-        close(ldm.DiT(**v["model_args"]).state_dict()[name], v["state_dict"][name], 1e-6)
-    weights = {f"module.{k}": w for k, w in v["state_dict"].items()}
-    torch.save({"model": {}, "ema": weights}, "dit.pt")
-    mean, std = torch.arange(16.0).view(1, 16, 1, 1), torch.full((1, 16, 1, 1), 2.0)
-    torch.save({"mean": mean, "std": std}, "stats.pt")
-    model, schedule, ckpt = ldm.load_ldm("dit.pt", "stats.pt")
-    close(model(v["x"], v["t"], v["y"]), v["out"], 1e-4)
-    close(ckpt["latent_mean"], mean.flatten(), 0)
-    assert schedule.objective == "flow" and model.y_embedder.num_classes == 3
-    save_images("data", 8)
-    trained(out="first")                                   # 16 channels, 4 x 4, as theirs
-    draw, known = "--ckpt dit.pt --n 2 --steps 3", "--stats stats.pt --vmae first/last.pt"
-    refuses(sample.main, {"": "--stats", "--stats stats.pt": "--vmae", f"{known} --eta 1": "--eta",
-                          "--stats dit.pt --vmae first/last.pt": "no mean",
-                          f"{known} --sampler ddim": "--sampler ddim"}, draw)
-    runs(sample.main, f"{draw} {known} --shift 0.3 --interval 0.1 --cfg 2 --trajectory")
-    assert os.path.exists("samples/sample_000001.png")
-    text = runs(train_ldm.main, f"--init dit.pt {known} --steps 1 --batch 2 --lr 1e-9")
-    assert "its 3 classes are not the 0 here" in text                   # theirs, and those of data/
-    model, schedule, ckpt = ldm.load_ldm("runs/ldm/last.pt")
-    close(model.blocks[0].attn.qkv.weight, v["state_dict"]["blocks.0.attn.qkv.weight"], 1e-6)
-    assert schedule.objective == "flow" and ckpt["latent_std"].tolist() == [2.0] * 16
-
-
-# ---- Evaluation: metrics ----------------------------------------------------------------------
-
-def test_psnr_and_ssim_by_hand_and_by_scikit_image():
-    a = torch.randint(0, 250, (2, 3, 16, 16), dtype=torch.uint8)
-    close(evaluate.psnr(a, a + 5), 20 * math.log10(255 / 5), 1e-9)         # MSE is 25
-    close(evaluate.ssim(a, a), 1, 1e-12)
-    flat, c1 = torch.full((1, 3, 16, 16), 100.0), (0.01 * 255) ** 2  # variance 0: one factor
-    close(evaluate.ssim(flat, flat + 20), (2 * 100 * 120 + c1) / (100**2 + 120**2 + c1), 1e-9)
-    raises(InputError, evaluate.ssim, a[..., :8], a[..., :8])              # the window has 11
-    v = vector("metrics_reference.npz")
-    a, b = (torch.from_numpy(v[k]).permute(2, 0, 1)[None] for k in ("a", "b"))
-    close(evaluate.psnr(a, b), v["psnr"], 1e-6), close(evaluate.ssim(a, b), v["ssim"], 1e-6)
-
-def made_up_inception():
-    """A state dict by the rule of vectors/inception_fid.pt, which says it in words."""
-    weights = {}
-    for key, value in evaluate.InceptionV3().state_dict().items():
-        if value.dtype == torch.long:
-            continue                                       # counters: a file may lack them
-        generator = torch.Generator().manual_seed(zlib.crc32(key.encode()))
-        w = torch.randn(value.shape, generator=generator)
-        weights[key] = (w.abs() + 0.5 if key.endswith("running_var") else
-                        1 + 0.1 * w if key.endswith("bn.weight") else
-                        0.1 * w if w.dim() == 1 else w * (2 / w[0].numel()) ** 0.5)
-    return weights
-
-def test_inception_equals_pytorch_fid_and_other_weights_are_refused_with_the_reason():
-    torch.save({"fc.bias": torch.zeros(1000)}, "google.pth")
-    torch.save({"fc.bias": torch.zeros(1008)}, "other.pth")
-    for path, *words in (("google.pth", "torchvision", "1000", "2015"), ("other.pth", "not FID's"),
-                         ("none.pth", evaluate.INCEPTION_URL, "--inception-weights", "none.pth")):
-        message = raises(InputError, evaluate.load_inception, path)
-        assert all(word in message for word in words) and "\n" not in message, message
-    v, seen = vector("inception_fid.pt"), []
-    torch.save(made_up_inception(), "made_up.pth")
-    net = evaluate.load_inception("made_up.pth")
-    assert {k: tuple(w.shape) for k, w in net.state_dict().items()} == v["shapes"]
-    assert len(net.hash) == 8                              # which stands beside each FID
-    size = v["features"].abs().max()
-    close(net(v["images"]) / size, v["features"] / size, 1e-4)
-    net.Mixed_6d.branch1x1.register_forward_hook(lambda m, x, y: seen.append(y))
-    features, spatial, logits = net.outputs(v["images"][:1])
-    close(spatial.view(17, 17, 7), seen[0][0, :7].permute(1, 2, 0), 0)     # sFID: ADM's order
-    close(logits, features @ net.fc.weight.T, 1e-3)        # IS: 1,008 of them, without the bias
-    assert logits.shape == (1, 1008)
-    net.fast = True                                        # bfloat16: the same to two digits
-    close(net(v["images"][:1]) / size, v["features"][:1] / size, 0.03)
-
-def test_clean_resize_is_pillows_antialiased_bicubic():
-    net, x, seen = evaluate.InceptionV3("clean"), (random_images(1, 400) * 127.5 + 127.5).byte(), []
-    net.Conv2d_1a_3x3.register_forward_pre_hook(lambda m, inputs: seen.append(inputs[0]) or 1 / 0)
-    raises(ZeroDivisionError, net, x)                      # the first layer is far enough
-    plane = Image.fromarray(x[0, 0].numpy().astype(np.float32))            # mode F: not rounded
-    expected = np.asarray(plane.resize((299, 299), Image.BICUBIC)).clip(0, 255)
-    close(seen[0][0, 0], (expected - 128) / 128, 1e-4)
-
-def moments(rows):
-    """Mean and covariance of rows (N, D), by numpy."""
-    return rows.mean(0), np.cov(rows, rowvar=False)
-
-def test_running_statistics_are_numpys_and_do_not_grow():
-    for offset, digits in ((0, 1e-12), (1e7, 1e-7)):       # whose squares would cancel
-        rows, running = torch.randn(1000, 8, dtype=torch.float64) + offset, evaluate.Statistics()
-        for part in rows.split(300):                       # the last one is short
-            running.add(part)
-        for ours, numpys in zip(running.moments(), moments(rows.numpy()), strict=True):
-            close(ours, numpys, digits)
-    assert sum(v.numel() for v in vars(running).values() if torch.is_tensor(v)) == 8 + 8 + 64
-
-def test_frechet_distance_by_hand_and_by_pytorch_fid():
-    rng, distance = np.random.default_rng(0), evaluate.frechet_distance
-    s1, s2, mu = rng.random((3, 32))
-    expected = (mu**2).sum() + ((s1 - s2) ** 2).sum()      # Gaussians with diagonal covariances
-    for q in (np.eye(32), np.linalg.qr(rng.normal(size=(32, 32)))[0]):     # turning changes nothing
-        sigma1, sigma2 = (q @ np.diag(s**2) @ q.T for s in (s1, s2))
-        close(distance(0 * mu, sigma1, q @ mu, torch.from_numpy(sigma2)), expected, 1e-10)
-    mu, sigma = moments(rng.normal(size=(300, 512)) @ rng.normal(size=(512, 512)))
-    close(distance(mu, sigma, mu, sigma), 0, 1e-6 * np.trace(sigma))       # singular
-    mu, eye = np.zeros(2), np.eye(2)
-    for bad, word in (([[1, 2], [2, 1.0]], "covariance"), ([[0, 1], [1, 0.0]], "covariance"),
-                      (eye * np.nan, "NaN")):
-        assert word in raises(ValueError, distance, mu, np.array(bad), mu, eye)
-    assert "do not compare" in raises(ValueError, distance, mu, eye, np.zeros(3), np.eye(3))
-    v = vector("fid_reference.npz")
-    for name in ("full", "singular"):
-        ours = distance(*moments(v[f"{name}_a"]), *moments(v[f"{name}_b"]))
-        close(ours / v[f"{name}_fid"], 1, 1e-6)
-
-def test_kid_is_the_mean_over_pairs_and_unbiased():
-    a, b = torch.randn(6, 4), torch.randn(5, 4) + 1
-    def k(x, y):
-        return (x @ y.T / 4 + 1) ** 3                      # (N, M), pair by pair
-    def within(x):                                         # no image is paired with itself
-        return k(x, x)[~torch.eye(len(x), dtype=torch.bool)].mean()
-    close(evaluate.kid(a, b), within(a) + within(b) - 2 * k(a, b).mean(), 1e-4)
-    draws = [evaluate.kid(torch.randn(16, 4), torch.randn(16, 4)) for _ in range(400)]
-    close(np.mean(draws), 0, 4 * np.std(draws) / 20)       # of one distribution: 0 on average
-    assert min(draws) < 0                                  # unbiased is not clamped
-
-def test_precision_and_recall_by_hand():
-    real = torch.tensor([[0.0], [1], [2], [3], [10]])      # to the third neighbour: 3 2 2 3 9
-    fake = torch.tensor([[2.5], [5.5], [19.5], [-2.5], [2.6]])  # all inside but for 19.5, 9.5 away
-    close(evaluate.precision_recall(real, fake), [0.8, 1.0], 1e-6)
-    same = torch.randn(50, 8)
-    assert evaluate.precision_recall(same, same) == (1, 1)
-    assert evaluate.precision_recall(same, same + 100) == (0, 0)
-    one_mode = same[:1] + 0.01 * torch.randn(50, 8)        # fakes all alike: precise, not varied
-    precision, recall = evaluate.precision_recall(same, one_mode)
-    assert precision == 1 and recall <= 0.02
-    d, index = evaluate.nearest(same[20:23], same.split(7), 2)             # over several batches
-    assert index[:, 0].tolist() == [20, 21, 22] and (d[:, 0] < 0.01).all()
-    close(d[:, 1], torch.cdist(same[20:23], same).sort().values[:, 1], 1e-4)
-
-class TinyNet(torch.nn.Module):
-    """Stands in for Inception: features are means of colours, in a moment."""
-    hash, resize, fast = "tiny", "pytorch-fid", False
-
-    def outputs(self, images):
-        x = images.float().mean((2, 3))                    # (N, 3)
-        return x, x[:, :2], x / 10
-
-    def forward(self, images):
-        return self.outputs(images)[0]
-
-def tiny_net(path, resize, fast):
-    """In place of evaluate.load_inception."""
-    net = TinyNet()
-    net.resize = resize
-    return net
-
-tiny_inception = patch(evaluate, "load_inception", tiny_net)
-
-def test_scores_are_means_over_images_and_rfid_is_of_sets():
-    a, b = (torch.randint(0, 256, (10, 3, 16, 16), dtype=torch.uint8) for _ in range(2))
-    args = SimpleNamespace(device="cpu", nets=(
-        lambda x, y: (x - y).abs().amax((1, 2, 3), keepdim=True), TinyNet()))  # takes [-1, 1]
-    row, real = evaluate.scores(zip(a.split(4), b.split(4)), args)         # the last has two
-    error = (a.double() - b.double()).abs()                # (10, 3, 16, 16)
-    close(row["L1"], error.mean() / 255, 1e-9), close(row["PSNR"], evaluate.psnr(a, b).mean(), 1e-9)
-    close(row["SSIM"], evaluate.ssim(a, b).mean(), 1e-9)
-    close(row["LPIPS"], error.amax((1, 2, 3)).mean() / 127.5, 1e-5)
-    colours = [x.double().mean((2, 3)).numpy() for x in (a, b)]
-    close(row["rFID"], evaluate.frechet_distance(*moments(colours[0]), *moments(colours[1])), 1e-4)
-    close(evaluate.scores([(a, b)], args, real)[0]["rFID"], row["rFID"], 1e-4)  # real ones reused
-
-def test_inception_score_and_kept_features():
-    sure = evaluate.Features(SimpleNamespace(outputs=lambda x: (x, x, 100 * x)), pairs=5)
-    for part in torch.eye(4).repeat(2, 1).split(3):        # four classes, no doubt: IS = 4
-        sure.add(part)
-    close(sure.inception_score(), 4, 1e-6)
-    assert torch.equal(torch.cat(sure.kept), torch.eye(4).repeat(2, 1)[:5])
-    flat = evaluate.Features(SimpleNamespace(outputs=lambda x: (x, x, 0 * x)))
-    flat.add(torch.eye(4))                                 # says nothing of any image: IS = 1
-    close(flat.inception_score(), 1, 1e-6)
-    assert flat.kept == []                                 # not even an empty slice of a batch
-
-def test_separation_of_known_tokens():
-    group, image, z = torch.arange(4000) % 2, torch.arange(4000) // 20, torch.randn(4000, 3)
-    mixed = evaluate.separation(z, group, image)           # no order at all
-    close(mixed["sigma^2"], 1, 0.01), close(mixed["probe"], 0.5, 0.05)
-    assert mixed["rho"] < 0.1 and mixed["chance"] == 0.5
-    z[:, 0] += 6 * group                                   # variance 1 within, 9 between: 1 + 9
-    apart = evaluate.separation(z, group, image)
-    close(apart["sigma^2"], (0.1 + 1 + 1) / 3, 0.01)
-    close(apart["rho"], 6 / math.sqrt(10) / math.sqrt(0.1 + 1 + 1), 0.03)
-    assert apart["probe"] > 0.99
-    scaled = evaluate.separation(z * torch.tensor([9, 1, 0.1]) + 5, group, image)
-    close(scaled["rho"], apart["rho"], 1e-4)               # units of a channel do not matter
-
-def test_face_levels_are_what_was_drawn():
-    run = SimpleNamespace(args=SimpleNamespace(n=24, batch=10),
-                          model=SimpleNamespace(img_size=32, patch_size=4),
-                          encode=lambda x: F.avg_pool2d(x.float(), 4))     # z is a patch's colour
-    levels = evaluate.face_levels(run)
-    assert list(levels) == ["object", "part", "pattern"]   # the paper's
-    (_, kind, image), (z, part, _), (skin, _, _) = levels.values()
-    kinds = Faces(32, "val").render(range(24))[1]
-    assert torch.equal(kinds[image], kind) and set(part.tolist()) <= set(range(5))
-    assert len(skin) == (part == 2).sum() and z.shape[1] == 3 and 0 < len(kind) < len(part)
-    assert evaluate.separation(*levels["part"])["rho"] > 0.5               # parts have colours
-
-def test_noise_on_the_latent_has_the_channels_scale():
-    z = torch.randn(64, 3, 8, 8) * torch.tensor([1.0, 5, 20]).view(1, 3, 1, 1)
-    noise = evaluate.perturb(z, 0.1) - z
-    close(noise.std((0, 2, 3)), 0.1 * z.std((0, 2, 3)), 0.05)
-    close(evaluate.perturb(z, 0.2) - z, 2 * noise, 1e-4)   # the same noise, larger
-    assert torch.equal(evaluate.perturb(z, 0), z)
-    x = torch.randint(96, 161, (40, 3, 16, 16), dtype=torch.uint8)
-    run = SimpleNamespace(path="pixels", encode=lambda x: x / 127.5 - 1, decode=vmae.to_uint8,
-                          held_out=lambda: (40, ((part, None) for part in x.split(16))))
-    Path("pixels").touch()
-    with patch(evaluate, "Run", lambda path, args: run):   # the image is the latent
-        rows = measured("smoothness", "--ckpt pixels --eps 0.2 0.5")
-    for row in rows:  # the PSNR of the noise alone; 1/12: rounding
-        noise = (row["eps"] * x.float().std().item()) ** 2 + 1 / 12
-        close(row["PSNR"], 10 * math.log10(255**2 / noise), 0.1)
-
-
-# ---- Evaluation: commands ---------------------------------------------------------------------
-
-def test_efficiency_is_the_papers_table_3():
-    numbers = ("319.7", "42.69", "13.4%", "17,331.3", "701.4", "4.0%", "703.9", "4.1%", "895.2",
-               "41.33", "4.6%", "11,191,604", "83,819,683")
-    assert len(measured("efficiency", "", *(f"| {number} |" for number in numbers))) == 3
-    with torch.device("meta"):                             # 2 x 3 -> 5; 4 queries, 6 keys of 8
-        layer, rows = torch.nn.Linear(3, 5), torch.zeros(2, 3)
-        qkv = [torch.zeros(1, n, 8) for n in (4, 6, 6)]
-    assert evaluate.multiply_adds(layer, rows)[1:] == (30, 0)
-    assert evaluate.multiply_adds(F.scaled_dot_product_attention, *qkv)[1:] == (0, 2 * 4 * 6 * 8)
-    args = SimpleNamespace(size=16, batch=2, device=torch.device("cpu"))
-    row = evaluate.seconds(VMAE(**TINY_VMAE), args)        # --time
-    assert list(row) == ["encode s", "decode s", "train s"] and min(row.values()) > 0
-
-def test_every_figure_of_two_runs():
-    save_images("data/left", 12), save_images("data/right", 12, seed=1)
-    for name in ("vmae", "ae"):                            # a transformer, a convolutional body
-        trained(f"--preset {name}", f"runs/{name}")
-    text = runs(evaluate.main)                             # as a user types it, before stage two
-    assert "skipped neighbours" in text and "(Fig. 2)" in text, text
-    runs(train_ldm.main, "--steps 2 --batch 8")
-    text = runs(evaluate.main)                             # and after it
-    for name in "reconstruct smoothness separability efficiency neighbours compare".split():
-        assert list(Path("runs").rglob(f"{name}.json")), name
-        assert name == "efficiency" or list(Path("runs").rglob(f"{name}*.png")), name
-    for words in ("skipped LPIPS", "skipped fid", "skipped times", "skipped generation"):
-        assert words in text and "Inception weights" not in text
-    data = "--data data --n 20 --batch 8 --device cpu"
-    both = f"--ckpt runs/vmae/last.pt runs/ae/last.pt {data}"
-    exact, noisy = measured("reconstruct", both), measured("smoothness", f"{both} --eps 0 0.5 2")
-    assert noisy[0]["lost"] == noisy[3]["lost"] == 0       # no noise: as in Table 1
-    for i, row in enumerate(noisy):
-        close(row["lost"], exact[i // 3]["PSNR"] - row["PSNR"], 1e-9)
-    levels = [row["level"] for row in measured("separability", data)]
-    assert levels[-1] == "classes, object" and len(levels) == 4  # after three of the faces
-    table = measured("compare", f"runs/vmae runs/ae/last.pt {data}")
-    shapes = json.loads(Path("out/compare.json").read_text())["rescaled"]
-    assert [row["run"] for row in table] == ["runs/vmae", "runs/ae/last.pt"]
-    assert all({a, b} in ({0, 1}, {0}) for a, b in zip(*shapes.values(), strict=True))  # a tie is 0
-    assert len(shapes["runs/vmae"]) == 4
-    best = max(table, key=lambda row: row["pixels, dB"])["run"]
-    dense = min(table, key=lambda row: row["compression, sigma^2"])["run"]
-    assert shapes[best][2] == shapes[dense][1] == 1        # high is good, and low
-
-@tiny_inception
-def test_what_inception_adds_to_the_figures():
-    both_stages()
-    runs(train_ldm.main, "--steps 2 --batch 8 --objective flow --out runs/flow")
-    few, ckpt = "--n 5 --batch 4 --inception-weights tiny.pth", "runs/ldm/last.pt"
-    [drawn] = measured("fid", f"--fake {ckpt} {few}", "weights tiny")
-    assert drawn["real"] == os.path.abspath("data") and drawn["N fake"] == 5   # as in training
-    table = measured("compare", f"runs/ldm runs/flow {few}")
-    close(table[0]["generation, gFID"], drawn["gFID"], 1e-6)
-    assert table[1]["generation, gFID"] > 0                # rectified flow has its own sampler
-    near = measured("neighbours", f"--ckpt {ckpt} {few}")
-    assert [row["space"] for row in near] == ["pixels", "Inception"]
-    assert all(row["ratio"] == row["samples"] / row["held-out"] for row in near)
-    measured("fid", "--n 9 --cfg 2", "weights tiny")       # all defaults but these
-    args = SimpleNamespace(n=9, batch=4, device="cpu", sampler=None, steps=50)
-    first = next(evaluate.draw_samples(ckpt, args, 1.0))
-    runs(sample.main, "--n 4 --cfg 1 --npz")
-    same = np.load("samples/samples.npz")["arr_0"].transpose(0, 3, 1, 2)
-    close(first, same.astype(float), 1)                    # the images of sample.py
-    labels, weights = [], set()
-    def sampler(model, schedule, z, y, w, steps, **options):
-        labels.extend(y.tolist()), weights.add((w, steps))
-        return z
-    with mock.patch.dict(ldm.SAMPLERS, ddpm=(sampler, ("v",), {})):
-        args.sampler = "ddpm"
-        list(evaluate.draw_samples(ckpt, args, 3.0))
-    assert labels == [0, 1, 0, 1, 0, 1, 0, 1, 0] and weights == {(3.0, 50)}    # classes in turn
-
-@patch(evaluate, "JUDGED", 1024)
-def test_the_judge_tells_a_perfect_generator_from_a_blind_and_a_repeating_one():
-    with patch(Faces, "__len__", lambda self: 1536):       # a tenth of its training is enough here
-        evaluate.load_judge()
-    [kept] = Path("runs").glob("judge_*.pt")
-    stamp, val = kept.stat().st_mtime_ns, Faces(32, "val")
-    kind = val.render(range(400, 800))[1]
-    turns = torch.stack([torch.where(kind == k)[0][:16] for k in range(4)], 1).flatten() + 400
-    drawn = {"perfect": val.batch(turns)[0],               # fresh faces, the kinds in turn
-             "blind": torch.randint(0, 256, (64, 3, 32, 32), dtype=torch.uint8),
-             "same": val.batch(turns[:1])[0].expand(64, -1, -1, -1)}
-    run = SimpleNamespace(trained={"data": None}, model=SimpleNamespace(img_size=32),
-                          again=lambda x: x)
-    for name in drawn:
-        Path(name).touch()
-    with (patch(evaluate, "Run", lambda path, args: run),
-          patch(evaluate, "draw_samples", lambda path, args, w: drawn[path].split(32)),
-          patch(vmae, "read_checkpoint", lambda path: {"classes": list(vmae.OBJECTS)})):
-        rows = measured("faces", f"--ckpt {' '.join(drawn)} --n 64")
-    assert kept.stat().st_mtime_ns == stamp                # read, not trained again
-    assert [row["images"] for row in rows[:4]] == ["held out", "reconstructed", "samples, w = 1.0",
-                                                   "samples, w = 1.5"]
-    held_out, perfect, blind, same_face = rows[0], rows[2], rows[6], rows[10]
-    assert min(held_out["requested"], perfect["requested"]) > 0.9 and blind["requested"] < 0.6
-    assert same_face["requested"] == 0.25                  # right in one turn of four
-    assert max(held_out["distance"], perfect["distance"]) < 0.2 * blind["distance"]
-    assert perfect["distance"] < 0.3 * same_face["distance"]
-    assert perfect["recall"] > 0.5 and blind["precision"] == 0 and same_face["recall"] < 0.2
-    with (patch(evaluate, "Run", lambda path, args: run),
-          patch(vmae, "read_checkpoint", lambda path: {"train_args": {"data": "photographs"}})):
-        refuses(evaluate.main, {"faces --ckpt perfect --n 64": "not on the faces"})
-    stripes = torch.arange(32).repeat(64, 3, 32, 1)
-    drawn["few"], drawn["many"] = (stripes.where(stripes < 5, 0).byte() for stripes in (
-        stripes - 32 * (torch.arange(32).view(-1, 1) > 1), stripes))       # 2 or 32 pixels of each
-    class Judge(torch.nn.Module):
-        """Sees part k where a pixel is k."""
-        def forward(self, x):
-            return x.float().mean((2, 3)), x[:, 0, :2, 0], x[:, 0, 0], F.one_hot(
-                x[:, 0].long().clamp(max=4), 5).permute(0, 3, 1, 2)
-    Path("few").touch(), Path("many").touch()
-    with (patch(evaluate, "Run", lambda path, args: run), patch(evaluate, "load_judge", Judge),
-          patch(evaluate, "draw_samples", lambda path, args, w: drawn[path].split(32)),
-          patch(evaluate, "frechet_distance", lambda *args: 0.0),
-          patch(vmae, "read_checkpoint", lambda path: {"classes": []})):
-        rows = measured("faces", "--ckpt few many --n 64")
-    assert [row["complete"] for row in rows if "samples" in row["images"]] == [0, 1]
-
-def test_generators_of_the_faces_are_compared_by_the_judge():
-    both, few = "runs/two0 runs/two1", "--n 16 --batch 8"
-    judge = evaluate.Judge().eval().requires_grad_(False)  # an untrained one will do
-    with (patch(Faces, "__len__", lambda self: 64), patch(evaluate, "load_judge", lambda: judge),
-          patch(evaluate, "JUDGED", 64)):
-        runs(train_vmae.main, "--steps 2 --batch 4 --size 16 --out runs/one")
-        for seed in (0, 1):
-            runs(train_ldm.main, f"--steps 2 --vmae runs/one --seed {seed} --out runs/two{seed}")
-        rows = measured("faces", f"--ckpt {both} {few} --cfg 1 2")
-        others = measured("faces", f"--ckpt runs/two0 {few} --cfg 1 --steps 3 --sampler ddpm")
-        table = measured("compare", f"{both} {few}")
-        refuses(evaluate.main, {"--sampler euler": "choose from ddim, ddpm",
-                                "--steps 1001": "at most the 1000"}, "faces --ckpt runs/two0 --n 8")
-    at = {(row["checkpoint"][:9], row["images"]): row["distance"] for row in rows}
-    axis = {row["run"]: row["generation, distance"] for row in table}
-    assert axis["runs/two0"] == at["runs/two0", "samples, w = 1.0"] != axis["runs/two1"]
-    assert len({*at.values(), others[2]["distance"]}) == 7     # 2 + 2 + 2 of one stage one, and 1
-    shapes = json.loads(Path("out/compare.json").read_text())["rescaled"]
-    assert shapes[min(axis, key=axis.get)][4] == 1         # a small distance is the outer ring
-
-@tiny_inception
-def test_fid_from_every_source():
-    real, fake = save_images("real", 20, 16), save_images("fake", 21, 16, seed=1)
-    Image.new("RGB", (99, 99)).save("fake/grid.png")       # sample.py's overview
-    np.savez("fake.npz", arr_0=fake)
-    def fid(options):
-        """The row of the table; beside it, what a FID has to be read with."""
-        return measured("fid", f"{options} --batch 8", "under 2,048", "tiny", "pytorch-fid")[0]
-    row = fid("--real real --fake fake --save-stats new/stats")
-    mu, sigma = moments(real.mean((1, 2)))
-    close(row["FID"], evaluate.frechet_distance(mu, sigma, *moments(fake.mean((1, 2)))), 1e-4)
-    assert (row["N real"], row["N fake"]) == (20, 21)      # without grid.png
-    assert {"sFID", "IS", "KID x 1e3", "precision", "recall"} <= set(row)
-    stats = np.load("new/stats.npz")
-    close(stats["mu"], mu, 1e-3), close(stats["sigma"], sigma, 1e-3)
-    # The same numbers from ADM's .npz of images, and from pytorch-fid's of statistics.
-    for source in ("real", "new/stats.npz"):
-        again = fid(f"--real {source} --fake fake.npz")
-        close(again["FID"], row["FID"], 1e-6), close(again["sFID"], row["sFID"], 1e-6)
-    assert "KID x 1e3" not in again and again["N real"] == 20  # statistics hold no pairs
-    np.savez("plain.npz", mu=stats["mu"], sigma=stats["sigma"])
-    plain = fid("--real plain.npz --fake fake.npz")
-    assert "sFID" not in plain                             # nor pytorch-fid's any sFID
-    close(plain["FID"], row["FID"], 1e-6)
-    assert fid("--real faces --fake fake --n 12")["N real"] == 12
-    close(fid("--real real --fake real")["FID"], 0, 1e-3)  # of a set from itself
-    np.savez("odd.npz", mu=np.zeros(9), sigma=np.eye(9))
-    save_images("none", 0), Image.new("RGB", (99, 99)).save("none/grid.png")
-    refuses(evaluate.main, {
-        "--fake none --real faces": "no images", "--fake fake": "--real", "--fake no.pt": "no such",
-        "--fake fake --real faces --n 1": "one image has no", "--fake fake --real no": "no such",
-        "--fake fake --real no.npz": "no.npz", "--fake new/stats.npz --real faces": "arr_0",
-        "--fake fake --real odd.npz": "odd.npz: mu and sigma",
-        "--fake fake --real new/stats.npz --resize clean": "was made with resize pytorch-fid",
-        "--fake fake --real faces --n 0": "--n"}, "fid --out nowhere")
-
-def test_pictures_are_drawn():
-    evaluate.plot("a.png", {"one": [(0, 1), (1, 3)], "two": [(0, 2), (1, 2)]}, "x", "y")
-    evaluate.plot("one.png", {"a/" * 99: [(0.2, 31.0)]}, "x", "y")         # one value, a long name
-    args = SimpleNamespace(out="out", nets=(None, None), function=evaluate.fid)
-    evaluate.report(args, "title", [{"a": math.nan, "b": 1.0}])
-    assert json.loads(Path("out/fid.json").read_text())["rows"] == [{"a": None, "b": 1.0}]
-    evaluate.radar("b.png", ["a", "b", "c"], {"one": [0, 1, 0.5], "two": [1, 0, 1]})
-    for name in ("a.png", "b.png"):
-        picture = np.array(Image.open(name))[:330].reshape(-1, 3)          # above the names
-        for colour in evaluate.COLOURS[:2]:                # one a curve
-            rgb = [int(colour[i:i + 2], 16) for i in (1, 3, 5)]
-            assert (abs(picture - rgb) < 12).all(1).sum() > 60, (name, colour)
-
-
-# ---- Kills, many processes, hostile files -----------------------------------------------------
-
-def in_child(code, *args, torchrun=0):
-    """Run Python code in a fresh process, or in several -> what it said. One thread, 5 minutes."""
-    Path("child.py").write_text(f"import sys\nsys.path.insert(0, {str(HERE)!r})\n{code}")
-    launch = ["-m", "torch.distributed.run", "--nproc-per-node", str(torchrun)] if torchrun else []
-    ran = subprocess.run([sys.executable, *launch, "child.py", *map(str, args)], text=True,
-                         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=300,
-                         env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert ran.returncode == 0, ran.stdout
-    return ran.stdout
 
 def same(a, b, tolerance=0):
     """Assert that two checkpoints are equal, tensor by tensor, but for where they were made."""
@@ -1568,502 +118,5268 @@ def same(a, b, tolerance=0):
             same(a[key], b[key], tolerance)
     elif isinstance(a, (list, tuple)):
         assert len(a) == len(b)
-        for pair in zip(a, b):
-            same(*pair, tolerance)
+        for of_a, of_b in zip(a, b):
+            same(of_a, of_b, tolerance)
     else:
         assert a == b
 
-CHAIN = f"""
+def equal_weights(a, b):
+    """Whether two models have the same weights, bit by bit."""
+    pairs = zip(a.parameters(), b.parameters(), strict=True)
+    return all(torch.equal(p, q) for p, q in pairs)
+
+def all_differ(a, b):
+    """Whether two models share no weight matrix: what was changed reached all of their layers."""
+    pairs = zip(a.parameters(), b.parameters(), strict=True)
+    return not any(torch.equal(p, q) for p, q in pairs if p.ndim > 1)
+
+def close_weights(a, b, tolerance):
+    """Fail if a weight of two models differs by more."""
+    for p, q in zip(a.parameters(), b.parameters(), strict=True):
+        close(p, q, tolerance)
+
+def raises(kind, function, *args, **options):
+    """The message of the expected exception."""
+    with unittest.TestCase().assertRaises(kind) as caught:
+        function(*args, **options)
+    return str(caught.exception)
+
+def warned(function, *args):
+    """-> what a function returns, and the text of its warnings."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        result = function(*args)
+    return result, "\n".join(str(warning.message) for warning in caught)
+
+def printed(function, *args):
+    """What a function prints."""
+    text = io.StringIO()
+    with contextlib.redirect_stdout(text):
+        function(*args)
+    return text.getvalue()
+
+def moments_of(q):
+    """mu and logvar of a Gaussian side by side, as published code returns them: (B, 2d, ...)."""
+    return torch.cat([q.mu, q.logvar], 1)
+
+def random_images(B=2, size=16, seed=0):
+    """(B, 3, size, size) in [-1, 1], the same every time."""
+    generator = torch.Generator().manual_seed(seed)
+    return 2 * torch.rand(B, 3, size, size, generator=generator) - 1
+
+def random_pixels(shape, seed=0):
+    """uint8 of this shape, the same every time."""
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+def save_images(folder, count, size=20, seed=0):
+    """Photographs of noise, different from each other -> their pixels, uint8 (count, H, W, 3)."""
+    pixels = random_pixels((count, size, size, 3), seed)
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    for i, image in enumerate(pixels):
+        Image.fromarray(image).save(Path(folder, f"{i:03d}.png"))
+    return pixels
+
+def runs(main, line="", status=0):
+    """Run a script's main in this process, on the CPU, with the options of this line, to this exit
+    status -> what it said."""
+    words = ["script.py", *line.split()]
+    if "--device" not in words:
+        words += ["--device", "cpu"]
+    text = io.StringIO()
+    got = 0
+    with (patch(sys, "argv", words), warnings.catch_warnings(),
+          contextlib.redirect_stdout(text), contextlib.redirect_stderr(text)):
+        warnings.simplefilter("always", UserWarning)       # not only the first time
+        try:
+            vmae.cli(main)
+        except SystemExit as stop:
+            got = stop.code or 0
+            if isinstance(stop.code, str):                 # Python prints it, and exits with 1
+                print(stop.code)
+                got = 1
+    assert got == status, text.getvalue()
+    return text.getvalue()
+
+def refuses(main, table, start=""):
+    """Run commands with the options in `table`, each of which has to stop with one line that holds
+    the words beside it, and to write nothing."""
+    news = r"\s*$|skipped|.*(tensors read|%\|)"            # the last are bars of progress
+    before = set(Path().rglob("*"))
+    for options, words in table.items():
+        text = runs(main, f"{start} {options}", status=1)
+        errors = [line for line in text.splitlines() if not re.match(news, line)]
+        assert len(errors) == 1, text
+        assert words in errors[0], text
+        assert set(Path().rglob("*")) == before
+
+def trained(options="", out="runs/vmae"):
+    """Two steps of stage one on the images in data/ -> the autoencoder that they leave in `out`."""
+    shutil.rmtree(out, ignore_errors=True)                 # a run is never overwritten
+    runs(train_vmae.main, f"{TINY_RUN} --out {out} {options}")
+    return vmae.load_vmae(out)
+
+def both_stages():
+    """data/ with two classes, and two steps of each stage on it, in runs/vmae and runs/ldm."""
+    save_images("data/left", 12)
+    save_images("data/right", 12, seed=1)
+    trained()
+    runs(train_ldm.main, TINY_LDM)
+
+def options_of(script, line=""):
+    """The options of a trainer: what its command line and its run folder decide."""
+    with patch(sys, "argv", ["script.py", *line.split()]):
+        args, _, _ = script.read_options()
+    return args
+
+def log_of(run):
+    """The lines of a run's log.jsonl."""
+    lines = Path(run, "log.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+def logged(run, name):
+    """What each line of a run's log has under this name, None without it."""
+    return [line.get(name) for line in log_of(run)]
+
+def names_of_calls(spy):
+    """The functions of a mock.Mock in the order in which they were called."""
+    return [call[0] for call in spy.mock_calls]
+
+def measured(name, options="", *words):
+    """Run a sub-command of evaluate.py, which has to say these words -> the rows of its table,
+    which are also its JSON's."""
+    text = runs(evaluate.main, f"{name} {options} --out out")
+    for word in ("|---|", *words):
+        assert word in text, text
+    return json.loads(Path("out", f"{name}.json").read_text())["rows"]
+
+def no_constant(name):
+    """For strict_json: JSON has neither NaN nor Infinity, which Python's reader accepts."""
+    raise ValueError(name)
+
+def strict_json(text):
+    """As json.loads, but refuses what other parsers refuse."""
+    return json.loads(text, parse_constant=no_constant)
+
+class TinyLpips(torch.nn.Module):
+    """Stands in for LPIPS with VGG: its features are the pixels, and the means of 2 x 2 of them."""
+
+    def __init__(self):
+        super().__init__()
+        self.scaling_layer = torch.nn.Identity()
+        self.distances = torch.nn.ModuleList()
+        w = torch.ones(1, 3, 1, 1)
+        for _ in range(2):
+            self.distances.append(vmae.LayerDistance(w))
+
+    def net(self, x):
+        return [x, F.avg_pool2d(x, 2)]
+
+@contextlib.contextmanager
+def files_up_to(size):
+    """The system refuses to make a file larger than this, as if the disk were full. What is printed
+    meanwhile is dropped, because it may go to a file as well."""
+    import resource                                        # Windows has none
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    nowhere = io.StringIO()
+    with contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+# ---- What a reader relies on ------------------------------------------------------------------
+
+# A file shows first what one opens it for. Threads that wait for each other spin, and torch reads
+# how long when it is loaded, so vmae.py sets this and has to be imported before torch.
+
+def place(thing):
+    """The numbers of the first and of the last line of a function or a class."""
+    lines, first = inspect.getsourcelines(thing)
+    return first, first + len(lines) - 1
+
+def test_the_method_comes_first_and_what_all_scripts_share_comes_last():
+    order = [vmae.patchify, vmae.random_mask, Gaussian, vmae.loss_R, vmae.loss_M, vmae.loss_P,
+             vmae.loss_VMAE, VMAE, vmae.ConvAutoencoder, vmae.discriminator, vmae.load_lpips,
+             vmae.import_lpips, InputError, vmae.load_vmae, Cache, ImageFolder, Faces, vmae.start,
+             vmae.cli]
+    assert sorted(order, key=place) == order
+    assert place(vmae.random_mask)[0] <= 100
+    assert place(vmae.loss_VMAE)[1] <= 200
+    assert place(VMAE)[1] <= 400
+    lines = source("vmae.py").splitlines()
+    banner = lines.index("#   Shared by all scripts; skip on a first reading") + 1
+    assert place(vmae.import_lpips)[1] < banner < place(InputError)[0]
+
+def test_the_training_loop_is_the_first_function_of_a_trainer():
+    for name in ("train_vmae.py", "train_ldm.py"):
+        functions = re.findall(r"^def (\w+)", source(name), re.MULTILINE)
+        assert functions[0] == "main", name
+
+def test_waiting_threads_spin_little_unless_the_user_decides():
+    head = source("vmae.py").split("\nimport numpy")[0]
+    cases = [({}, "3000"),
+             ({"GOMP_SPINCOUNT": "7"}, "7"),
+             ({"OMP_WAIT_POLICY": "active"}, None)]
+    for given, spin in cases:
+        with mock.patch.dict(os.environ, given, clear=True):
+            exec(head, {})
+            assert os.environ.get("GOMP_SPINCOUNT") == spin
+
+def test_every_file_imports_vmae_before_torch_which_reads_that_setting():
+    for name in ("ldm.py", "train_vmae.py", "train_ldm.py", "sample.py", "evaluate.py"):
+        imports = re.findall(r"^(?:import|from) (vmae|torch)\b", source(name), re.MULTILINE)
+        assert imports[0] == "vmae", name
+
+# ---- Patches and masks ------------------------------------------------------------------------
+
+def test_patchify_cuts_into_patches_and_unpatchify_is_its_exact_inverse():
+    x = torch.randn(2, 3, 24, 16)
+    patches = vmae.patchify(x, 4)
+    assert patches.shape == (2, 24, 48)                    # 6 x 4 patches of 4 x 4 x 3
+    patch_5 = patches[0, 5].view(4, 4, 3).permute(2, 0, 1)
+    assert torch.equal(patch_5, x[0, :, 4:8, 4:8])         # row 1, column 1
+    assert torch.equal(vmae.unpatchify(patches, 4, 24, 16), x)
+    raises(ValueError, vmae.patchify, x, 5)                # divides neither 24 nor 16
+
+def test_random_mask_shows_exactly_the_floor():
+    for h, w in ((2, 5), (4, 4), (8, 8), (32, 32)):
+        for percent in (0, 10, 25, 30, 60, 75, 90):
+            keep, mask = vmae.random_mask(3, h, w, percent / 100)
+            V = h * w * (100 - percent) // 100             # in whole numbers nothing is rounded
+            assert keep.shape == (3, V)
+            assert mask.sum(1).tolist() == [h * w - V] * 3
+            assert mask.gather(1, keep).sum() == 0         # 1 is masked
+    for ratio in (1.0, -0.1, 0.99):                        # these leave none, or more than all
+        raises(ValueError, vmae.random_mask, 1, 4, 4, ratio)
+
+def test_random_mask_repeats_by_generator_and_favours_no_patch():
+    keep, _ = vmae.random_mask(64, 8, 8, 0.6, vmae.seeded(1))
+    again, _ = vmae.random_mask(64, 8, 8, 0.6, vmae.seeded(1))
+    assert torch.equal(keep, again)
+    assert len(keep.unique(dim=0)) == 64                   # no two images have the same mask
+    share = keep.flatten().bincount(minlength=64) / 64     # in how many images a patch is visible
+    assert 0.1 < share.min() and share.max() < 0.7         # expected: 25 / 64 = .39
+
+def test_masked_patches_cost_no_work():
+    model = VMAE(**TINY_VMAE)
+    tokens = []
+
+    def count(module, inputs, output):
+        tokens.append(output.shape[1])
+
+    for module in [model.patch_embed, *model.blocks, model.norm, model.to_latent]:
+        module.register_forward_hook(count)
+    model(random_images(), 0.6)
+    assert tokens == [6] * 5                               # floor(16 * .4) in each of the five
+
+def test_masked_patches_cannot_influence_the_latents():
+    x = random_images().requires_grad_()
+    _, q, mask = VMAE(**TINY_VMAE)(x, 0.6)
+    moments_of(q).square().sum().backward()
+    influence = vmae.patchify(x.grad, 4).abs().amax(-1)    # (B, N)
+    assert influence[mask == 1].max() == 0
+    assert influence[mask == 0].min() > 0
+
+def test_attention_is_fused():
+    block = VMAE(**TINY_VMAE).blocks[0]
+    with torch.profiler.profile() as log, torch.no_grad():
+        block.attn(torch.randn(1, 1024, 32))
+    names = {event.key for event in log.key_averages()}
+    assert any("flash" in name for name in names)
+    assert "aten::softmax" not in names
+
+# ---- Gaussians and losses ---------------------------------------------------------------------
+
+def test_kl_is_that_of_torch():
+    mu = torch.randn(3, 4, 5)                              # 4 channels of 5 tokens
+    logvar = torch.randn(3, 4, 5)
+    q = torch.distributions.Normal(mu, (logvar / 2).exp())
+    centres = {"zero": torch.zeros_like(mu), "free": mu}
+    for mean, centre in centres.items():
+        prior = torch.distributions.Normal(centre, 1.0)
+        kl = torch.distributions.kl_divergence(q, prior).sum(1)            # (B, V), per token
+        close(Gaussian(mu, logvar).kl(mean), kl.mean(), 1e-5)
+
+def test_samples_have_the_gaussians_moments_and_repeat_by_generator():
+    mu = torch.full((100000,), 3.0)
+    logvar = torch.full((100000,), math.log(4.0))
+    q = Gaussian(mu, logvar)
+    z = q.sample(vmae.seeded(0))
+    close(z.mean(), 3, 0.02)
+    close(z.std(), 2, 0.02)                                # sqrt(4)
+    assert torch.equal(z, q.sample(vmae.seeded(0)))
+    assert torch.equal(q.mode(), q.mu)
+    huge = Gaussian(torch.zeros(1), torch.tensor([1e9]))
+    assert huge.sample().isfinite()                        # because logvar is clamped
+
+def test_nll_is_a_gaussians_over_the_patches_that_count():
+    x = random_images()
+    x_hat = random_images(seed=1)
+    _, mask = vmae.random_mask(2, 4, 4, 0.6)
+    for logvar in (0.0, -2.0):                             # sigma = 1, as in the paper; another
+        p = Gaussian(x_hat, torch.tensor(logvar))
+        by_torch = torch.distributions.Normal(x_hat, math.exp(logvar / 2))
+        nll = vmae.patchify(-by_torch.log_prob(x), 4)      # (B, N, P*P*C)
+        visible = nll[mask == 0]
+        masked = nll[mask == 1]
+        close(vmae.loss_R(p, x, mask, 4), visible.mean(), 1e-6)
+        close(vmae.loss_M(p, x, mask, 4), masked.mean(), 1e-6)
+    nothing = torch.zeros_like(mask)
+    assert vmae.loss_M(p, x, nothing, 4) == 0              # not 0 / 0
+
+def test_sigma_of_the_likelihood_can_be_learned():
+    model = VMAE(**TINY_VMAE)
+    assert "logvar_x" not in model.state_dict()            # published weights have none
+    model.logvar_x = torch.nn.Parameter(torch.zeros(()))   # all that it takes
+    assert "logvar_x" in model.state_dict()
+    x = random_images()
+    p, q, mask = model(x, 0.6)
+    loss, _ = vmae.loss_VMAE(x, p, q, mask, 4, lambda_M=0.1)
+    loss.backward()
+    error = vmae.patchify((x - p.mode()) ** 2, 4)                          # (B, N, P*P*C)
+    # d NLL / d logvar = 1/2 (1 - error / sigma^2); the masked patches have the weight .1.
+    of_visible = 0.5 * (1 - error[mask == 0].mean())
+    of_masked = 0.5 * (1 - error[mask == 1].mean())
+    close(model.logvar_x.grad, of_visible + 0.1 * of_masked, 1e-5)
+
+def test_loss_VMAE_is_the_weighted_sum_of_section_4_4():
+    x = random_images()
+    net = TinyLpips()
+    p, q, mask = VMAE(**TINY_VMAE)(x, 0.6)
+    L_R = vmae.loss_R(p, x, mask, 4)
+    L_M = vmae.loss_M(p, x, mask, 4)
+    L_P = vmae.loss_P(net, x, p.mode())
+    L_reg = q.kl("zero")
+    total, terms = vmae.loss_VMAE(x, p, q, mask, 4, lambda_M=2.0, lambda_P=3.0, lambda_reg=5.0,
+                                  kl_mean="zero", lpips_net=net)
+    close(total, L_R + 2 * L_M + 3 * L_P + 5 * L_reg, 1e-4)
+    assert list(terms) == ["L_R", "L_M", "L_P", "L_reg"]   # the paper's names
+    before_weighting = torch.stack(list(terms.values()))
+    close(before_weighting, torch.stack([L_R, L_M, L_P, L_reg]), 1e-6)
+
+def test_a_loss_without_weight_is_not_computed():
+    x = random_images()
+    p, q, mask = VMAE(**TINY_VMAE)(x, 0.6)
+    total, terms = vmae.loss_VMAE(x, p, q, mask, 4, lambda_M=0.0, lambda_P=0.0, lambda_reg=0.0)
+    assert total == terms["L_R"]
+    assert list(terms) == ["L_R"]
+
+# ---- LPIPS ------------------------------------------------------------------------------------
+
+# VGG's weights are a download of half a gigabyte. Random ones of the same shapes show that they are
+# read and compared as in the lpips package; elsewhere TinyLpips is enough.
+
+def random_vgg():
+    """Random weights under the names of torchvision's VGG-16, whose layers of numbers like these
+    are convolutions of widths like these."""
+    layers = [0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28]
+    widths = [3, 64, 64, 128, 128, 256, 256, 256, 512, 512, 512, 512, 512, 512]
+    weights = {}
+    for layer, c_in, c_out in zip(layers, widths, widths[1:]):
+        std = math.sqrt(2 / (9 * c_in))                    # He 2015: no layer fades out
+        weights[f"features.{layer}.weight"] = std * torch.randn(c_out, c_in, 3, 3)
+        weights[f"features.{layer}.bias"] = torch.zeros(c_out)
+    return weights
+
+def test_lpips_reads_vgg_from_a_file_is_frozen_and_equals_its_package():
+    weights = random_vgg()
+    torch.save(weights, "vgg.pth")
+    net = vmae.load_lpips("vgg.pth")
+    assert torch.equal(net.net.slice5[-2].weight, weights["features.28.weight"])
+    assert not net.training
+    assert not any(p.requires_grad for p in net.parameters())
+    x = random_images(2, 32).requires_grad_()
+    of_package = net(x, -x).mean()
+    close(vmae.loss_P(net, x, -x), of_package, 1e-6)
+    assert vmae.loss_P(net, x, x) == 0
+    with torch.autocast("cpu", torch.bfloat16):            # features in bfloat16, distance not
+        low = vmae.loss_P(net, x, -x)
+    assert low.dtype == torch.float32
+    assert 0 < (low / of_package - 1).abs() < 0.02
+    other = random_images(2, 32, seed=1)
+    vmae.loss_P(net, other, x).backward()
+    assert x.grad.abs().max() > 0                          # frozen, but not cut off
+
+def test_the_distance_of_lpips_is_in_float32_beside_bfloat16():
+    distance = TinyLpips().distances[0]
+    psi = torch.randn(2, 3, 8, 8).bfloat16()
+    psi_hat = torch.randn(2, 3, 8, 8).bfloat16()
+    expected = distance(psi.float(), psi_hat.float())
+    with torch.autocast("cpu", torch.bfloat16):
+        close(distance(psi, psi_hat), expected, 1e-6)
+
+def test_missing_vgg_weights_are_one_message_with_url_path_and_option():
+    message = raises(InputError, vmae.load_lpips, "/nowhere/vgg.pth")
+    for word in ("/nowhere/vgg.pth", vmae.VGG_URL, "--vgg-weights"):
+        assert word in message
+    assert "\n" not in message
+
+@patch(vmae, "load_lpips", return_value=TinyLpips())
+def test_weight_of_L_P_reaches_the_loss_and_is_ten_when_the_decoder_is_tuned(load_lpips):
+    save_images("data", 8)
+    one = trained("--lambda-p 1 --vgg-weights vgg.pth", "one")
+    assert load_lpips.call_args.args == ("vgg.pth",)
+    two = trained("--lambda-p 2", "two")
+    assert all_differ(one, two)
+    assert "L_P" in log_of("one")[-1]
+    line = "--init one --tune decoder --data data --steps 1 --batch 2 --precision float32"
+    runs(train_vmae.main, line)
+    tuned = load("runs/tuned/last.pt")["train_args"]
+    assert tuned["lambda_p"] == 10                         # the authors' last stage
+    assert tuned["mask"] == 0
+
+def test_a_run_goes_on_without_L_P_unless_it_was_asked_for():
+    trouble = patch(vmae, "load_lpips", side_effect=InputError("no VGG"))
+    args = SimpleNamespace(lambda_p=0.5, vgg_weights=None)
+    with trouble:
+        text = printed(train_vmae.load_perceptual, args, {}, CPU)
+    assert "training without L_P" in text and "no VGG" in text
+    assert args.lambda_p == 0
+    args.lambda_p = 0.5
+    with trouble:
+        raises(InputError, train_vmae.load_perceptual, args, {"lambda_p": 0.5}, CPU)
+        args.vgg_weights = "vgg.pth"
+        raises(InputError, train_vmae.load_perceptual, args, {}, CPU)
+
+def test_what_process_0_lacks_counts_for_all():
+    args = SimpleNamespace(lambda_p=0.5, vgg_weights=None)
+    with (patch(train_vmae, "RANK", 1),
+          patch(vmae, "load_lpips", return_value=TinyLpips()),
+          patch(vmae, "from_first", return_value="no VGG there")):
+        assert train_vmae.load_perceptual(args, {}, CPU) is None
+    assert args.lambda_p == 0
+
+# ---- VMAE -------------------------------------------------------------------------------------
+
+# vmae_official.pt holds weights, inputs and outputs of the authors' code.
+
+def published_vmae():
+    """Recorded outputs of the authors' VMAE, and its weights under the names of its checkpoint,
+    with one tensor that only training uses."""
+    v = vector("vmae_official.pt")
+    weights = {f"module.{name}": value for name, value in v["state_dict"].items()}
+    weights["module.perceptual.scale"] = torch.zeros(1)
+    return v, weights
+
+def test_vmae_equals_the_authors_on_whole_images():
+    v, weights = published_vmae()
+    args = argparse.Namespace(lr=1)                        # theirs hold one
+    torch.save({"model": weights, "epoch": 3, "args": args}, "vmae.pth")
+    model = vmae.load_vmae("vmae.pth", v["model_args"]["num_heads"])
+    q = model.encode(v["x"])
+    close(moments_of(q), v["moments"], 1e-4)
+    close(model.decode(q.mode()), v["recon"], 1e-4)
+    ours = VMAE(**v["model_args"])
+    close(ours.pos_embed, v["state_dict"]["pos_embed"], 1e-6)
+
+def test_vmae_equals_the_authors_on_masked_images():
+    v = vector("vmae_official.pt")
+    model = VMAE(**v["model_args"])
+    model.load_state_dict(v["state_dict"])
+    mask = v["mask"]
+    V = int((1 - mask[0]).sum())
+    keep = mask.argsort(dim=1, stable=True)[:, :V]         # the visible patches in rising order
+    x = v["x"]
+    z = model.encode_tokens(x, keep).mode()
+    x_hat = model.decode_tokens(z, keep)
+    close(x_hat, v["pred_img"], 1e-4)
+    p = Gaussian(x_hat, model.logvar_x)
+    constant = 0.5 * math.log(2 * math.pi)                 # our NLL is half their squared error
+    L_R = vmae.loss_R(p, x, mask, 8) - constant
+    L_M = vmae.loss_M(p, x, mask, 8) - constant
+    close(2 * L_R, v["vis_mse"], 1e-4)
+    close(2 * L_M, v["masked_mse"], 1e-4)
+
+def test_published_weights_load_with_a_report_and_can_be_trained_on():
+    _, weights = published_vmae()
+    del weights["module.mask_token"]                       # training alone needs it
+    torch.save({"model": weights}, "vmae.pth")
+    line = "--init vmae.pth --steps 1 --lambda-p 0 --batch 2 --precision float32 --out run"
+    text = runs(train_vmae.main, line)
+    assert "missing: mask_token; ignored: perceptual.scale" in text
+    assert load("run/last.pt")["model_args"]["depth"] == 2
+
+def test_what_is_no_stage_one_is_refused():
+    _, weights = published_vmae()
+    del weights["module.norm.weight"]
+    cases = [({"model": weights}, "norm.weight"),
+             ({"weight": torch.zeros(1)}, "patch_embed"),
+             ({"model_args": {}}, "patch_embed"),          # half of one of our checkpoints
+             (torch.zeros(1), "not a checkpoint")]
+    for content, word in cases:
+        torch.save(content, "bad.pth")
+        assert word in raises(InputError, vmae.load_vmae, "bad.pth")
+    assert "no such checkpoint" in raises(InputError, vmae.load_vmae, "nowhere.pth")
+
+def test_resized_positions_are_those_the_authors_interpolate():
+    table = vmae.sincos_positions(192, 16)
+    image = table.view(1, 16, 16, 192).permute(0, 3, 1, 2)                 # (1, 192, 16, 16)
+    bilinear = F.interpolate(image, size=(32, 32), mode="bilinear")        # (1, 192, 32, 32)
+    bilinear = bilinear.flatten(2).transpose(1, 2)                         # (1, 1024, 192)
+    finer = vmae.sincos_positions(192, 32, 16)                             # (1, 1024, 192)
+    close(finer[..., 12:48], bilinear[..., 12:48], 0.03)   # slow waves
+    assert (finer - bilinear).square().mean().sqrt() < 0.03
+    not_resized = vmae.sincos_positions(192, 32)
+    assert (not_resized - bilinear).square().mean().sqrt() > 0.3
+    close(vmae.sincos_positions(192, 16, 16), table, 0)
+
+# ---- Both bodies: the transformer and the convolutions ----------------------------------------
+
+def both_bodies():
+    """A VMAE and a ConvAutoencoder for 16 pixels, both f4d4."""
+    return VMAE(**TINY_VMAE), vmae.ConvAutoencoder(16, (8, 8, 16), 4)
+
+def test_both_bodies_encode_and_decode_the_whole_grid():
+    x = random_images()
+    for model in both_bodies():
+        q = model.encode(x)
+        assert q.mu.shape == (2, 4, 4, 4)
+        assert q.logvar.shape == (2, 4, 4, 4)
+        assert model.decode(q.mode()).shape == x.shape
+        assert (model.patch_size, model.grid, model.latent_dim) == (4, 4, 4)
+    raises(ValueError, VMAE(**TINY_VMAE).encode, random_images(1, 32))     # made for 16
+    raises(ValueError, VMAE, 30, 4)                        # 30 pixels hold no whole patches
+    raises(ValueError, vmae.ConvAutoencoder, 30)
+
+def test_both_bodies_train_without_a_mask_as_they_are_used():
+    x = random_images()
+    for model in both_bodies():
+        p, q, mask = model(x, 0.0)
+        assert p.mu.shape == x.shape
+        assert mask.shape == (2, 16)
+        assert mask.sum() == 0
+        used = model.encode(x)
+        close(q.mu.flatten(), used.mu.flatten(), 1e-6)
+        one, _, _ = model(x, 0.0, vmae.seeded(1))
+        again, _, _ = model(x, 0.0, vmae.seeded(1))
+        other, _, _ = model(x, 0.0, vmae.seeded(2))
+        assert torch.equal(one.mode(), again.mode())
+        assert not torch.equal(one.mode(), other.mode())   # z is drawn from q
+
+def test_last_layer_makes_the_colours_in_both_bodies():
+    for model in both_bodies():
+        weight_before_last_bias = list(model.parameters())[-2]
+        assert model.last_layer is weight_before_last_bias
+        assert len(model.last_layer) == 3
+
+def test_both_bodies_come_in_the_same_sizes():
+    assert vmae.sizes.keys() == vmae.conv_sizes.keys()     # base's numbers: test_efficiency
+    for name in vmae.sizes:
+        f = 2 ** (len(vmae.conv_sizes[name]["channels"]) - 1)
+        assert f == vmae.sizes[name]["patch_size"]
+        assert vmae.conv_sizes[name]["latent_dim"] == vmae.sizes[name]["latent_dim"]
+
+def test_norms_of_the_convolutions_are_in_float32_beside_bfloat16():
+    norm = vmae.GroupNorm(4)
+    x = 100 + torch.randn(2, 4, 8, 8)                      # 100, as bfloat16 has three digits
+    with torch.autocast("cpu", torch.bfloat16):
+        close(norm(x), F.group_norm(x, 4, eps=1e-6), 1e-4)
+        assert norm(x.bfloat16()).dtype == torch.float32
+        assert vmae.conv3(4, 4)(x).dtype == torch.bfloat16
+    model = vmae.ConvAutoencoder(32, **vmae.conv_sizes["tiny"])
+    for module in model.modules():
+        if isinstance(module, torch.nn.GroupNorm):
+            assert isinstance(module, vmae.GroupNorm)
+
+def test_conv_autoencoder_equals_diffusers():
+    v = vector("sd3vae_diffusers.pt")
+    torch.save(v["state_dict"], "vae.bin")
+    model = vmae.load_vmae("vae.bin")
+    assert isinstance(model, vmae.ConvAutoencoder)
+    assert model.latent_dim == 16
+    q = model.encode(v["x"])
+    close(moments_of(q), v["moments"], 1e-4)
+    close(model.decode(q.mode()), v["recon"], 1e-4)
+
+def safetensors(weights):
+    """The bytes of a .safetensors file of float32 and bfloat16 tensors."""
+    kinds = {torch.float32: "F32", torch.bfloat16: "BF16"}
+    header = {"__metadata__": {"format": "pt"}}            # as SD3 and FLUX.1 are published
+    data = b""
+    for name, value in weights.items():
+        numbers = value.contiguous().view(-1).view(torch.uint8)
+        offsets = [len(data), len(data) + len(numbers)]
+        header[name] = dict(dtype=kinds[value.dtype], shape=value.shape, data_offsets=offsets)
+        data += numbers.numpy().tobytes()
+    text = json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + data
+
+def test_safetensors_are_read():
+    weights = {}
+    for name, value in vector("sd3vae_diffusers.pt")["state_dict"].items():
+        if "weight" in name:
+            weights[name] = value.float()
+        else:
+            weights[name] = value.bfloat16()
+    whole = safetensors(weights)
+    Path("vae.safetensors").write_bytes(whole)
+    model = vmae.load_vmae("vae.safetensors")
+    for name, p in model.named_parameters():
+        assert torch.equal(p, weights[name].float())
+    Path("cut.safetensors").write_bytes(whole[:-9])
+    assert "damaged" in raises(InputError, vmae.load_vmae, "cut.safetensors")
+
+# ---- Images: the built-in faces ---------------------------------------------------------------
+
+def test_a_face_depends_on_its_number_and_the_seed_alone():
+    faces = Faces(32)
+    three = faces.render([5, 900, 17])
+    for alone, beside_others in zip(faces.render([900]), three, strict=True):
+        close(alone[0], beside_others[1], 1e-6)
+    x, kind, _, part = three
+    assert x.shape == (3, 3, 32, 32)
+    assert part.shape == (3, 32, 32)
+    assert -1 <= x.min() < x.max() <= 1
+    assert x.std() > 0.2
+    image, label = faces[17]
+    close(image, x[2], 0.5 / 127.5 + 1e-6)                 # rounded to 8 bits
+    assert label == kind[2]
+    other, _, _, _ = Faces(32, seed=1).render([5])
+    assert not torch.equal(other[0], x[0])
+
+def test_faces_are_those_of_the_numbers_in_the_readme_and_have_all_levels():
+    x, kind, pattern, part = Faces(32).render(range(64))
+    close(x.mean(), 0.26472, 1e-4)                         # measured when README was written
+    close(x.std(), 0.42470, 1e-4)
+    assert kind.unique().tolist() == [0, 1, 2, 3]
+    assert pattern.unique().tolist() == [0, 1, 2]
+    for face in part:
+        assert face.unique().tolist() == [0, 1, 2, 3, 4]
+
+def test_each_face_is_rendered_once_while_all_of_them_fit_in_memory():
+    faces = Faces(32)
+    x, kind, _, _ = faces.render([5, 17, 900])
+    x = vmae.to_uint8(x)
+    with patch(faces, "render", wraps=faces.render) as render:
+        first, _ = faces.batch([5, 17])
+        second, y = faces.batch(torch.tensor([900, 17]))
+    close(first, x[:2], 0)
+    close(second, x[[2, 1]], 0)
+    assert y.tolist() == kind[[2, 1]].tolist()
+    rendered = [call.args[0].tolist() for call in render.mock_calls]
+    assert rendered == [[5, 17], [900]]
+
+def test_faces_that_do_not_fit_in_memory_are_rendered_each_time():
+    assert Faces(73).keeps                                 # 16384 * 3 * 73^2 is just below 256 MB
+    large = Faces(74)
+    with patch(large, "render", wraps=large.render) as render:
+        first, _ = large.batch([5])
+        again, _ = large.batch([5])
+    close(first, again, 0)
+    assert render.call_count == 2
+
+def test_held_out_faces_are_others():
+    train = Faces(8, "train")
+    val = Faces(8, "val")
+    assert train.first + len(train) <= val.first
+    assert len(val) >= 256
+    one, _, _, _ = train.render([0])
+    other, _, _, _ = val.render([0])
+    assert not torch.equal(one, other)
+    with patch(val, "count", 3):
+        assert len(list(val)) == 3                         # a loop ends, and meets no other face
+
+# ---- Images: a folder -------------------------------------------------------------------------
+
+def images_by_name(size):
+    """All images below the current folder, as {name without its ending: x}."""
+    data = ImageFolder(".", size)
+    images = {}
+    for i, path in enumerate(data.paths):
+        x, _ = data[i]
+        images[Path(path).stem] = x
+    return images
+
+def test_folder_reads_every_mode():
+    red = Image.new("RGB", (40, 30), "red")
+    for mode in ("1", "L", "P", "CMYK"):
+        red.convert(mode).save(f"{mode}.TIFF")
+    transparent_red = (255, 0, 0, 0)
+    Image.new("RGBA", (40, 30), transparent_red).save("RGBA.PNG")
+    Image.new("LA", (40, 30), (0, 0)).save("LA.png")
+    half = np.full((30, 40), 32896, np.uint16)             # of 65,535
+    Image.fromarray(half).save("I16.png")
+    x = images_by_name(20)
+    assert len(x) == 7
+    for image in x.values():
+        assert image.shape == (3, 20, 20)
+    close(x["RGBA"], 1, 0)                                 # transparent is white
+    close(x["LA"], 1, 0)
+    close(x["I16"], 32896 / 65535 * 2 - 1, 0.005)          # half of 16 bits is half
+    for mode in ("P", "CMYK"):
+        colour = x[mode].mean((1, 2))
+        close(colour, [1, -1, -1], 0.05)                   # red
+
+def test_folder_crops_the_centre_and_turns_by_exif():
+    wide = np.zeros((20, 60), np.uint8)
+    wide[:, 20:40] = 255                                   # white in the middle third
+    Image.fromarray(wide).save("wide.png")
+    phone = np.zeros((32, 32), np.uint8)
+    phone[:, :16] = 255                                    # the left half is white
+    exif = Image.Exif()
+    exif[0x0112] = 6                                       # turned by 90 degrees it is the top
+    Image.fromarray(phone).save("phone.jpg", exif=exif, quality=95)
+    x = images_by_name(20)
+    close(x["wide"], 1, 0.01)
+    assert x["phone"][:, :8].mean() > 0.9
+    assert x["phone"][:, 12:].mean() < -0.9
+
+def test_pixels_survive_the_way_to_floats_and_back():
+    pixels = save_images("data", 8)
+    x, _ = ImageFolder("data", 20)[7]
+    expected = pixels[7].transpose(2, 0, 1)                # (3, H, W)
+    close(vmae.to_uint8(x), expected, 0)
+    floats = torch.tensor([-9, -1, 0.1, 0.999, 9])
+    assert vmae.to_uint8(floats).tolist() == [0, 0, 140, 255, 255]         # 127.5 * 1.1 = 140.25
+
+def test_sub_folders_are_classes_and_hidden_files_are_left_out():
+    for name in ("dog/deep", ".hidden", "Cat/deep"):
+        save_images(name, 40)
+    Path("dog", "._000.png").write_bytes(b"Apple")
+    Path("dog", "notes.txt").write_text("no image")
+    os.symlink("..", "dog/loop")                           # each file once, whatever links to it
+    data = ImageFolder(".", 20)
+    assert data.classes == ["Cat", "dog"]
+    assert len(data) == 80
+    _, y = data.batch([0, 79])
+    assert y.tolist() == [0, 1]
+    Image.new("RGB", (20, 20)).save("beside.png")
+    assert ImageFolder(".", 20).classes == []
+
+def test_the_path_of_an_image_decides_whether_it_is_held_out():
+    save_images("dog", 40)
+    save_images("cat", 40)
+    train = ImageFolder(".", 20, "train")
+    val = ImageFolder(".", 20, "val")
+    assert sorted(train.paths + val.paths) == ImageFolder(".", 20).paths
+    assert 1 <= len(val) <= 10                             # about one in twenty
+    save_images("bat", 7, seed=1)
+    assert set(val.paths) <= set(ImageFolder(".", 20, "val").paths)        # none has moved
+
+def test_folders_of_training_and_held_out_images_may_not_overlap():
+    save_images("data/inner", 4)
+    pairs = [("data", "data/inner"), ("data/inner", "data"), ("data", "data")]
+    for data, val in pairs:
+        message = raises(InputError, vmae.open_images, data, 16, val)
+        assert "trained on" in message
+    message = raises(InputError, vmae.open_images, "data", 16, None, "data")
+    assert "folder of the images" in message               # --out may not be it either
+
+def test_a_few_broken_files_are_skipped_by_name():
+    save_images("data", 200)
+    cut = Path("data/100.png")
+    cut.write_bytes(cut.read_bytes()[:600])                # its header is sound, but it ends early
+    Path("data/text.jpg").write_text("not an image")
+    data, text = warned(ImageFolder, "data", 16)
+    assert len(data) == 200
+    assert "text.jpg: unreadable" in text and "1 so far" in text
+    x, text = warned(data.batch, [100, 101, 100])
+    close(x[0][0], x[0][1], 0)                             # its neighbour takes its place
+    assert text.count("100.png: unreadable") == 1          # each is named once
+    assert "2 so far" in text
+
+def test_more_than_one_percent_of_broken_files_end_the_run():
+    save_images("data", 198)
+    Path("data/empty.jpg").write_text("")
+    Path("data/text.jpg").write_text("not an image")
+    data, _ = warned(ImageFolder, "data", 16)              # 2 of 200 are 1 %
+    cut = Path("data/100.png")
+    cut.write_bytes(cut.read_bytes()[:600])
+    message = raises(InputError, data.batch, [99, 100])
+    assert "100.png: unreadable" in message and "over 1 %" in message
+    Image.new("RGB", (1, 1)).save("data/pixel.png")        # 3 of 201, all seen in the headers
+    assert "over 1 %" in raises(InputError, warned, ImageFolder, "data", 16)
+    save_images("bomb", 1)                                 # 400 pixels
+    with patch(vmae, "MAX_PIXELS", 300):
+        assert "at most 300 are read" in raises(InputError, ImageFolder, "bomb", 16)
+
+def test_damaged_exif_stops_nothing():
+    pixels = save_images("data", 1, 16)
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    exif[0x010F] = "maker"
+    exif[0x8769] = {0x9003: "2026:11:24", 0x829A: 0.01}
+    Image.fromarray(pixels[0]).save("a.jpg", exif=exif)
+    whole = Path("a.jpg").read_bytes()
+    start = whole.index(b"Exif") + 4
+    end = whole.index(b"Exif") + len(exif.tobytes())
+    rng = np.random.default_rng(0)
+    for _ in range(4000):
+        data = bytearray(whole)
+        for at in rng.integers(start, end, rng.integers(1, 6)):
+            data[at] = rng.integers(256)
+        Path("a.jpg").write_bytes(data)
+        assert vmae.read_image("a.jpg", 16).shape == (3, 16, 16)
+
+def test_a_draft_is_hardly_another_picture():
+    blobs = Image.fromarray(random_pixels((9, 9, 3)))
+    blobs = blobs.resize((256, 256), Image.Resampling.BICUBIC)
+    blobs.save("a.jpg", quality=95)
+    whole = vmae.read_image("a.jpg", 32)[None]
+    draft = vmae.read_image("a.jpg", 32, draft=True)[None]
+    assert 40 < vmae.psnr(whole, draft) < math.inf         # in dB; equal would be infinite
+    with patch(vmae.ImageOps, "fit", wraps=vmae.ImageOps.fit) as fit:
+        vmae.read_image("a.jpg", 32, draft=True)
+    assert fit.call_args.args[0].size == (64, 64)          # still twice as large as wanted
+
+def test_headers_are_read_once_for_training_and_held_out_images():
+    save_images("data", 30)
+    with patch(vmae.Image, "open", side_effect=Image.open) as opened:
+        train, val = vmae.open_images("data", 16)
+    assert len(train) + len(val) == 30
+    assert opened.call_count == 30
+
+def described(data, val=None, size=16):
+    """What the start of a training says of its images."""
+    return printed(vmae.describe, *vmae.open_images(data, size, val))
+
+def test_what_surprises_about_a_folder_is_said():
+    save_images("one/class", 4)
+    assert "enlarged: 4 of 4; the smallest has 20 pixels" in described("one", size=32)
+    assert "name that one with --data" in described("one")
+    Image.new("RGB", (20, 20)).save("one/beside.png")
+    assert "1 images lie beside" in described("one")
+
+# ---- The cache of pixels ----------------------------------------------------------------------
+
+# A cache has its name only when it is whole, and the name changes with all that it is made of. So
+# nothing half-written and nothing stale can be read.
+
+def cache_of_nine():
+    """A Cache in run/ of nine rows with 2 x 3 numbers each."""
+    return Cache("run", "images", "what they are made of", 9, (2, 3), np.uint8)
+
+def nine_rows(stop=9):
+    """The nine rows in parts of four: row i is full of i and has the class i % 3. The part that
+    begins at `stop` is interrupted."""
+    for part in torch.arange(9).split(4):
+        if part[0] == stop:
+            raise KeyboardInterrupt
+        x = part.view(-1, 1, 1).expand(-1, 2, 3)
+        yield x.byte(), part % 3
+
+def holds_nine_rows(cache):
+    """Assert that a cache holds the nine rows."""
+    x, y = cache.batch([7, 0, 8])
+    assert x.dtype == torch.uint8
+    assert x.shape == (3, 2, 3)
+    assert x[:, 1, 2].tolist() == [7, 0, 8]
+    assert y.tolist() == [1, 0, 2]
+    assert os.listdir("run") == [cache.path.name]          # and leaves nothing else there
+
+def test_a_cache_is_one_file_that_is_made_once_and_that_numpy_reads_alone():
+    holds_nine_rows(cache_of_nine().open("counting", nine_rows()))
+    holds_nine_rows(cache_of_nine().open("counting", None))              # found, not made
+    [path] = Path("run").iterdir()
+    rows = np.load(path)
+    assert rows["x"].shape == (9, 2, 3)
+    assert rows["y"].tolist() == [0, 1, 2] * 3
+
+def test_a_cache_that_was_interrupted_begins_again_and_nothing_half_written_is_read():
+    raises(KeyboardInterrupt, cache_of_nine().open, "counting", nine_rows(stop=4))
+    assert os.listdir("run") == []
+    Path(f"{cache_of_nine().path}.tmp").write_bytes(b"half")               # a kill leaves this
+    holds_nine_rows(cache_of_nine().open("counting", nine_rows()))
+
+def test_a_full_disk_ends_the_writing_of_a_cache_by_name():
+    with files_up_to(100):                                 # nine rows are 126 bytes
+        with unittest.TestCase().assertRaises(OSError) as caught:
+            cache_of_nine().open("counting", nine_rows())
+    assert caught.exception.filename == str(cache_of_nine().path)
+    assert os.listdir("run") == []
+    with patch(shutil, "disk_usage", return_value=SimpleNamespace(free=100)):
+        assert "make room" in raises(InputError, cache_of_nine().open, "counting", nine_rows())
+    holds_nine_rows(cache_of_nine().open("counting", nine_rows()))
+
+def test_a_damaged_cache_is_named():
+    path = cache_of_nine().open("counting", nine_rows()).path
+    whole = path.read_bytes()
+    cut_off = [whole[:length] for length in (0, 5, 60, -1)]
+    for damaged in (*cut_off, b"no array at all"):
+        path.write_bytes(damaged)
+        message = raises(InputError, cache_of_nine().open, "counting", nine_rows())
+        assert f"{path}: damaged, delete it" in message
+
+def test_a_cache_deletes_those_of_other_data_and_nobody_else_s_file():
+    os.mkdir("run")
+    hash_of_another = "0123456789abcdef"
+    theirs = {"images_000.npy", "images_backup.zip", f"images_{hash_of_another}.npy.bak",
+              f"moments_{hash_of_another}.npy", f"my_images_{hash_of_another}.npy"}
+    for name in theirs:
+        Path("run", name).touch()
+    Path("run", f"images_{hash_of_another}.npy").touch()
+    Path("run", f"images_{hash_of_another}.npy.tmp").touch()
+    cache = cache_of_nine().open("counting", nine_rows())
+    assert set(os.listdir("run")) == theirs | {cache.path.name}
+
+def test_a_cache_of_pixels_belongs_to_one_folder_its_files_and_one_size():
+    save_images("data/a", 30)
+    save_images("data/b", 30)
+    save_images("other/a", 30, seed=1)
+    shutil.copytree("data/b", "other/b")
+    for path in Path().rglob("*.png"):                     # of equal names, sizes and times
+        path.write_bytes(path.read_bytes().ljust(2000, b"\0"))
+        os.utime(path, (1, 1))
+    before = ImageFolder("data", 16, "train").made_of()
+    assert before == ImageFolder("data", 16, "train").made_of()
+    assert before != ImageFolder("data", 20, "train").made_of()
+    assert before != ImageFolder("other", 16, "train").made_of()
+    os.utime("data/a/000.png", (2, 2))
+    assert before != ImageFolder("data", 16, "train").made_of()
+
+def test_a_cache_of_pixels_belongs_to_its_labels():
+    save_images("data/a", 30)
+    save_images("data/b", 30, seed=1)
+    train = ImageFolder("data", 16, "train")
+    for i in range(99):                                    # find a name that is held out
+        name = f"{i}.png"
+        if zlib.crc32(name.encode()) % 20 == 0:
+            break
+    shutil.copy("data/a/000.png", f"data/{name}")          # beside the classes, so they are none
+    other = ImageFolder("data", 16, "train")
+    assert other.paths == train.paths
+    assert other.made_of() != train.made_of()
+
+def test_a_folder_is_decoded_once_and_again_when_a_file_changes():
+    save_images("data", 30)
+    data = ImageFolder("data", 16, "train")
+    every = range(len(data))
+    cache = data.keep_pixels("run")
+    x, y = cache.batch(every)
+    with patch(vmae, "read_image", side_effect=AssertionError):            # nothing is decoded
+        cache_of_next_run = ImageFolder("data", 16, "train").keep_pixels("run")
+        again, _ = cache_of_next_run.batch(every)
+    assert torch.equal(x, again)
+    for i in every:
+        close(vmae.to_float(x[i]), data[i][0], 0)
+        assert y[i] == data[i][1]
+    os.utime(Path("data", data.paths[0]), (1, 1))
+    other = ImageFolder("data", 16, "train").keep_pixels("run")
+    assert other.path != cache.path
+    assert os.listdir("run") == [other.path.name]
+
+def test_without_a_cache_images_are_decoded_as_drafts():
+    save_images("data", 10)
+    data = ImageFolder("data", 16)
+    assert data.keep_pixels("run", allowed=False) is data
+    assert data.draft
+    data = ImageFolder("data", 16)
+    almost_full = SimpleNamespace(free=10)
+    with patch(shutil, "disk_usage", return_value=almost_full):
+        assert data.keep_pixels("run") is data
+    assert data.draft
+    assert os.listdir("run") == []
+
+def test_files_that_break_while_they_are_decoded_are_named_and_counted():
+    save_images("data", 200)
+    for name in ("050.png", "120.png"):                    # 1 %
+        whole = Path("data", name).read_bytes()
+        Path("data", name).write_bytes(whole[:600])
+    cache, text = warned(ImageFolder("data", 16).keep_pixels, "run")
+    assert "050.png" in text and "120.png" in text and "2 so far" in text
+    x, _ = cache.batch([50, 51])
+    assert torch.equal(x[0], x[1])
+    os.utime("data/000.png", (1, 1))
+    with patch(vmae, "read_image", side_effect=OSError("damaged")):
+        assert "over 1 %" in raises(InputError, warned, ImageFolder("data", 16).keep_pixels, "run")
+
+def test_prefetch_prepares_the_next_batch_while_this_one_is_used():
+    begun = [threading.Event() for _ in range(3)]
+
+    def batches():
+        for i in range(3):
+            begun[i].set()
+            yield i
+
+    ahead = vmae.prefetch(batches())
+    assert next(ahead) == 0
+    assert begun[1].wait(timeout=60)                       # in another thread
+    assert not begun[2].is_set()
+    assert list(ahead) == [1, 2]
+
+def test_errors_in_a_prefetched_batch_reach_the_run():
+    def batches():
+        yield 0
+        raise OSError("the disk is gone")
+
+    ahead = vmae.prefetch(batches())
+    assert next(ahead) == 0
+    assert "the disk is gone" in raises(OSError, next, ahead)
+
+# ---- Noise schedule and loss ------------------------------------------------------------------
+
+def test_schedules_fall_from_signal_to_noise():
+    for kind in ("linear", "cosine"):
+        for T in (100, 1000):
+            bar = ldm.Schedule(kind, T).alpha_bar
+            assert (bar[1:] <= bar[:-1]).all()
+            assert bar[0] > 0.99
+            assert 3e-5 < bar[-1] < 1e-3
+    raises(ValueError, ldm.Schedule, "quadratic")          # there is none
+    raises(ValueError, ldm.Schedule, "cosine", 1000, "x")
+
+def test_schedules_are_those_of_ho_and_of_nichol():
+    bar = ldm.Schedule("linear").alpha_bar
+    close(bar[0], 1 - 1e-4, 1e-12)
+    close(bar[1] / bar[0], 1 - 1e-4 - 0.0199 / 999, 1e-9)  # beta rises evenly from 1e-4 to .02
+    bar = ldm.Schedule("cosine").alpha_bar
+    f_0 = math.cos(0.008 / 1.008 * math.pi / 2) ** 2       # Nichol 2021, Eq. 17
+    f_500 = math.cos(0.508 / 1.008 * math.pi / 2) ** 2
+    close(bar[499], f_500 / f_0, 1e-9)                     # after 500 of the 1000 steps
+
+def test_a_sampler_s_steps_end_on_clean_latents_for_every_number_of_steps():
+    schedule = ldm.Schedule()
+    for S in (1, 2, 3, 7, 50, 250, 333, 999, 1000):
+        ts, bars, nexts = zip(*schedule.steps(S))
+        assert len(set(ts)) == S
+        assert ts[0] == 999 and min(ts) >= 0
+        assert nexts == (*bars[1:], 1.0)                   # each begins where the last one ended
+    for S in (0, 1001):
+        raises(ValueError, schedule.steps, S)              # of T = 1000
+
+def test_first_t_is_the_first_with_no_more_signal():
+    schedule = ldm.Schedule()
+    t = torch.tensor([0, 1, 499, 990])
+    bar = schedule.alpha_bar_at(t).flatten()
+    assert torch.equal(schedule.first_t(bar), t)
+    assert torch.equal(schedule.first_t(bar + 1e-7), t)
+    assert torch.equal(schedule.first_t(bar - 1e-7), t + 1)
+    assert schedule.first_t(torch.tensor([1e-9])) == 999   # no t has as little
+
+def test_z_0_and_eps_are_recovered_from_what_the_network_should_answer():
+    z_0 = torch.randn(4, 2, 3, 3)
+    eps = torch.randn(4, 2, 3, 3)
+    for objective in ("eps", "v"):
+        schedule = ldm.Schedule(objective=objective)
+        for t in (0, 300, 900):
+            ts = torch.full((4,), t)
+            z_t = schedule.q_sample(z_0, ts, eps)
+            answer = schedule.target(z_0, ts, eps)
+            bar = schedule.alpha_bar[t].item()
+            found_z_0, found_eps = schedule.z0_eps(z_t, answer, bar)
+            close(found_z_0, z_0, 1e-4)
+            close(found_eps, eps, 2e-3)                    # at t = 0 eps is divided by .006
+
+def test_clipping_keeps_z_t():
+    schedule = ldm.Schedule()
+    z_t = torch.randn(4, 2, 3, 3)
+    output = torch.randn(4, 2, 3, 3)
+    for t in (0, 300, 900):
+        bar = schedule.alpha_bar[t].item()
+        z_0, eps = schedule.z0_eps(z_t, output, bar, clip=0.5)
+        assert z_0.abs().max() <= 0.5
+        together = math.sqrt(bar) * z_0 + math.sqrt(1 - bar) * eps         # Ho 2020, Eq. 4
+        close(together, z_t, 1e-5)
+
+def optimal(schedule, m, s):
+    """The best possible network for latents ~ N(m, s^2): E[z_0 | z_t] in closed form."""
+    def model(z_t, t, y):
+        """On the path z_t = a z_0 + b eps, which is straight in rectified flow."""
+        if schedule.objective == "flow":
+            a = t.view(-1, 1, 1, 1)
+            b = 1 - a
+        else:
+            bar = schedule.alpha_bar_at(t)
+            a = bar.sqrt()
+            b = (1 - bar).sqrt()
+        variance = a**2 * s**2 + b**2                      # of z_t
+        z_0 = m + a * s**2 / variance * (z_t - a * m)
+        eps = (z_t - a * z_0) / b
+        answers = {"eps": eps, "v": a * eps - b * z_0, "flow": z_0 - eps}
+        return answers[schedule.objective]
+
+    return model
+
+def silent(z_t, t, y):
+    """A network that always answers 0."""
+    return torch.zeros_like(z_t)
+
+def test_loss_of_the_true_answer_is_zero_and_of_silence_one():
+    z_0 = torch.full((64, 2, 4, 4), 0.7)
+    for objective in ("eps", "v", "flow"):
+        schedule = ldm.Schedule(objective=objective)
+        model = optimal(schedule, 0.7, 0)
+        close(ldm.loss_LDM(model, schedule, z_0), 0, 1e-3)
+    schedule = ldm.Schedule(objective="eps")
+    close(ldm.loss_LDM(silent, schedule, z_0), 1, 0.1)     # E eps^2
+
+def test_loss_of_the_best_flow_is_the_variance_it_cannot_know():
+    m = 0.7
+    s = 0.5
+    schedule = ldm.Schedule(objective="flow")
+    z_0 = m + s * torch.randn(20000, 1, 1, 1)
+    t = torch.randn(200000).sigmoid()                      # Esser 2024
+    unknown = s**2 / (t**2 * s**2 + (1 - t) ** 2)          # the variance of z_0 - eps, given z_t
+    loss = ldm.loss_LDM(optimal(schedule, m, s), schedule, z_0)
+    close(loss, unknown.mean(), 0.03)
+
+def times_drawn(kind, objective):
+    """40,000 of the times that loss_LDM draws, sorted."""
+    drawn = []
+
+    def model(z_t, t, y):
+        drawn.append(t)
+        return z_t
+
+    schedule = ldm.Schedule(kind, objective=objective)
+    z_0 = torch.zeros(40000, 1, 1, 1)
+    ldm.loss_LDM(model, schedule, z_0, None, vmae.seeded(0))
+    t = drawn[0].sort().values
+    assert 0 <= t[0] and t[-1] < 1000
+    return t
+
+def test_times_are_uniform_for_eps():
+    for kind in ("linear", "cosine"):
+        t = times_drawn(kind, "eps")
+        close(t / 1000, torch.linspace(0, 1, 40000), 0.03)
+
+def test_times_are_in_the_middle_for_v_with_as_much_noise_under_any_schedule():
+    quantiles = (torch.arange(40000) + 0.5) / 40000
+    expected = (torch.special.ndtri(quantiles) * 0.7 + 0.4).sigmoid()      # of N(.4, .7^2)
+    cosine = times_drawn("cosine", "v")
+    linear = times_drawn("linear", "v")
+    close(cosine / 1000, expected, 0.03)
+    bar_of_cosine = ldm.Schedule("cosine").alpha_bar[cosine]
+    bar_of_linear = ldm.Schedule("linear").alpha_bar[linear]
+    close(bar_of_cosine, bar_of_linear, 0.01)
+
+# ---- Samplers ---------------------------------------------------------------------------------
+
+# With the best possible network for a Gaussian, a sampler has to land on that Gaussian, up to an
+# error that falls as 1 / S with the number of steps S.
+
+def test_samplers_land_on_a_gaussian():
+    z_T = torch.randn(64, 4, 16, 16)
+    m = 0.7
+    s = 0.5
+    for kind, objective in itertools.product(("linear", "cosine"), ("eps", "v")):
+        schedule = ldm.Schedule(kind, objective=objective)
+        model = optimal(schedule, m, s)
+        for S in (20, 50, 250):                            # first order in 1 / S, and 65,536 draws
+            z = ldm.ddim_sample(model, schedule, z_T, steps=S)
+            close(z.mean(), m, 0.006)
+            close(z.std(), s, 1.5 / S + 0.006)
+            z = ldm.ddpm_sample(model, schedule, z_T, steps=S)
+            close(z.mean(), m, 0.006)
+            close(z.std(), s, 3 / S + 0.006)
+
+def test_a_thousand_steps_and_a_single_one_land_where_they_can():
+    z_T = torch.randn(64, 4, 16, 16)
+    schedule = ldm.Schedule()
+    model = optimal(schedule, 0.7, 0.5)
+    for sampler in (ldm.ddim_sample, ldm.ddpm_sample):
+        z = sampler(model, schedule, z_T, steps=1000)
+        close(z.mean(), 0.7, 0.006)
+        close(z.std(), 0.5, 0.006 + 0.0015)
+    z = ldm.ddim_sample(model, schedule, z_T, steps=1)
+    close(z.mean(), 0.7, 0.01)
+    close(z.std(), 0, 0.01)                                # one step can only give the mean
+
+def test_small_errors_of_the_network_stay_small():
+    z_T = torch.randn(32, 16, 8, 8)
+    for objective in ("eps", "v"):
+        schedule = ldm.Schedule(objective=objective)
+        model = optimal(schedule, 0.0, 1.0)
+
+        def noisy(*args):
+            return model(*args) + 0.01 * torch.randn_like(z_T)
+
+        def rounded(*args):
+            return model(*args).bfloat16().float()
+
+        for wrong in (noisy, rounded):
+            for S in (20, 50, 250):
+                z = ldm.ddim_sample(wrong, schedule, z_T, steps=S)
+                close(z.std(), 1, 0.1)
+            z = ldm.ddpm_sample(wrong, schedule, z_T, steps=1000)
+            close(z.std(), 1, 0.1)
+
+def test_ddim_with_eta_one_is_ddpm():
+    schedule = ldm.Schedule("linear")
+    model = optimal(schedule, 0.3, 0.8)
+    z_T = torch.randn(2, 3, 4, 4)
+    for S in (1, 10, 200, 1000):
+        torch.manual_seed(0)                               # both draw the same noise
+        ddpm = ldm.ddpm_sample(model, schedule, z_T, steps=S)
+        torch.manual_seed(0)
+        ddim = ldm.ddim_sample(model, schedule, z_T, steps=S, eta=1.0)
+        close(ddpm, ddim, 1e-3)
+
+def test_samplers_record_the_estimate_of_z_0_at_each_step():
+    z_T = torch.randn(2, 3, 4, 4)
+    for objective, names in ldm.FITTING.items():
+        schedule = ldm.Schedule(objective=objective)
+        model = optimal(schedule, 0.3, 0.8)
+        for name in names:
+            record = []
+            z = ldm.SAMPLERS[name](model, schedule, z_T, steps=7, record=record)
+            assert len(record) == 7
+            close(record[0], 0.3, 0.05)                    # of pure noise: hardly but the mean
+            close(record[-1], z, 1e-5)                     # the last estimate is the result
+    record = []
+    ldm.ddpm_sample(silent, ldm.Schedule(), z_T, record=record)
+    assert len(record) == 1000                             # by default all T, as in Ho 2020
+
+def test_clip_bounds_the_estimates_of_ddim_and_ddpm():
+    schedule = ldm.Schedule()
+    model = optimal(schedule, 5.0, 1.0)                    # most of z_0 is above 2
+    z_T = torch.randn(2, 3, 4, 4)
+    for name in ldm.FITTING["v"]:
+        record = []
+        ldm.SAMPLERS[name](model, schedule, z_T, steps=5, record=record, clip=2.0)
+        assert torch.stack(record).abs().max() == 2
+
+def test_euler_is_first_order_on_a_gaussian():
+    m = 0.7
+    s = 0.5
+    schedule = ldm.Schedule(objective="flow")
+    velocity = optimal(schedule, m, s)
+    z_T = torch.randn(4, 2, 8, 8).double()
+    for shift in (1.0, 0.3):                               # .3 is LightningDiT's
+        errors = []
+        for S in (50, 100, 200):
+            z = ldm.euler_sample(velocity, schedule, z_T, steps=S, shift=shift)
+            error = z - (m + s * z_T)                      # where the exact path ends
+            errors.append(error.abs().max().item())
+        assert 1.7 < errors[0] / errors[1] < 2.3, errors   # halved
+        assert 1.7 < errors[1] / errors[2] < 2.3, errors
+
+def test_euler_makes_as_many_steps_as_asked_for_at_shifted_times():
+    schedule = ldm.Schedule(objective="flow")
+    middles = {1.0: 0.5, 0.3: 0.3 * 0.5 / (1 - 0.7 * 0.5)}
+    for shift, middle in middles.items():
+        times = []
+
+        def velocity(z, t, y):
+            times.append(t[0].item())
+            return torch.zeros_like(z)
+
+        z_T = torch.zeros(1, 2, 2, 2)
+        ldm.euler_sample(velocity, schedule, z_T, steps=250, shift=shift)
+        assert len(times) == 250
+        assert times[0] == 0 and times == sorted(times)
+        close(times[125], middle, 1e-6)
+
+def test_each_objective_has_its_samplers():
+    z_T = torch.zeros(1, 2, 2, 2)
+    diffusion = ldm.Schedule()
+    flow = ldm.Schedule(objective="flow")
+    raises(ValueError, ldm.euler_sample, silent, diffusion, z_T)
+    raises(ValueError, ldm.ddim_sample, silent, flow, z_T)
+    assert ldm.default_sampler(diffusion) is ldm.ddim_sample
+    assert ldm.default_sampler(flow) is ldm.euler_sample
+
+# ---- Diffusion transformer, guidance, EMA, normalisation --------------------------------------
+
+def tiny_dit(num_classes=0, patch_size=1):
+    """A DiT with random weights everywhere, because adaLN-zero begins by answering zero."""
+    torch.manual_seed(0)
+    model = ldm.DiT(4, patch_size, 4, 32, 2, 4, num_classes)
+    for p in model.parameters():
+        p.data += 0.1 * torch.randn_like(p)
+    return model.eval().requires_grad_(False)
+
+def test_dit_starts_at_zero():
+    model = ldm.DiT(4, 2, 4, 32, 1, 4, 2)
+    z_t = torch.randn(2, 4, 4, 4)
+    t = torch.tensor([0, 9])
+    y = torch.tensor([0, 2])
+    output = model(z_t, t, y)
+    assert output.abs().max() == 0
+
+def test_dit_puts_its_patches_where_they_belong():
+    z_t = torch.randn(2, 4, 4, 4)
+    t = torch.tensor([0, 9])
+    for P in (1, 4):
+        assert tiny_dit(patch_size=P)(z_t, t).shape == z_t.shape
+    model = tiny_dit(patch_size=2)
+    numbers = torch.arange(16.0)
+    model.final_layer.linear.weight.zero_()
+    model.final_layer.linear.bias.copy_(numbers)           # every patch answers 0 to 15
+    patch_of_numbers = numbers.view(2, 2, 4).permute(2, 0, 1)              # channels innermost
+    output = model(z_t, t)
+    close(output[0], patch_of_numbers.repeat(1, 2, 2), 0)
+    raises(ValueError, ldm.DiT, 4, 3)                      # patches of 3 in a grid of 4
+
+def test_dit_comes_in_the_published_sizes():
+    base = ldm.DiT(**ldm.sizes["base"])
+    millions = sum(p.numel() for p in base.parameters()) / 1e6
+    assert abs(millions - 130) < 1                         # Peebles 2023, Table 1: DiT-B, 130 M
+    patch_sizes = {8: 1, 16: 1, 32: 2, 33: 1}              # S/2 where patches of 2 save something
+    for grid, P in patch_sizes.items():
+        assert ldm.dit_args("small", grid, 16, 3)["patch_size"] == P
+
+def test_rope_is_a_rotation_on_the_cpu_and_elsewhere():
+    rope = ldm.Rope(8, 4)
+    q = torch.randn(2, 16, 8)
+    elsewhere = mock.MagicMock(wraps=q, device=torch.device("meta"), dtype=q.dtype)
+    elsewhere.__mul__ = lambda self, other: q * other
+    with patch(torch, "view_as_complex", side_effect=AssertionError):      # compilers know none
+        real = ldm.Rope.forward(rope, elsewhere)
+    turned = rope(q)
+    close(real, turned, 1e-6)
+    close(turned.norm(dim=-1), q.norm(dim=-1), 1e-5)
+
+def test_guidance_of_one_is_none_and_more_reaches_every_channel():
+    model = tiny_dit(num_classes=3)
+    z_t = torch.randn(2, 4, 4, 4)
+    t = torch.full((2,), 500)
+    y = torch.tensor([0, 2])
+    plain = model(z_t, t, y)
+    null = model(z_t, t, torch.tensor([3, 3]))             # after the classes 0, 1 and 2
+    assert torch.equal(model(z_t, t), null)                # no label is the null label
+    assert torch.equal(ldm.guided(model, z_t, 500, y, 1.0), plain)
+    more = ldm.guided(model, z_t, 500, y, 4.0)
+    close(more, null + 4 * (plain - null), 1e-4)
+    change = (more - plain).abs().amax((0, 2, 3))          # (d,)
+    assert change.min() > 0
+
+def test_euler_guides_from_its_interval_on():
+    model = tiny_dit(num_classes=3)
+    batches = []
+
+    def count(module, inputs, output):
+        batches.append(len(output))
+
+    model.register_forward_hook(count)
+    schedule = ldm.Schedule(objective="flow")
+    z_T = torch.randn(2, 4, 4, 4)
+    y = torch.tensor([0, 2])
+    ldm.euler_sample(model, schedule, z_T, y, steps=4, cfg=2.0, interval=0.5)
+    assert batches == [2, 2, 4, 4]                         # two passes in one from t = 1/2 on
+
+def test_labels_are_dropped_at_the_share_asked_for():
+    labels = torch.zeros(20000, dtype=torch.long)
+    y = ldm.LabelEmbed(7, 8).drop(labels, 0.1)
+    assert set(y.tolist()) == {0, 7}                       # 7 is the null class
+    close((y == 7).float().mean(), 0.1, 0.02)
+
+def test_normalise_is_per_channel_and_inverts():
+    z = torch.randn(8, 3, 4, 4) * 5 + 2
+    mean = torch.tensor([1.0, 2, 3])
+    std = torch.tensor([5.0, 4, 3])
+    normal = ldm.normalise(z, mean, std)
+    second_channel = (z[:, 1] - 2) / 4
+    close(normal[:, 1], second_channel, 1e-6)
+    close(ldm.denormalise(normal, mean, std), z, 1e-5)
+
+def test_ema_warms_up_and_copies_buffers():
+    model = torch.nn.BatchNorm1d(1)
+    expected = 1.0                                         # its weight to begin with
+    ema = ldm.EMA(model, decay=0.5)
+    model.weight.data.fill_(2.0)
+    model.running_mean.fill_(7.0)
+    for n in range(20):
+        ema.update(model)
+        decay = min(0.5, (1 + n) / (10 + n))               # the warm-up, then .5
+        expected = decay * expected + (1 - decay) * 2.0
+        close(ema.model.weight, expected, 1e-6)
+    assert ema.model.running_mean == 7
+    assert model.weight == 2                               # it is left alone
+
+# ---- The cache of moments ---------------------------------------------------------------------
+
+# Stage two reads mu and logvar of each image and of its mirror image, rows 2i and 2i + 1. They are
+# encoded once.
+
+def moments_cache(model, precision=contextlib.nullcontext):
+    """Stage two's cache of the images in data/, kept in run/."""
+    args = SimpleNamespace(out="run", flip=True)
+    return train_ldm.cache_moments(model, ImageFolder("data", 16), args, CPU, precision)
+
+def test_moments_are_those_of_a_fresh_encoding_of_image_and_mirror_image():
+    save_images("data/a", 9)
+    save_images("data/b", 8, seed=1)
+    model = VMAE(**TINY_VMAE)
+    data = ImageFolder("data", 16)
+    cache = moments_cache(model)
+    assert len(cache) == 34
+    for i in (0, 8, 16):
+        x, _ = data[i]
+        q = model.encode(torch.stack([x, x.flip(-1)]))
+        kept, _ = cache.batch([2 * i, 2 * i + 1])
+        assert kept.dtype == torch.float16
+        close(kept, moments_of(q), 0.01)
+    _, y = cache.batch(range(34))
+    assert y.tolist() == [0] * 18 + [1] * 16
+
+def test_statistics_are_those_of_many_samples():
+    save_images("data", 17)
+    cache = moments_cache(VMAE(**TINY_VMAE))
+    mean, std = train_ldm.statistics(cache)
+    every, _ = cache.batch(range(len(cache)))
+    mu, logvar = every.float().chunk(2, 1)
+    z = torch.cat([Gaussian(mu, logvar).sample() for _ in range(200)])
+    close(mean, z.mean((0, 2, 3)), 0.05)
+    close(std, z.std((0, 2, 3)), 0.05)
+
+def test_moments_are_made_once_and_never_stale():
+    save_images("data", 8)
+    model = VMAE(**TINY_VMAE)
+    first = moments_cache(model)
+    with patch(model, "encode", side_effect=AssertionError):               # found, not made
+        assert moments_cache(model).path == first.path
+    model.to_latent.bias.data[0] += 1                      # other weights
+    second = moments_cache(model)
+    assert second.path != first.path
+    assert os.listdir("run") == [second.path.name]
+    save_images("data", 8, seed=1)                         # other images
+    third = moments_cache(model)
+    assert third.path != second.path
+    assert os.listdir("run") == [third.path.name]
+
+def test_moments_are_encoded_in_the_run_s_precision():
+    save_images("data", 8)
+    model = VMAE(**TINY_VMAE)
+    seen = set()
+
+    def note(module, inputs, output):
+        seen.add(output.dtype)
+
+    model.to_latent.register_forward_hook(note)
+    moments_cache(model, functools.partial(torch.autocast, "cpu", torch.bfloat16))
+    assert seen == {torch.bfloat16}
+
+def test_an_encoding_that_fails_leaves_nothing():
+    save_images("data", 8)
+    model = VMAE(**TINY_VMAE)
+    with patch(model, "encode", side_effect=OSError("full")):
+        raises(OSError, moments_cache, model)
+    assert os.listdir("run") == []
+
+def test_a_resumed_run_keeps_its_statistics():
+    both_stages()
+    ckpt = load("runs/ldm/last.pt")
+    ckpt["latent_mean"] += 1                               # as if the latents had changed since
+    torch.save(ckpt, "runs/ldm/last.pt")
+    runs(train_ldm.main, "--steps 3 --resume")
+    close(load("runs/ldm/last.pt")["latent_mean"], ckpt["latent_mean"], 0)
+
+# ---- Batches, micro-batches, optimiser --------------------------------------------------------
+
+# All that is random in a step depends on --seed, the step and the number of the micro-batch alone.
+# So one process with two micro-batches, two with one each and a resumed run are the same run.
+
+def batches_of(count, start=0, parts=(0,), batch=1, micro=1, seed=3):
+    """The first `count` micro-batches of ten images, from a step on."""
+    args = SimpleNamespace(seed=seed, batch=batch, micro=micro)
+    return list(itertools.islice(train_vmae.index_batches(10, args, start, parts), count))
+
+def test_every_epoch_is_a_new_order_of_all_images():
+    order = sum(batches_of(40), [])
+    for first in (0, 10, 20, 30):
+        assert sorted(order[first:first + 10]) == list(range(10))
+    assert order[:10] != order[10:20]
+    assert order != sum(batches_of(40, seed=4), [])
+
+def test_a_resumed_run_goes_on_in_the_same_order():
+    order = sum(batches_of(40), [])
+    assert sum(batches_of(20, start=17), []) == order[17:37]
+
+def test_a_batch_is_shared_out_in_sorted_micro_batches():
+    order = sum(batches_of(40), [])
+    step_3 = order[21:28]                                  # of seven images per step
+    of_one_process = batches_of(6, 3, range(3), batch=7, micro=3)
+    assert of_one_process[0] == sorted(step_3[:3])
+    assert of_one_process[1] == sorted(step_3[3:6])
+    assert of_one_process[2] == step_3[6:]
+    for number in range(3):                                # of three processes: steps 3 and 4
+        of_this_process = batches_of(2, 3, [number], batch=7, micro=3)
+        assert of_this_process == [of_one_process[number], of_one_process[3 + number]]
+
+def test_seeds_of_different_numbers_have_nothing_in_common():
+    numbers = list(itertools.product(range(3), repeat=3))  # of --seed, step, micro-batch
+    assert len({vmae.seed_of(*of) for of in numbers}) == 27
+    draws = [torch.randn(1000, generator=vmae.seeded(*of)) for of in numbers]
+    correlation = torch.corrcoef(torch.stack(draws)) - torch.eye(27)
+    assert correlation.abs().max() < 0.15                  # of independent ones: about .03 each
+    again = torch.randn(1000, generator=vmae.seeded(0, 0, 1))
+    assert torch.equal(draws[1], again)
+
+def test_learning_rate_warms_up_and_decays():
+    rates = [train_vmae.learning_rate(step, 1000, 1.0) for step in range(1000)]
+    assert rates[0] < 0.1
+    assert max(rates) == max(rates[15:30]) > 0.99          # after 2 % of the run
+    assert rates[20:] == sorted(rates[20:], reverse=True)
+    assert rates[-1] < 1e-4
+
+def test_weight_decay_spares_norms_biases_and_the_frozen_encoder():
+    model = VMAE(**TINY_VMAE)
+    model.blocks.requires_grad_(False)
+    matrices, others = train_vmae.optimiser(model).param_groups
+    assert matrices["weight_decay"] == 0.05
+    assert others["weight_decay"] == 0
+    decays = {id(p) for p in matrices["params"]}
+    does_not = {id(p) for p in others["params"]}
+    assert id(model.to_latent.weight) in decays
+    assert id(model.to_latent.bias) in does_not
+    assert id(model.norm.weight) in does_not
+    assert id(model.mask_token) in does_not                # (1, 1, D): one side is 1
+    assert id(model.blocks[0].mlp.fc1.weight) not in decays | does_not
+
+def test_parts_are_as_few_as_fit_and_equal_if_possible():
+    equal_parts = train_vmae.equal_parts
+    assert equal_parts(16, fits=99) == 16
+    assert equal_parts(16, fits=15) == 8
+    assert equal_parts(16, fits=7) == 4
+    assert equal_parts(128, fits=100) == 64
+    assert equal_parts(9, fits=5) == 3                     # three equal parts, rather than 5 + 4
+    assert equal_parts(7, fits=3) == 3                     # 3 + 3 + 1, rather than seven parts
+
+def test_parts_are_shared_out_over_all_processes():
+    for world, batch, fits, part in [(2, 8, 8, 4), (2, 8, 3, 2), (7, 16, 16, 2), (8, 8, 8, 1)]:
+        with patch(train_vmae, "WORLD", world):
+            assert train_vmae.equal_parts(batch, fits) == part
+
+def nothing_to_try(n):
+    """In place of largest_part, where no GPU is there to try it."""
+    raise AssertionError
+
+def micro_chosen(batch, micro=None, device=CPU, largest_part=nothing_to_try, at_once=99):
+    """What choose_micro chooses: --micro, and the numbers of this process's parts."""
+    args = SimpleNamespace(batch=batch, micro=micro)
+    with patch(torch.cuda, "empty_cache"):                 # which needs a GPU
+        numbers = train_vmae.choose_micro(args, device, largest_part, {}, at_once)
+    return args.micro, list(numbers)
+
+@patch(train_vmae, "WORLD", 2)
+@patch(train_vmae, "RANK", 1)
+def test_each_of_two_processes_takes_every_second_part():
+    assert micro_chosen(batch=8, micro=2) == (2, [1, 3])   # of the parts 0 to 3
+    assert "give --micro 4" in raises(InputError, micro_chosen, batch=8, micro=8)
+    assert "give a larger --batch" in raises(InputError, micro_chosen, batch=1, micro=1)
+
+def test_without_a_gpu_a_constant_number_of_images_is_worked_on_at_once():
+    assert micro_chosen(batch=64, at_once=20) == (16, [0, 1, 2, 3])
+
+def test_micro_is_halved_until_a_step_fits_a_small_card_with_a_tenth_to_spare():
+    tried = []
+
+    def largest_part(n):
+        tried.append(n)
+        if n > 20:
+            raise torch.OutOfMemoryError
+
+    micro, numbers = micro_chosen(batch=64, device=CUDA, largest_part=largest_part)
+    assert tried == [71, 36, 18]                           # 1.1 times 64, 32, 16, rounded up
+    assert micro == 16
+    assert numbers == [0, 1, 2, 3]
+    micro, _ = micro_chosen(batch=64, micro=32, device=CUDA)
+    assert micro == 32                                     # what is given is not tried
+
+def steps_of_a_small_network(tries=0):
+    """Two optimiser steps; before each of them, this many trials of a step, of which every second
+    one runs out of memory after its gradients -> weights and moments."""
+    torch.manual_seed(0)
+    model = torch.nn.Linear(3, 2)
+    opt = train_vmae.optimiser(model)
+
+    def largest_part(n):
+        model(torch.ones(n, 3)).sum().backward()
+        if n % 2 == 1:
+            raise torch.OutOfMemoryError
+
+    for _ in range(2):
+        for n in range(tries):
+            with patch(torch.cuda, "empty_cache"):
+                fits = train_vmae.step_fits(n, largest_part, {"model": model, "opt": opt})
+            assert fits == (n % 2 == 0)
+        model(torch.randn(4, 3)).square().sum().backward()
+        assert train_vmae.optimiser_step(opt, model, lr=0.1)
+    return [model.state_dict(), opt.state_dict()]
+
+def test_a_trial_leaves_weights_and_moments_as_if_nothing_had_been_tried():
+    same(steps_of_a_small_network(), steps_of_a_small_network(tries=4))
+
+def with_a_trial(script):
+    """Patch: before it begins, the script tries out three images at once, as it does on CUDA."""
+    choose_micro = script.choose_micro
+
+    def trial_first(args, device, largest_part, states, at_once):
+        with patch(torch.cuda, "empty_cache"):
+            assert train_vmae.step_fits(3, largest_part, states)
+        return choose_micro(args, device, largest_part, states, at_once)
+
+    return patch(script, "choose_micro", trial_first)
+
+def test_a_trial_sees_whole_images_and_every_loss_and_changes_nothing_of_a_run():
+    save_images("data", 8)
+    losses_of = {"vmae": ["loss_VMAE"], "sdvae": ["loss_VMAE", "loss_G", "loss_D"]}
+    for preset, losses in losses_of.items():
+        trained(f"--preset {preset}", "plain")
+        spy = mock.Mock(wraps=vmae)
+        with (patch(vmae, "loss_VMAE", spy.loss_VMAE),
+              patch(vmae, "loss_G", spy.loss_G),
+              patch(vmae, "loss_D", spy.loss_D),
+              with_a_trial(train_vmae)):
+            trained(f"--preset {preset}", "tried")
+        assert names_of_calls(spy)[:len(losses)] == losses
+        mask = spy.mock_calls[0].args[3]                   # of loss_VMAE
+        assert len(mask) == 3
+        assert mask.sum() == 0
+        same(load("plain/last.pt"), load("tried/last.pt"))
+
+def test_a_trial_changes_nothing_of_stage_two():
+    both_stages()
+    with with_a_trial(train_ldm):
+        runs(train_ldm.main, f"{TINY_LDM} --out tried")
+    same(load("runs/ldm/last.pt"), load("tried/last.pt"))
+
+def test_two_micro_batches_equal_one():
+    # Each part draws its own flips. So images are equal to their mirror images here, and ae draws
+    # nothing else.
+    os.mkdir("data")
+    for i, left in enumerate(random_pixels((12, 16, 8, 3))):
+        right = left[:, ::-1]
+        image = np.concatenate([left, right], 1)
+        Image.fromarray(image).save(f"data/{i}.png")
+    go = "--preset ae --batch 8 --lr 1 --micro"
+
+    def sgd(model):                                        # AdamW would magnify rounding errors
+        return torch.optim.SGD(model.parameters(), fused=True)
+
+    with patch(train_vmae, "optimiser", sgd):
+        one = trained(f"{go} 8", "one")
+        two = trained(f"{go} 3", "two")                    # 3 + 3 + 2 images
+        less = trained(f"{go} 8 --steps 1", "less")
+    close_weights(one, two, 1e-6)
+    assert all_differ(one, less)
+    assert load("two/last.pt")["train_args"]["micro"] == 3
+
+def test_a_device_that_is_out_of_memory_is_one_line():
+    save_images("data", 8)
+    with patch(vmae, "loss_R", side_effect=torch.OutOfMemoryError("CUDA")):
+        text = runs(train_vmae.main, TINY_RUN, status=1)
+    assert "error: out of memory; give a smaller --micro" in text.splitlines()[-1]
+    assert "Traceback" not in text
+
+def test_whole_images_are_spread_evenly_over_the_steps():
+    steps = range(1000)
+    half = [train_vmae.sees_whole_images(step, 0.5) for step in steps]
+    assert half == [False, True] * 500
+    quarter = [train_vmae.sees_whole_images(step, 0.25) for step in steps]
+    assert quarter == [False, False, False, True] * 250
+    assert not any(train_vmae.sees_whole_images(step, 0) for step in steps)
+    assert all(train_vmae.sees_whole_images(step, 1) for step in steps)
+
+def test_every_other_step_of_a_run_sees_whole_images():
+    save_images("data", 8)
+    with patch(vmae, "loss_VMAE", wraps=vmae.loss_VMAE) as loss:
+        trained("--steps 4 --whole 0.5")
+    masks = [call.args[3] for call in loss.mock_calls]     # (4, 16) each
+    assert [mask.sum().item() for mask in masks] == [40, 0, 40, 0]         # 16 - 6 of 4 images
+
+# ---- Precision --------------------------------------------------------------------------------
+
+def test_a_card_is_asked_for_bfloat16():
+    answers = {(7, 5): False, (8, 0): True, (9, 0): True}  # T4, A100, H200
+    for capability, answer in answers.items():
+        with patch(torch.cuda, "get_device_capability", return_value=capability):
+            assert vmae.has_bfloat16(CUDA) is answer
+    assert not vmae.has_bfloat16(torch.device("meta"))     # neither a GPU nor a CPU
+
+def test_bfloat16_is_measured_on_a_cpu():
+    for slow, answer in ((torch.bfloat16, False), (torch.float32, True)):
+        seconds = {torch.bfloat16: 0.001, torch.float32: 0.001, slow: 0.002}
+        products = set()
+
+        def product(a, b):
+            products.add(a.dtype)
+            time.sleep(seconds[a.dtype])
+
+        with patch(torch.Tensor, "__matmul__", product):
+            assert vmae.has_bfloat16(CPU) is answer
+        assert products == {torch.float32, torch.bfloat16}
+
+def test_precision_is_chosen_once_and_then_used():
+    for fast, precision in ((True, "bfloat16"), (False, "float32")):
+        args = SimpleNamespace(precision="auto")
+        with patch(vmae, "has_bfloat16", return_value=fast):
+            autocast = train_vmae.matmul_precision(args, CPU)
+        assert args.precision == precision                    # which the checkpoint keeps
+        with autocast():
+            assert torch.is_autocast_enabled("cpu") == fast
+
+# ---- Steps that are left out ------------------------------------------------------------------
+
+# A step whose gradient is not finite changes nothing and is counted. More than ten of them since
+# the last line of the log end the run before it saves.
+
+def test_a_step_with_an_infinite_gradient_changes_nothing():
+    model = torch.nn.Linear(3, 2)
+    opt = train_vmae.optimiser(model)
+    model(torch.ones(4, 3)).sum().backward()
+    assert train_vmae.optimiser_step(opt, model, lr=0.1)
+    before = copy.deepcopy([model.state_dict(), opt.state_dict()])
+    loss = math.inf * model(torch.ones(4, 3)).sum()
+    loss.backward()
+    assert not train_vmae.optimiser_step(opt, model, lr=0.1)
+    same([model.state_dict(), opt.state_dict()], before)
+    assert model.weight.grad.abs().max() == 0              # the next step begins anew
+
+def test_gradients_are_clipped_at_norm_one():
+    moved = []
+    for scale in (1, 1000):
+        torch.manual_seed(0)
+        model = torch.nn.Linear(3, 2)
+        before = model.weight.detach().clone()
+        loss = scale * model(torch.ones(4, 3)).sum()
+        loss.backward()
+        opt = torch.optim.SGD(model.parameters(), fused=True)
+        train_vmae.optimiser_step(opt, model, lr=1.0)
+        moved.append((model.weight - before).detach())
+    close(moved[0], moved[1], 1e-5)
+    assert moved[0].norm() < 1                             # of weight and bias together: 1
+
+def nan_in(bad, module=vmae, name="loss_M"):
+    """Patch: this loss is NaN in the calls whose numbers are in `bad`. With --whole 0, loss_M is
+    called once per micro-batch."""
+    sound = getattr(module, name)
+    calls = itertools.count()
+
+    def loss(*args):
+        if next(calls) in bad:
+            return math.nan * sound(*args)
+        return sound(*args)
+
+    return patch(module, name, loss)
+
+BAD_RUN = f"{TINY_RUN} --whole 0 --steps 60 --save-every 20"
+no_preview = patch(train_vmae, "validate", return_value={})
+
+@no_preview
+def test_ten_bad_steps_are_left_out_and_counted(validate):
+    save_images("data", 12)
+    with nan_in(range(25, 35)):
+        runs(train_vmae.main, BAD_RUN)
+    assert logged("runs/vmae", "step") == [20, 40, 50, 60]
+    assert logged("runs/vmae", "skipped") == [None, 10, None, None]
+    assert all(math.isfinite(L_M) for L_M in logged("runs/vmae", "L_M"))
+    for p in vmae.load_vmae("runs/vmae").parameters():
+        assert p.isfinite().all()
+
+@no_preview
+def test_more_than_ten_bad_steps_end_the_run_before_the_save_and_name_the_term(validate):
+    save_images("data", 12)
+    with nan_in({19, *range(20, 40, 2), 39}):              # 19 is the last call before a line
+        text = runs(train_vmae.main, BAD_RUN, status=1)
+    message = text[text.index("error"):]
+    assert "step 40: L_M infinite or NaN, in 11 of the last 20 steps" in message
+    assert "L_R" not in message
+    assert load("runs/vmae/last.pt")["step"] == 20         # as it was
+    assert logged("runs/vmae", "step") == [20]
+    assert validate.call_count == 1
+
+@no_preview
+def test_a_resumed_run_is_not_stopped_by_one_bad_batch_that_it_meets_again(validate):
+    save_images("data", 12)
+    with nan_in(range(20, 31)):
+        runs(train_vmae.main, BAD_RUN, status=1)           # after the save at step 20
+    with nan_in({5}):
+        runs(train_vmae.main, f"{BAD_RUN} --resume")
+    assert load("runs/vmae/last.pt")["step"] == 60
+    assert logged("runs/vmae", "skipped") == [None, 1, None, None]
+
+@no_preview
+def test_a_bad_gradient_of_sound_losses_is_named_as_that(validate):
+    save_images("data", 12)
+    infinite = patch(torch.nn.utils, "clip_grad_norm_", return_value=torch.tensor(math.inf))
+    with infinite:
+        text = runs(train_vmae.main, f"{TINY_RUN} --steps 11", status=1)
+    assert "step 11: the gradient infinite or NaN, in 11 of the last 11 steps" in text
+
+@no_preview
+def test_bad_steps_of_the_discriminator_count_as_well(validate):
+    save_images("data", 12)
+    with nan_in(range(99), vmae, "loss_D"):                # it begins at half of the steps
+        text = runs(train_vmae.main, f"{TINY_RUN} --preset sdvae --steps 22", status=1)
+    assert "step 22: L_D infinite or NaN, in 11 of the last 22 steps" in text
+
+def test_bad_steps_of_stage_two_count_as_well():
+    both_stages()
+    before = Path("runs/ldm/last.pt").read_bytes()
+    with nan_in(range(99), ldm, "loss_LDM"):
+        text = runs(train_ldm.main, "--steps 13 --resume", status=1)
+    assert "step 13: L_v infinite or NaN, in 11 of the last 11 steps" in text
+    assert Path("runs/ldm/last.pt").read_bytes() == before
+
+# ---- The log ----------------------------------------------------------------------------------
+
+class Clock:
+    """A clock that shows what the test says."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def takes(self, seconds, function):
+        """A function that does the same and takes this long."""
+        def slow(*args, **options):
+            self.now += seconds
+            return function(*args, **options)
+
+        return slow
+
+def measures_nothing(*args, **options):
+    """In place of what measures or saves."""
+    return {}
+
+def test_speed_in_the_log_leaves_saves_and_measuring_out():
+    both_stages()
+    clock = Clock()
+    for script, line, measure in (
+            (train_vmae, f"{TINY_RUN} --out one", "validate"),
+            (train_ldm, f"{TINY_LDM} --batch 4 --out two", "measure")):
+        step = clock.takes(2, script.optimiser_step)
+        with (patch(time, "perf_counter", lambda: clock.now),
+              patch(script, "optimiser_step", step),
+              patch(script, measure, clock.takes(50, measures_nothing)),
+              patch(vmae, "save_checkpoint", clock.takes(100, measures_nothing))):
+            runs(script.main, f"{line} --steps 6 --save-every 2")
+    for run in ("one", "two"):
+        assert logged(run, "images_per_s") == [2.0, 2.0, 2.0]              # 4 images in 2 s
+
+def log_after(*parts):
+    """The means in a Log after one step, of which each part is (share of the batch, losses)."""
+    log = train_vmae.Log(SimpleNamespace(out=".", batch=4), 0, CPU)
+    for share, losses in parts:
+        terms = {name: torch.tensor(value) for name, value in losses.items()}
+        log.add(terms, share)
+    return log.means(1)
+
+def test_means_in_the_log_weigh_parts_of_a_batch_by_their_images():
+    means = log_after((0.75, {"L_R": 1.0}), (0.25, {"L_R": 5.0}))
+    assert means["L_R"] == 2                               # .75 + 1.25
+
+def test_means_in_the_log_are_of_the_steps_that_have_the_term():
+    means = log_after((0.5, {"L_R": 1.0, "L_M": 3.0}), (0.5, {"L_R": 2.0}))
+    assert means["L_R"] == 1.5
+    assert means["L_M"] == 3                               # whole images have none
+
+def test_means_in_the_log_are_of_what_is_finite():
+    means = log_after((0.5, {"L_R": 1.0}), (0.5, {"L_R": math.nan}))
+    assert means["L_R"] == 1
+    means = log_after((1.0, {"L_R": math.inf}))
+    assert math.isnan(means["L_R"])
+    assert vmae.to_json(means["L_R"]) == "null"            # JSON knows neither NaN nor infinity
+
+def test_a_resumed_log_drops_damaged_lines_and_steps_that_run_again():
+    save_images("data", 12)
+    runs(train_vmae.main, f"{TINY_RUN} --save-every 1")
+    with open("runs/vmae/log.jsonl", "ab") as log:         # what a power cut or an editor may leave
+        log.write(b'{"step": 3, "lr\n\xff\xfe\n{"step": 2, "lr": 0{"step": 2, "lr": 1}\n{"step": 9')
+        log.write(b', "lr": 0}\n{"step": 3')
+    runs(train_vmae.main, f"{TINY_RUN} --steps 3 --resume")
+    assert logged("runs/vmae", "step") == [1, 2, 2, 3]
+
+# ---- Interruptions and resume -----------------------------------------------------------------
+
+# A run that ends between two saves loses the steps since the last one, and nothing else.
+
+def test_an_interrupted_save_leaves_the_last_one():
+    model = VMAE(**TINY_VMAE)
+    x = random_images()
+    vmae.save_checkpoint("last.pt", model_args=TINY_VMAE, model=model.state_dict())
+    unwritable = (letter for letter in "ab")               # pickle stops there, halfway
+    raises(TypeError, vmae.save_checkpoint, "last.pt", model=unwritable)
+    assert os.listdir() == ["last.pt"]
+    loaded = vmae.load_vmae("last.pt")
+    close(loaded.encode(x).mode(), model.encode(x).mode(), 0)
+
+def interrupted_by(number):
+    """Patch: the run gets this signal in the middle of its first step."""
+    random_flip = vmae.random_flip
+    signals = [number]
+
+    def interrupted(x, generator):
+        if signals:
+            os.kill(os.getpid(), signals.pop())
+        return random_flip(x, generator)
+
+    return patch(vmae, "random_flip", interrupted)
+
+def test_a_run_that_is_interrupted_and_resumed_ends_in_the_same_weights():
+    save_images("data", 12)
+    go = f"{TINY_RUN} --steps 4 --save-every 2 --out"
+    runs(train_vmae.main, f"{go} whole")
+    text = ""
+    for step, number in ((1, signal.SIGTERM), (2, signal.SIGINT)):
+        with interrupted_by(number):
+            text += runs(train_vmae.main, f"{go} parts --resume", status=1)
+        assert f"stopped after step {step}, which is saved" in text
+        assert load("parts/last.pt")["step"] == step
+    assert text.count("no checkpoint yet, so the run begins") == 1
+    runs(train_vmae.main, "--out parts --resume")          # with the options that it had
+    same(load("whole/last.pt"), load("parts/last.pt"))     # no random state is stored
+    assert logged("whole", "step") == [2, 4]
+    assert logged("parts", "step") == [1, 2, 4]
+    before = Path("parts/last.pt").read_bytes()
+    assert "complete, at step 4 of 4" in runs(train_vmae.main, f"{go} parts --resume")
+    assert Path("parts/last.pt").read_bytes() == before
+
+def test_stage_two_resumes_as_if_it_had_not_been_interrupted():
+    both_stages()
+    go = f"{TINY_LDM} --steps 4 --out"
+    with patch(train_ldm, "measure", return_value={}):
+        runs(train_ldm.main, f"{go} whole")
+        random_seed = vmae.seed_of
+
+        def interrupted(*numbers):
+            if numbers == (0, 1, 0):                       # the second step
+                os.kill(os.getpid(), signal.SIGTERM)
+            return random_seed(*numbers)
+
+        with patch(vmae, "seed_of", interrupted):
+            text = runs(train_ldm.main, f"{go} parts", status=1)
+        assert "stopped after step 2" in text
+        runs(train_ldm.main, "--out parts --resume")
+    same(load("whole/last.pt"), load("parts/last.pt"))     # with the EMA and its warm-up
+
+def test_a_second_ctrl_c_ends_a_run_at_once():
+    stop = train_vmae.Stop()
+    assert not stop.received
+    os.kill(os.getpid(), signal.SIGINT)
+    assert stop.received
+    assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL
+
+@patch(train_vmae, "WORLD", 2)
+def test_under_torchrun_every_signal_is_only_noted():
+    stop = train_vmae.Stop()
+    os.kill(os.getpid(), signal.SIGINT)
+    os.kill(os.getpid(), signal.SIGINT)
+    assert stop.received
+
+def test_processes_wait_until_process_0_has_saved():
+    save_images("data", 12)
+    spy = mock.Mock(wraps=vmae)
+    with (patch(vmae, "save_checkpoint", spy.save_checkpoint),
+          patch(vmae, "wait_for_all", spy.wait_for_all)):
+        runs(train_vmae.main, TINY_RUN)
+    assert names_of_calls(spy)[-2:] == ["save_checkpoint", "wait_for_all"]
+
+def test_processes_that_see_another_checkpoint_are_told():
+    with patch(vmae, "from_first", return_value=5):
+        message = raises(InputError, train_vmae.load_states, SimpleNamespace(out="run"), None, {})
+    assert "process 0 finds step 5" in message and "finds 0" in message
+
+def test_a_leftover_of_torchrun_is_named():
+    with (patch(vmae, "WORLD", 2), mock.patch.dict(os.environ)):
+        os.environ.pop("MASTER_ADDR", None)
+        assert "unset WORLD_SIZE" in raises(InputError, vmae.start, "cpu")
+
+# ---- Options: defaults, then the preset, then the checkpoint, then what is given --------------
+
+# Each layer covers the one before. What a help text says of a default is compared with what the
+# trainers then use, for each preset and on each kind of device.
+
+def save_run(script, **train_args):
+    """A checkpoint in run/ of a run of this trainer with these options."""
+    args = vars(options_of(script, "--out elsewhere"))
+    args.update(train_args)
+    entries = dict(step=1, model_args={}, model={}, train_args=args)
+    if script is train_ldm:
+        entries["vmae"] = {}
+    vmae.save_checkpoint("run/last.pt", **entries)
+
+def test_each_layer_of_options_covers_the_one_before():
+    os.mkdir("run")
+    save_run(train_vmae, preset="dae", noise=0.3, batch=8, micro=4, steps=9)
+    for line, noise in (
+            ("", 0.0),                                     # the default
+            ("--preset dae", 0.2),                         # over it the preset
+            ("--preset dae --out run --resume", 0.3),      # over that the checkpoint
+            ("--preset dae --noise 0.4", 0.4)):            # and over all what is given
+        assert options_of(train_vmae, line).noise == noise, line
+    assert options_of(train_vmae, "--out run --resume").steps == 9
+    assert options_of(train_vmae, "--out run --resume --steps 12").steps == 12
+    assert options_of(train_vmae, "--out run --resume").preset == "dae"
+
+def test_each_layer_of_options_of_stage_two_covers_the_one_before():
+    os.mkdir("run")
+    save_run(train_ldm, drop=0.3, batch=8, micro=4, steps=9, lr=0.5)
+    assert options_of(train_ldm).drop == 0.1
+    assert options_of(train_ldm, "--drop 0.2").drop == 0.2
+    assert options_of(train_ldm, "--out run --resume").drop == 0.3
+    assert options_of(train_ldm, "--out run --resume").lr == 0.5
+    assert options_of(train_ldm, "--out run --resume --lr 2").lr == 2
+
+def test_tuning_covers_the_preset():
+    args = options_of(train_vmae, "--tune decoder --init some.pt")
+    assert (args.mask, args.out) == (0, "runs/tuned")
+    assert options_of(train_vmae, "--tune decoder --init some.pt --mask 0.3").mask == 0.3
+    assert options_of(train_vmae, "--preset mae").out == "runs/mae"
+
+def test_a_resumed_run_may_change_some_options_and_is_asked_for_others_anew():
+    os.mkdir("run")
+    save_run(train_vmae, preset="mae", mask=0.5, batch=8, micro=4, steps=9, device="cuda",
+             compile=True)
+    args = options_of(train_vmae, "--out run --resume --lr 1 --save-every 3 --precision float32")
+    assert (args.lr, args.save_every, args.precision) == (1, 3, "float32")
+    assert (args.device, args.compile) == ("auto", None)   # of this machine, not of the last one
+    assert options_of(train_vmae, "--out run --resume --mask 0.5").mask == 0.5     # the same
+    for line in ("--mask 0.6", "--seed 1", "--batch 16", "--preset vmae"):
+        option = line.split()[0]
+        message = raises(InputError, options_of, train_vmae, f"--out run --resume {line}")
+        assert message.startswith(option) and "the run in run has" in message
+    assert "go on with --resume" in raises(InputError, options_of, train_vmae, "--out run")
+    assert "other stage" in raises(InputError, options_of, train_ldm, "--out run --resume")
+
+def test_micro_is_kept_by_a_resumed_run_while_it_suffices():
+    os.mkdir("run")
+    save_run(train_vmae, batch=8, micro=4, steps=9)
+    for world, micro in ((1, 4), (2, 4), (3, None)):       # None: chosen anew
+        with patch(train_vmae, "WORLD", world):
+            assert options_of(train_vmae, "--out run --resume").micro == micro
+
+def help_of(script):
+    """{option: what its help says of the default}."""
+    with mock.patch.dict(os.environ, COLUMNS="1000"):
+        text = runs(script.main, "--help")
+    text = re.sub(r"\n {10,}", " ", text)                  # long options have their help below
+    return dict(re.findall(r"^  --([\w-]+).*\(default: (.*)\)$", text, re.MULTILINE))
+
+def of_preset(text, preset):
+    """The value for a preset in "vmae and mae 0.6, others 0", for example."""
+    for clause in text.split(", "):
+        *names, value = clause.replace(" and ", " ").split()
+        if preset in names or names == ["others"]:
+            return value
+
+def test_defaults_in_the_help_are_those_of_each_preset():
+    help_text = help_of(train_vmae)
+    for preset in train_vmae.PRESETS:
+        args = vars(options_of(train_vmae, f"--preset {preset}"))
+        for name in ("arch", "mask", "noise", "lambda-reg", "lambda-adv", "kl-mean"):
+            real = args[name.replace("-", "_")]
+            said = of_preset(help_text[name], preset)
+            assert type(real)(said) == real, (preset, name)
+        assert args["out"] == f"runs/{preset}"
+
+def test_defaults_in_the_help_are_the_real_ones():
+    for script in (train_vmae, train_ldm):
+        help_text = help_of(script)
+        args = vars(options_of(script))
+        for name in ("preset", "whole", "lambda-m", "save-every", "seed", "precision", "drop"):
+            if name in help_text:
+                real = args[name.replace("-", "_")]
+                assert help_text[name] == str(real), name
+        assert help_text["out"] == "stage one: runs/PRESET; stage two: runs/ldm"
+        for name in ("batch", "steps", "lr"):
+            assert help_text[name] == "see RECIPES" and args[name] is None
+    assert options_of(train_ldm).out == "runs/ldm"
+    assert options_of(train_ldm).vmae == os.path.abspath(help_of(train_ldm)["vmae"])
+
+def filled_in(line, device=CPU, known=None):
+    """All options of stage one, when the device and the checkpoint of --init are known."""
+    args = options_of(train_vmae, line)
+    train_vmae.fill_in(args, {}, device, known)
+    return args
+
+def test_size_and_model_in_the_help_depend_on_the_device_as_it_says():
+    help_text = help_of(train_vmae)
+    assert help_text["size"] == "that of --init; faces 32; folders 256 on CUDA, else 64"
+    words = "stage one: tiny to 32 px; above, base on CUDA, else small"
+    assert help_text["model"] == f"{words}; stage two: small on CUDA, else tiny"
+    for line, device, size, model in (
+            ("", CPU, 32, "tiny"),
+            ("", CUDA, 32, "tiny"),
+            ("--size 33", CPU, 33, "small"),
+            ("--data x", CPU, 64, "small"),
+            ("--data x", CUDA, 256, "base"),
+            ("--data x --size 32", CUDA, 32, "tiny"),
+            ("--model base", CPU, 32, "base")):
+        args = filled_in(line, device)
+        assert (args.size, args.model) == (size, model), line
+
+def test_weight_of_L_P_in_the_help_depends_on_the_data_as_it_says():
+    words = "vmae and sdvae 0.5 on a folder if VGG's weights can be had, otherwise 0"
+    assert help_of(train_vmae)["lambda-p"] == words        # its last part: see the LPIPS tests
+    for preset in train_vmae.PRESETS:
+        expected = 0.5 if preset in ("vmae", "sdvae") else 0
+        assert filled_in(f"--preset {preset} --data x").lambda_p == expected
+        assert filled_in(f"--preset {preset}").lambda_p == 0               # on the faces
+    assert filled_in("--tune decoder --init some.pt").lambda_p == 10
+
+def test_compiling_in_the_help_depends_on_the_device_as_it_says():
+    words = "on CUDA yes, with blocks from size small on; elsewhere no"    # sizes: see below
+    for script in (train_vmae, train_ldm):
+        assert help_of(script)["compile"] == words
+    assert filled_in("", CUDA).compile is True
+    assert filled_in("", CPU).compile is False
+    assert filled_in("--no-compile", CUDA).compile is False
+    assert filled_in("--compile", CPU).compile is True
+
+def test_auto_takes_the_gpu_if_there_is_one():
+    assert help_of(train_vmae)["device"] == "cuda if there is one"
+    with patch(torch.cuda, "is_available", return_value=False):
+        assert vmae.start("auto") == CPU
+    with (patch(torch.cuda, "is_available", return_value=True),
+          patch(torch, "zeros", side_effect=RuntimeError)):
+        assert "--device cuda: torch finds no such" in raises(InputError, vmae.start, "auto")
+
+def recipe_of(args):
+    """The options that recipes are made of."""
+    return dict(batch=args.batch, steps=args.steps, lr=args.lr)
+
+def test_every_recipe_of_stage_one_is_used_unless_something_else_is_given():
+    kinds = itertools.product(vmae.sizes, ("vit", "conv"), ("cpu", "cuda"))
+    assert set(train_vmae.RECIPES) == set(kinds)
+    for (model, arch, kind), recipe in train_vmae.RECIPES.items():
+        line = f"--preset ae --arch {arch} --model {model}"
+        args = filled_in(line, torch.device(kind))
+        assert recipe_of(args) == recipe
+        args = filled_in(f"{line} --batch 3 --lr 7", torch.device(kind))
+        assert recipe_of(args) == {**recipe, "batch": 3, "lr": 7}
+    base = train_vmae.RECIPES["base", "vit", "cuda"]       # a convolution is 22 times the work
+    assert train_vmae.RECIPES["base", "conv", "cuda"]["batch"] < base["batch"]
+
+def test_a_model_to_start_from_brings_its_size_its_body_and_the_recipe_of_its_row():
+    for model, arch, table in (("tiny", "vit", vmae.sizes), ("small", "conv", vmae.conv_sizes)):
+        known = dict(model_args=dict(table[model], img_size=96))
+        args = filled_in("--init some.pt --mask 0", known=known)
+        assert (args.size, args.model, args.arch) == (96, model, arch)
+        assert args.lr == train_vmae.RECIPES[model, arch, "cpu"]["lr"]
+    assert filled_in("--init some.pt --mask 0 --size 64", known=known).size == 64
+    known = dict(model_args=TINY_VMAE)                     # no row of the table
+    assert filled_in("--init some.pt", known=known).model == "tiny"        # as from 16 pixels
+
+def test_every_recipe_of_stage_two_is_used():
+    faces = {"data": None, "val": None}
+    photographs = {"data": "/photographs", "val": None}
+    for model, device, theirs, key in (
+            ("tiny", CPU, faces, ("tiny", "cpu")),
+            ("tiny", CUDA, faces, ("tiny", "cuda")),
+            ("small", CPU, faces, ("small", "cpu")),
+            ("small", CUDA, photographs, ("small", "cuda")),
+            ("small", CUDA, faces, ("small", "cuda, faces")),
+            ("base", CPU, photographs, ("base", "cpu")),
+            ("base", CUDA, photographs, ("base", "cuda"))):
+        args = options_of(train_ldm, f"--model {model}")
+        train_ldm.fill_in(args, {}, device, theirs, None)
+        assert recipe_of(args) == train_ldm.RECIPES[key], key
+
+def test_size_and_compiling_of_stage_two_are_those_of_the_device_as_its_help_says():
+    assert help_of(train_ldm)["model"].endswith("stage two: small on CUDA, else tiny")
+    for device, model, compiles in ((CPU, "tiny", False), (CUDA, "small", True)):
+        args = options_of(train_ldm)
+        train_ldm.fill_in(args, {}, device, {"data": None, "val": None}, None)
+        assert args.model == model
+        assert args.compile is compiles
+
+def test_stage_two_trains_on_the_folders_of_stage_one_unless_others_are_given():
+    help_text = help_of(train_ldm)
+    assert help_text["data"].endswith("stage two: that of stage one")
+    assert help_text["val"].endswith("stage two: that of stage one")
+    theirs = {"data": "/photographs", "val": "/held_out"}
+    for line, data, val in (
+            ("", "/photographs", "/held_out"),
+            ("--data /photographs", "/photographs", "/held_out"),
+            ("--data /others", "/others", None),
+            ("--val /mine", "/photographs", "/mine")):
+        args = options_of(train_ldm, line)
+        train_ldm.fill_in(args, {}, CPU, theirs, None)
+        assert (args.data, args.val) == (data, val), line
+
+def test_objective_and_schedule_are_those_of_init_otherwise_v_and_cosine():
+    help_text = help_of(train_ldm)
+    assert help_text["objective"] == "that of --init, otherwise v"
+    assert help_text["schedule"] == "that of --init, otherwise cosine"
+    ae = SimpleNamespace(grid=4, latent_dim=4)
+    known = dict(model_args=ldm.dit_args("tiny", 4, 4, 0),
+                 schedule=dict(kind="linear", objective="eps"))
+    for line, objective, kind in (
+            ("", "v", "cosine"),
+            ("--objective flow", "flow", "cosine"),
+            ("--init some.pt", "eps", "linear"),
+            ("--init some.pt --objective v", "v", "linear")):
+        args = options_of(train_ldm, line)
+        args.model = "tiny"
+        init = known if args.init else None
+        with patch(train_ldm, "adapted", return_value=known):
+            _, schedule, entries = train_ldm.new_model(args, ae, [], None, init)
+        assert schedule.objective == args.objective == objective
+        assert entries["schedule"] == dict(kind=kind, objective=objective)
+
+def test_no_option_names_another_default_than_these_tests_look_at():
+    both = set("data val flip model batch micro steps lr save-every out seed device precision "
+               "compile".split())
+    one = set("size preset arch mask whole noise lambda-m lambda-reg lambda-p lambda-adv kl-mean"
+              .split())
+    assert set(help_of(train_vmae)) == both | one
+    assert set(help_of(train_ldm)) == both | {"vmae", "objective", "schedule", "drop"}
+
+# ---- Measured at each save --------------------------------------------------------------------
+
+# Measuring draws from generators of its own, so a run is the same however often it is measured.
+
+def test_measuring_held_out_images_leaves_stage_one_alone():
+    save_images("data", 24)
+    often = trained("--save-every 1", "often")
+    once = trained("", "once")
+    assert equal_weights(often, once)
+    assert logged("often", "step") == [1, 2]               # a line at each save
+    for name in ("PSNR_val", "PSNR_m_val"):
+        first, last = logged("often", name)
+        assert first != last
+        assert logged("once", name) == [last]              # the same images, masks and noise
+    for name in ("preview_000001.png", "preview_000002.png"):
+        assert Path("often", name).exists()
+
+def test_PSNR_in_the_log_is_of_whole_and_of_masked_held_out_images():
+    save_images("data", 24)
+    model = trained()
+    x = train_vmae.held_out_images(ImageFolder("data", 16, "val"), CPU)
+    assert len(x) < 8                                      # few enough for one batch
+    line = log_of("runs/vmae")[-1]
+    x_hat = model.decode(model.encode(x).mode())           # as in use
+    psnr = vmae.psnr(vmae.to_uint8(x), vmae.to_uint8(x_hat))
+    close(line["PSNR_val"], psnr.mean(), 0.01)
+    generator = torch.Generator().manual_seed(0)
+    torch.randn(x.shape, generator=generator)              # noise, of weight 0 here
+    p, _, mask = model(x, 0.6, generator)                  # as in training
+    error = vmae.to_uint8(x).float() - vmae.to_uint8(p.mode()).float()
+    error = vmae.patchify(error**2, 4)                                     # (B, N, P*P*C)
+    of_masked = [e[m == 1].mean().item() for e, m in zip(error, mask)]
+    psnr = [10 * math.log10(255**2 / mse) for mse in of_masked]
+    close(line["PSNR_m_val"], np.mean(psnr), 0.01)
+
+def test_without_a_mask_there_is_no_PSNR_of_masked_patches():
+    save_images("data", 24)
+    trained("--preset ae")
+    line = log_of("runs/vmae")[-1]
+    assert "PSNR_val" in line
+    assert "PSNR_m_val" not in line
+
+real_draw = sample.draw
+
+def quick_draw(*args, **options):
+    """sample.draw in two steps instead of 50."""
+    options["steps"] = 2
+    return real_draw(*args, **options)
+
+@patch(sample, "draw", quick_draw)
+def test_measuring_held_out_images_leaves_stage_two_alone():
+    both_stages()
+    for objective in ("eps", "v", "flow"):
+        for out, every in (("often", 1), ("once", 2)):
+            runs(train_ldm.main, f"{TINY_LDM} --objective {objective} --out {objective}_{out} "
+                                 f"--save-every {every}")
+        same(load(f"{objective}_often/last.pt"), load(f"{objective}_once/last.pt"))
+        often = log_of(f"{objective}_often")[-1]
+        once = log_of(f"{objective}_once")[-1]
+        assert f"L_{objective}" in often
+        assert often.keys() == once.keys()
+        for name in ("step", "lr", f"L_{objective}_val"):  # the others are means over other steps
+            assert often[name] == once[name]
+
+# ---- Compiling --------------------------------------------------------------------------------
+
+# The backend "eager" traces as the others do, but compiles nothing, which would take minutes here.
+
+eager = patch(torch, "compile", functools.partial(torch.compile, backend="eager"))
+
+def test_blocks_and_the_distance_of_LPIPS_are_compiled_in_one_piece():
+    model = VMAE(**TINY_VMAE)
+    dit = tiny_dit()
+    tokens = torch.randn(2, 16, 32)
+    c = torch.randn(2, 32)
+    x = random_images()
+    for module, inputs in (
+            (model.blocks[0], [tokens]),
+            (dit.blocks[0], [tokens, c, dit.feat_rope]),
+            (TinyLpips().distances[0], [x, -x])):
+        expected = module(*inputs)
+        module.compile(fullgraph=True, backend="eager")    # an error if there are two pieces
+        close(module(*inputs), expected, 1e-5)
+
+@eager
+def test_a_compiled_run_trains_alike():
+    save_images("data", 8)
+    with patch(vmae, "compile_blocks", wraps=vmae.compile_blocks) as compiles:
+        plain = trained("", "plain")
+        assert compiles.call_count == 0
+        compiled = trained("--compile", "compiled")        # masked and whole steps
+        blocks, asked_for = compiles.call_args.args
+    assert asked_for is True
+    assert [type(block) for block in blocks] == [vmae.Block] * 4           # of both halves
+    close_weights(plain, compiled, 1e-4)
+    assert plain.state_dict().keys() == compiled.state_dict().keys()
+
+def test_nothing_to_compile_is_said():
+    save_images("data", 8)
+    text = runs(train_vmae.main, f"{TINY_RUN} --preset ae --compile")      # convolutions
+    assert "--compile: has no effect beside the other options" in text
+    text = runs(train_vmae.main, f"{TINY_RUN} --preset vae")
+    assert "--compile" not in text
+
+@eager
+def test_a_compiled_run_of_stage_two_trains_alike():
+    both_stages()
+    with (patch(train_ldm, "measure", return_value={}),
+          patch(vmae, "compile_blocks", wraps=vmae.compile_blocks) as compiles):
+        runs(train_ldm.main, f"{TINY_LDM} --compile --out compiled")
+    blocks, _ = compiles.call_args.args
+    assert [type(block) for block in blocks] == [ldm.Block] * 2
+    same(load("runs/ldm/last.pt"), load("compiled/last.pt"), 1e-4)
+
+def test_compiling_in_place_is_what_a_block_then_does():
+    calls = []
+
+    def compiler(function, **options):
+        calls.append(options)
+        return function
+
+    block = VMAE(**TINY_VMAE).blocks[0]
+    with patch(torch, "compile", compiler):
+        assert vmae.compile_blocks([block]) is True
+    assert calls == [{}, {"dynamic": False}]               # the trial, and one graph per shape
+
+def test_without_a_compiler_a_line_says_so_unless_it_was_asked_for():
+    blocks = VMAE(**TINY_VMAE).blocks
+    x = torch.randn(1, 16, 32)
+    before = blocks[0](x)
+    with patch(torch, "compile", side_effect=RuntimeError("no C++ compiler. Then\nmany lines")):
+        text = printed(vmae.compile_blocks, blocks)
+        assert text.splitlines() == ["torch.compile does not work here (no C++ compiler), so the "
+                                     "network is slower"]
+        message = raises(InputError, vmae.compile_blocks, blocks, True)
+        assert "--compile: torch.compile does not work here (no C++ compiler)" in message
+        assert "\n" not in message
+    assert torch.equal(blocks[0](x), before)
+
+def test_blocks_are_compiled_from_size_small_on_or_when_asked_for():
+    generator = torch.Generator()
+    blocks = list(VMAE(**TINY_VMAE).blocks)
+    net = TinyLpips()
+    of_net = [net.net, *net.distances]
+    for model, given, lpips_net, compiled in (
+            ("tiny", {}, None, None),
+            ("tiny", {"compile": True}, None, blocks),
+            ("tiny", {}, net, of_net),
+            ("small", {}, None, blocks),
+            ("base", {}, net, blocks + of_net)):
+        args = SimpleNamespace(compile=True, model=model)
+        with patch(vmae, "compile_blocks") as compiles:
+            step = train_vmae.make_fast(print, args, given, generator, blocks, lpips_net)
+        assert step is print                               # on a CPU it stays as it is
+        if compiled is None:
+            assert compiles.call_count == 0
+        else:
+            compiles.assert_called_once_with(compiled, given.get("compile"))
+    args.compile = False
+    assert train_vmae.make_fast(print, args, {}, generator, None, net) is print
+
+# ---- What is trained: presets, losses, tuning -------------------------------------------------
+
+# Two steps on images of noise teach nothing, but they show whether an option reaches the weights.
+
+def losses_logged(run):
+    """The losses in the last line of a run's log, sorted."""
+    return sorted(name for name in log_of(run)[-1] if name.startswith("L_"))
+
+def test_every_preset_has_its_losses_and_its_body():
+    save_images("data", 24)
+    losses_of = {"ae": ["L_R"],
+                 "dae": ["L_R"],
+                 "vae": ["L_R", "L_reg"],
+                 "sdvae": ["L_D", "L_G", "L_R", "L_reg"],
+                 "mae": ["L_M", "L_R"],
+                 "vmae": ["L_M", "L_R", "L_reg"]}
+    assert losses_of.keys() == train_vmae.PRESETS.keys()
+    for preset, losses in losses_of.items():
+        model = trained(f"--preset {preset}", preset)
+        assert losses_logged(preset) == losses
+        assert isinstance(model, VMAE) == (preset in ("mae", "vmae"))
+        has_variance = "L_reg" in losses
+        logvar = model.encode(random_images()).logvar
+        assert (logvar == -30).all() == (not has_variance), preset         # clamped there
+
+def test_every_option_of_every_preset_changes_what_is_learnt():
+    save_images("data", 24)
+    lines = {"ae": ["--preset dae", "--preset vae", "--lambda-reg 1"],
+             "dae": ["--noise 9"],
+             "vae": ["--lambda-reg 1", "--kl-mean free"],
+             "mae": ["--lambda-m 9"],
+             "sdvae": ["--lambda-adv 9"],
+             "vmae": ["--lambda-m 0", "--mask 0.3", "--lambda-reg 0", "--lambda-reg 1",
+                      "--whole 1", "--seed 1"]}
+    assert lines.keys() == train_vmae.PRESETS.keys()
+    for preset, options in lines.items():
+        usual = trained(f"--preset {preset}", "usual")
+        for option in options:
+            other = trained(f"--preset {preset} {option}", "other")
+            assert all_differ(usual, other), (preset, option)
+
+def test_the_same_line_twice_learns_the_same():
+    save_images("data", 24)
+    for preset in ("vmae", "sdvae"):                       # masks; noise on z, and two optimisers
+        one = trained(f"--preset {preset}", "one")
+        again = trained(f"--preset {preset}", "again")
+        assert equal_weights(one, again), preset
+
+def test_noise_is_in_the_input_and_not_in_the_target():
+    save_images("data", 24)
+    trained("--preset dae --noise 9")
+    assert log_of("runs/vmae")[-1]["L_R"] < 5              # 40 if the noise were in the target
+
+def test_bodies_are_compared_like_for_like():
+    save_images("data", 24)
+    assert isinstance(trained("--preset ae --arch vit"), VMAE)
+    refuses(train_vmae.main, {"--arch conv --out new": "convolutions cannot skip patches"})
+
+def test_adversarial_loss_begins_at_half_of_the_run_and_stays_there_when_it_is_resumed():
+    save_images("data", 8)
+    go = f"{TINY_RUN} --preset sdvae --save-every 4"
+    with patch(vmae, "loss_G", wraps=vmae.loss_G) as loss_G:
+        runs(train_vmae.main, f"{go} --steps 8")
+    assert loss_G.call_count == 4
+    last_layer = loss_G.call_args.args[2]
+    assert last_layer.shape == (3, 16, 3, 3)
+    before, after = log_of("runs/sdvae")                   # steps 1 to 4, 5 to 8
+    assert "L_G" not in before and "L_D" not in before
+    assert math.isfinite(after["L_G"]) and math.isfinite(after["L_D"])
+    runs(train_vmae.main, f"{go} --steps 12 --resume")     # with the discriminator's part
+    assert load("runs/sdvae/last.pt")["train_args"]["adv_start"] == 4
+
+def test_adversarial_loss_of_the_discriminator_is_the_hinge_loss():
+    real = torch.tensor([2.0, 0.5])                        # max(0, 1 - D): 0 and .5
+    fake = torch.tensor([-3.0, 0.0])                       # max(0, 1 + D): 0 and 1
+    close(vmae.loss_D(real, fake), 0.5 * (0.25 + 0.5), 1e-6)
+
+def test_adversarial_loss_has_a_gradient_as_long_as_that_of_the_others():
+    last = torch.nn.Linear(4, 4)
+    x_hat = last(torch.randn(3, 4))
+    reconstruction = 7 * x_hat.square().mean()
+    fake = 0.01 * x_hat.sum(1)
+    adversarial = vmae.loss_G(fake, reconstruction, last.weight)
+    lengths = []
+    for loss in (reconstruction, adversarial):
+        [gradient] = torch.autograd.grad(loss, last.weight, retain_graph=True)
+        lengths.append(gradient.norm())
+    close(lengths[0] / lengths[1], 1, 0.01)
+
+# The number of scores per side follows from the strides; 70, 34 and 16 are Isola's way to count.
+def test_discriminator_looks_at_fewer_pixels_in_small_images():
+    sides = {64: 6, 32: 6, 8: 2}                           # patches of 70, 34 and 16 pixels
+    for size, side in sides.items():
+        scores = vmae.discriminator(size)(random_images(2, size))
+        assert scores.shape == (2, 1, side, side)
+
+def test_tuning_the_decoder_leaves_the_encoder_alone():
+    save_images("data", 8)
+    for preset in ("vmae", "vae"):                         # a transformer, a convolutional body
+        before = trained(f"--preset {preset}", preset)
+        tuned = trained(f"--init {preset} --tune decoder --size 32", "runs/tuned")
+        q = tuned.encode(random_images(1, 32))
+        assert q.mu.shape[-1] == 2 * before.grid
+        moved = []
+        for (name, p), q in zip(before.named_parameters(), tuned.parameters(), strict=True):
+            if not torch.equal(p, q):
+                moved.append(name)
+        assert len(moved) > 10
+        for name in moved:
+            assert name.startswith(("decoder", "from_latent")), name
+    refuses(train_vmae.main, {"--tune decoder --out new": "name its checkpoint with --init"})
+
+def test_a_posterior_that_had_a_variance_loses_it_without_L_reg():
+    save_images("data", 8)
+    trained()
+    ae = trained("--preset ae --init runs/vmae", "ae")
+    assert (ae.encode(random_images()).logvar == -30).all()
+
+# ---- The authors' generator -------------------------------------------------------------------
+
+# vectors/lightningdit_official.pt holds weights, inputs and outputs of the authors' code.
+
+LATENT_MEAN = torch.arange(16.0).view(1, 16, 1, 1)         # as the authors' files hold them
+LATENT_STD = torch.full((1, 16, 1, 1), 2.0)
+
+def published_dit():
+    """Recorded outputs of the authors' LightningDiT; its weights as published in dit.pt, with
+    statistics in stats.pt."""
+    v = vector("lightningdit_official.pt")
+    weights = {f"module.{name}": value for name, value in v["state_dict"].items()}
+    torch.save({"model": {}, "ema": weights}, "dit.pt")
+    torch.save({"mean": LATENT_MEAN, "std": LATENT_STD}, "stats.pt")
+    return v
+
+def test_dit_equals_the_authors():
+    v = published_dit()
+    model, schedule, ckpt = ldm.load_ldm("dit.pt", "stats.pt")
+    close(model(v["x"], v["t"], v["y"]), v["out"], 1e-4)
+    assert schedule.objective == "flow"
+    assert model.y_embedder.num_classes == 3
+    close(ckpt["latent_mean"], LATENT_MEAN.flatten(), 0)
+    close(ckpt["latent_std"], LATENT_STD.flatten(), 0)
+
+def test_dit_has_the_positions_of_the_authors():
+    v = vector("lightningdit_official.pt")
+    ours = ldm.DiT(**v["model_args"]).state_dict()
+    for name in ("pos_embed", "feat_rope.freqs_cos", "feat_rope.freqs_sin"):
+        close(ours[name], v["state_dict"][name], 1e-6)
+
+def test_a_published_generator_draws_images():
+    published_dit()
+    save_images("data", 8)
+    trained(out="first")                                   # its latents are 16 x 4 x 4, as theirs
+    known = "--ckpt dit.pt --stats stats.pt --vmae first"
+    text = runs(sample.main, f"{known} --n 2 --steps 3 --shift 0.3 --interval 0.1 --cfg 2")
+    assert "drawing 3 classes in turn, guidance 2" in text
+    assert Image.open("samples/sample_000001.png").size == (16, 16)
+
+def test_a_published_generator_needs_its_statistics_and_a_stage_one_and_its_own_sampler():
+    published_dit()
+    save_images("data", 8)
+    trained(out="first")
+    refuses(sample.main, {
+        "": "--stats",
+        "--stats stats.pt": "name it with --vmae",
+        "--stats dit.pt --vmae first": "dit.pt: holds no mean",
+        "--stats stats.pt --vmae first --eta 1": "--eta: the sampler euler has no such",
+        "--stats stats.pt --vmae first --sampler ddim": "--sampler ddim"}, "--ckpt dit.pt --n 2")
+
+def test_a_published_generator_can_be_trained_on():
+    v = published_dit()
+    save_images("data", 8)
+    trained(out="first")
+    known = "--init dit.pt --stats stats.pt --vmae first"
+    text = runs(train_ldm.main, f"{known} --steps 1 --batch 2 --lr 1e-9")
+    assert "its 3 classes are not the 0 here" in text      # data/ has none
+    model, schedule, ckpt = ldm.load_ldm("runs/ldm")
+    name = "blocks.0.attn.qkv.weight"
+    close(model.state_dict()[name], v["state_dict"][name], 1e-6)
+    assert schedule.objective == "flow"
+    assert ckpt["latent_std"].tolist() == [2.0] * 16
+
+# A network with more weights than ours computes something else, without any error.
+def test_a_published_generator_with_other_weights_is_refused():
+    published_dit()
+    ckpt = load("dit.pt")
+    for name in ("module.extra.weight", "module.blocks.0.attn.q_norm.weight"):
+        weights = {**ckpt["ema"], name: torch.ones(8)}
+        torch.save({"ema": weights}, "other.pt")
+        message = raises(InputError, ldm.load_ldm, "other.pt", "stats.pt")
+        assert f"such as {name.removeprefix('module.')}, so it is another one" in message
+    del ckpt["ema"]["module.blocks.1.mlp.w3.bias"]
+    torch.save(ckpt, "other.pt")
+    message = raises(InputError, ldm.load_ldm, "other.pt", "stats.pt")
+    assert "lacks 1 weights of this model, such as blocks.1.mlp.w3.bias" in message
+
+# ---- Evaluation: metrics ----------------------------------------------------------------------
+
+# vectors/metrics_reference.npz holds two images with scikit-image's PSNR and SSIM of them,
+# fid_reference.npz features with pytorch-fid's distances, inception_fid.pt features of its network.
+
+def as_tensor(pixels):
+    """uint8 (H, W, 3) of numpy -> (1, 3, H, W)."""
+    return torch.from_numpy(pixels).permute(2, 0, 1)[None]
+
+def test_psnr_is_that_of_the_formula_and_of_scikit_image():
+    a = torch.randint(0, 250, (2, 3, 16, 16), dtype=torch.uint8)
+    close(evaluate.psnr(a, a + 5), 20 * math.log10(255 / 5), 1e-9)         # MSE is 25
+    v = vector("metrics_reference.npz")
+    close(evaluate.psnr(as_tensor(v["a"]), as_tensor(v["b"])), v["psnr"], 1e-6)
+
+def test_ssim_is_that_of_the_formula_and_of_scikit_image():
+    a = torch.randint(0, 250, (2, 3, 16, 16), dtype=torch.uint8)
+    close(evaluate.ssim(a, a), 1, 1e-12)
+    flat = torch.full((1, 3, 16, 16), 100.0)               # variance 0 leaves one factor
+    c1 = (0.01 * 255) ** 2
+    close(evaluate.ssim(flat, flat + 20), (2 * 100 * 120 + c1) / (100**2 + 120**2 + c1), 1e-9)
+    v = vector("metrics_reference.npz")
+    close(evaluate.ssim(as_tensor(v["a"]), as_tensor(v["b"])), v["ssim"], 1e-6)
+    raises(InputError, evaluate.ssim, a[..., :8], a[..., :8])              # the window has 11
+
+def made_up_inception():
+    """A state dict by the rule of vectors/inception_fid.pt, which says it in words."""
+    weights = {}
+    for name, value in evaluate.InceptionV3().state_dict().items():
+        if value.dtype == torch.long:
+            continue                                       # counters: a file may lack them
+        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+        w = torch.randn(value.shape, generator=generator)
+        if name.endswith("running_var"):
+            w = w.abs() + 0.5
+        elif name.endswith("bn.weight"):
+            w = 1 + 0.1 * w
+        elif w.dim() == 1:
+            w = 0.1 * w
+        else:
+            w = w * (2 / w[0].numel()) ** 0.5
+        weights[name] = w
+    return weights
+
+def test_inception_equals_pytorch_fid():
+    v = vector("inception_fid.pt")
+    torch.save(made_up_inception(), "made_up.pth")
+    net = evaluate.load_inception("made_up.pth")
+    shapes = {name: tuple(w.shape) for name, w in net.state_dict().items()}
+    assert shapes == v["shapes"]
+    largest = v["features"].abs().max()
+    close(net(v["images"]) / largest, v["features"] / largest, 1e-4)
+    net.fast = True                                        # bfloat16: the same to two digits
+    close(net(v["images"][:1]) / largest, v["features"][:1] / largest, 0.03)
+    of_the_file = hashlib.sha256(Path("made_up.pth").read_bytes()).hexdigest()
+    assert net.hash == of_the_file[:8]                     # which stands beside each FID
+
+def test_inception_gives_sFID_and_IS_what_they_need():
+    net = evaluate.InceptionV3()
+    net.load_state_dict(made_up_inception())
+    seen = []
+
+    def look(module, inputs, output):
+        seen.append(output)
+
+    net.Mixed_6d.branch1x1.register_forward_hook(look)
+    images = torch.from_numpy(random_pixels((1, 3, 32, 32)))
+    features, spatial, logits = net.outputs(images)
+    first_channels = seen[0][0, :7].permute(1, 2, 0)                       # (17, 17, 7)
+    close(spatial.view(17, 17, 7), first_channels, 0)      # ADM's order
+    assert logits.shape == (1, 1008)
+    close(logits, features @ net.fc.weight.T, 1e-3)        # without the bias
+
+def test_inception_weights_of_another_network_are_refused_with_the_reason():
+    torch.save({"fc.bias": torch.zeros(1000)}, "google.pth")
+    torch.save({"fc.bias": torch.zeros(1008)}, "other.pth")
+    for path, words in {
+            "google.pth": ["torchvision", "1000", "2015"],
+            "other.pth": ["not FID's"],
+            "none.pth": [evaluate.INCEPTION_URL, "--inception-weights", "none.pth"]}.items():
+        message = raises(InputError, evaluate.load_inception, path)
+        assert "\n" not in message
+        for word in words:
+            assert word in message
+
+def test_clean_resize_is_pillows_antialiased_bicubic():
+    net = evaluate.InceptionV3("clean")
+    x = torch.from_numpy(random_pixels((1, 3, 400, 400)))
+    seen = []
+
+    def stop(module, inputs):                              # the first layer is far enough
+        seen.append(inputs[0])
+        raise InterruptedError
+
+    net.Conv2d_1a_3x3.register_forward_pre_hook(stop)
+    raises(InterruptedError, net, x)
+    plane = Image.fromarray(x[0, 0].numpy().astype(np.float32))            # mode F: not rounded
+    expected = np.asarray(plane.resize((299, 299), Image.Resampling.BICUBIC)).clip(0, 255)
+    close(seen[0][0, 0], (expected - 128) / 128, 1e-4)
+
+def mean_and_covariance(rows):
+    """Mean and covariance of rows (N, D), by numpy."""
+    return rows.mean(0), np.cov(rows, rowvar=False)
+
+# Without the shift the squares of 1e7 leave no digits for a variance of 1.
+def test_running_statistics_are_those_of_numpy():
+    for offset, digits in ((0, 1e-12), (1e7, 1e-7)):       # whose squares would cancel
+        rows = torch.randn(1000, 8, dtype=torch.float64) + offset
+        running = evaluate.Statistics()
+        for part in rows.split(300):                       # the last one is short
+            running.add(part)
+        mean, covariance = running.moments()
+        expected_mean, expected_covariance = mean_and_covariance(rows.numpy())
+        close(mean, expected_mean, digits)
+        close(covariance, expected_covariance, digits)
+
+def test_running_statistics_do_not_grow():
+    running = evaluate.Statistics()
+    for _ in range(3):
+        running.add(torch.randn(300, 8))
+    numbers = 0
+    for value in vars(running).values():
+        if torch.is_tensor(value):
+            numbers += value.numel()
+    assert numbers == 8 + 8 + 64                           # shift, total, outer products
+
+def test_frechet_distance_of_gaussians_is_that_of_the_formula():
+    rng = np.random.default_rng(0)
+    s1, s2, mu = rng.random((3, 32))
+    expected = (mu**2).sum() + ((s1 - s2) ** 2).sum()      # of diagonal covariances
+    turn, _ = np.linalg.qr(rng.normal(size=(32, 32)))
+    for q in (np.eye(32), turn):                           # turning changes nothing
+        sigma1 = q @ np.diag(s1**2) @ q.T
+        sigma2 = torch.from_numpy(q @ np.diag(s2**2) @ q.T)
+        close(evaluate.frechet_distance(0 * mu, sigma1, q @ mu, sigma2), expected, 1e-10)
+
+def test_frechet_distance_of_few_images_is_that_of_pytorch_fid():
+    rng = np.random.default_rng(0)
+    rows = rng.normal(size=(300, 512)) @ rng.normal(size=(512, 512))       # singular: 300 < 512
+    mu, sigma = mean_and_covariance(rows)
+    close(evaluate.frechet_distance(mu, sigma, mu, sigma), 0, 1e-6 * np.trace(sigma))
+    v = vector("fid_reference.npz")
+    for name in ("full", "singular"):
+        of_a = mean_and_covariance(v[f"{name}_a"])
+        of_b = mean_and_covariance(v[f"{name}_b"])
+        distance = evaluate.frechet_distance(*of_a, *of_b)
+        close(distance / v[f"{name}_fid"], 1, 1e-6)
+
+# Statistics come from files, and so may be anything.
+def test_frechet_distance_refuses_what_is_no_covariance():
+    mu = np.zeros(2)
+    eye = np.eye(2)
+    not_definite = np.array([[1, 2], [2, 1.0]])
+    no_variance = np.array([[0, 1], [1, 0.0]])
+    for bad in (not_definite, no_variance, eye * np.nan):
+        message = raises(ValueError, evaluate.frechet_distance, mu, bad, mu, eye)
+        assert "not a covariance" in message
+    message = raises(ValueError, evaluate.frechet_distance, mu, eye, np.zeros(3), np.eye(3))
+    assert "do not compare" in message
+
+def test_kid_is_the_mean_over_pairs():
+    a = torch.randn(6, 4)
+    b = torch.randn(5, 4) + 1
+
+    def k(x, y):                                           # Binkowski 2018
+        return (x @ y.T / 4 + 1) ** 3                      # (N, M)
+
+    def within(x):                                         # no image is paired with itself
+        others = ~torch.eye(len(x), dtype=torch.bool)
+        return k(x, x)[others].mean()
+
+    close(evaluate.kid(a, b), within(a) + within(b) - 2 * k(a, b).mean(), 1e-4)
+
+def test_kid_is_unbiased():
+    draws = [evaluate.kid(torch.randn(16, 4), torch.randn(16, 4)) for _ in range(400)]
+    standard_error = np.std(draws) / math.sqrt(400)
+    close(np.mean(draws), 0, 4 * standard_error)           # of one distribution: 0 on average
+    assert min(draws) < 0                                  # it is not clamped
+
+def test_precision_and_recall_by_hand():
+    real = torch.tensor([[0.0], [1], [2], [3], [10]])      # to the third neighbour: 3 2 2 3 9
+    fake = torch.tensor([[2.5], [5.5], [19.5], [-2.5], [2.6]])  # all inside but for 19.5, 9.5 away
+    close(evaluate.precision_recall(real, fake), [0.8, 1.0], 1e-6)
+
+def test_precision_is_of_the_fakes_and_recall_of_the_real():
+    real = torch.randn(50, 8)
+    assert evaluate.precision_recall(real, real) == (1, 1)
+    assert evaluate.precision_recall(real, real + 100) == (0, 0)
+    all_alike = real[:1] + 0.01 * torch.randn(50, 8)
+    precision, recall = evaluate.precision_recall(real, all_alike)
+    assert precision == 1
+    assert recall <= 0.02                                  # of 50 the one that they resemble
+
+def test_nearest_searches_all_batches():
+    rows = torch.randn(50, 8)
+    distances, index = evaluate.nearest(rows[20:23], rows.split(7), 2)
+    assert index[:, 0].tolist() == [20, 21, 22]            # themselves
+    close(distances[:, 0], 0, 0.01)
+    of_all = torch.cdist(rows[20:23], rows).sort().values
+    close(distances[:, 1], of_all[:, 1], 1e-4)
+
+class TinyNet(torch.nn.Module):
+    """Stands in for Inception: its features are means of colours."""
+
+    hash = "tiny"
+    fast = False
+
+    def __init__(self, resize="pytorch-fid"):
+        super().__init__()
+        self.resize = resize
+
+    def outputs(self, images):
+        x = images.float().mean((2, 3))                    # (N, 3)
+        return x, x[:, :2], x / 10
+
+    def forward(self, images):
+        features, _, _ = self.outputs(images)
+        return features
+
+def tiny_net(path, resize, fast):
+    """In place of evaluate.load_inception."""
+    return TinyNet(resize)
+
+tiny_inception = patch(evaluate, "load_inception", tiny_net)
+
+def largest_difference(x, x_hat):
+    """In place of LPIPS, which takes [-1, 1]: (B, 3, H, W) twice -> (B, 1, 1, 1)."""
+    return (x - x_hat).abs().amax((1, 2, 3), keepdim=True)
+
+def test_scores_are_means_over_images():
+    a = torch.from_numpy(random_pixels((10, 3, 16, 16)))
+    b = torch.from_numpy(random_pixels((10, 3, 16, 16), seed=1))
+    pairs = zip(a.split(4), b.split(4))                    # the last has two
+    row, _ = evaluate.scores(pairs, "cpu", largest_difference)
+    error = (a.double() - b.double()).abs()                # (10, 3, 16, 16)
+    close(row["L1"], error.mean() / 255, 1e-9)
+    close(row["PSNR"], evaluate.psnr(a, b).mean(), 1e-9)
+    close(row["SSIM"], evaluate.ssim(a, b).mean(), 1e-9)
+    close(row["LPIPS"], error.amax((1, 2, 3)).mean() / 127.5, 1e-5)
+    assert "rFID" not in row                               # without Inception
+
+def test_scores_have_the_FID_of_all_reconstructions_against_all_originals():
+    a = torch.from_numpy(random_pixels((10, 3, 16, 16)))
+    b = torch.from_numpy(random_pixels((10, 3, 16, 16), seed=1))
+    pairs = zip(a.split(4), b.split(4))
+    row, real = evaluate.scores(pairs, "cpu", inception=TinyNet())
+    of_a = mean_and_covariance(a.double().mean((2, 3)).numpy())            # colours, as TinyNet
+    of_b = mean_and_covariance(b.double().mean((2, 3)).numpy())
+    expected = evaluate.frechet_distance(*of_a, *of_b)
+    close(row["rFID"], expected, 1e-4)
+    other = 0 * a                                          # the originals are not looked at again
+    again, _ = evaluate.scores([(other, b)], "cpu", inception=TinyNet(), real=real)
+    close(again["rFID"], row["rFID"], 1e-4)
+
+def features_of(images, sharpness, pairs=0):
+    """What evaluate.Features keeps of images, (N, D), which are their own features; the logits are
+    `sharpness` times these."""
+    def outputs(x):
+        return x, x, sharpness * x
+
+    net = SimpleNamespace(outputs=outputs)
+    found = evaluate.Features(net, pairs)
+    for part in images.split(3):
+        found.add(part)
+    return found
+
+def test_inception_score_counts_the_classes_that_are_told_apart():
+    images = torch.eye(4).repeat(2, 1)                     # four classes, twice
+    sure = features_of(images, sharpness=100)
+    close(sure.inception_score(), 4, 1e-6)
+    blind = features_of(images, sharpness=0)
+    close(blind.inception_score(), 1, 1e-6)
+
+def test_features_are_kept_of_as_many_images_as_asked_for():
+    images = torch.randn(8, 4)
+    kept = features_of(images, sharpness=1, pairs=5).kept
+    assert torch.equal(torch.cat(kept), images[:5])
+    assert features_of(images, sharpness=1).kept == []     # not even an empty slice of a batch
+
+def test_separation_of_known_tokens():
+    group = torch.arange(4000) % 2
+    image = torch.arange(4000) // 20
+    z = torch.randn(4000, 3)
+    mixed = evaluate.separation(z, group, image)           # no order at all
+    close(mixed["sigma^2"], 1, 0.01)
+    close(mixed["probe"], 0.5, 0.05)
+    assert mixed["rho"] < 0.1
+    assert mixed["chance"] == 0.5
+    z[:, 0] += 6 * group                                   # variance 1 within, 9 between: 1 + 9
+    apart = evaluate.separation(z, group, image)
+    within = 0.1 + 1 + 1                                   # of the three channels, when scaled
+    close(apart["sigma^2"], within / 3, 0.01)
+    close(apart["rho"], 6 / math.sqrt(10) / math.sqrt(within), 0.03)
+    assert apart["probe"] > 0.99
+    units = torch.tensor([9, 1, 0.1])
+    scaled = evaluate.separation(z * units + 5, group, image)
+    close(scaled["rho"], apart["rho"], 1e-4)               # units of a channel do not matter
+
+def test_levels_of_the_faces_are_what_was_drawn():
+    def encode(x):                                         # z is the colour of a patch
+        return F.avg_pool2d(x.float(), 4)
+
+    run = SimpleNamespace(args=SimpleNamespace(n=24, batch=10), encode=encode,
+                          model=SimpleNamespace(img_size=32, patch_size=4))
+    levels = evaluate.face_levels(run)
+    assert list(levels) == ["object", "part", "pattern"]   # the paper's
+    of_head, kind, image = levels["object"]
+    z, part, _ = levels["part"]
+    of_skin, _, _ = levels["pattern"]
+    _, kinds, _, _ = Faces(32, "val").render(range(24))
+    assert torch.equal(kinds[image], kind)
+    assert set(part.tolist()) == {0, 1, 2, 3, 4}
+    assert len(of_skin) == (part == 2).sum()
+    assert len(of_head) == (part != 0).sum()
+    assert z.shape[1] == 3
+    assert evaluate.separation(*levels["part"])["rho"] > 0.5               # parts have colours
+
+def test_noise_on_the_latent_has_the_scale_of_its_channel():
+    spread = torch.tensor([1.0, 5, 20]).view(1, 3, 1, 1)
+    z = spread * torch.randn(64, 3, 8, 8)
+    noise = evaluate.perturb(z, 0.1) - z
+    close(noise.std((0, 2, 3)), 0.1 * z.std((0, 2, 3)), 0.05)
+    close(evaluate.perturb(z, 0.2) - z, 2 * noise, 1e-4)   # the same noise, larger
+    assert torch.equal(evaluate.perturb(z, 0), z)
+
+# With an autoencoder that does nothing, PSNR is that of the noise alone, which is known.
+class PixelsAsLatents:
+    """A Run whose latent is the image, scaled to [-1, 1]."""
+
+    def __init__(self, path, args):
+        self.path = path
+        self.model = VMAE(**TINY_VMAE)
+
+    def encode(self, images):
+        return vmae.to_float(images)
+
+    def decode(self, latents):
+        return vmae.to_uint8(latents)
+
+def test_noise_on_the_latent_reaches_the_table_of_smoothness():
+    x = torch.randint(96, 161, (40, 3, 16, 16), dtype=torch.uint8)
+    Path("pixels").touch()
+    with (patch(evaluate, "Run", PixelsAsLatents),
+          patch(evaluate.HeldOut, "open"),
+          patch(evaluate.HeldOut, "__len__", return_value=40),
+          patch(evaluate.HeldOut, "whole", return_value=(x, None))):
+        rows = measured("smoothness", "--ckpt pixels --eps 0.2 0.5")
+    assert [row["eps"] for row in rows] == [0.2, 0.5]
+    for row in rows:
+        of_noise = (row["eps"] * x.float().std().item()) ** 2
+        of_rounding = 1 / 12
+        close(row["PSNR"], 10 * math.log10(255**2 / (of_noise + of_rounding)), 0.1)
+
+# ---- Evaluation: commands ---------------------------------------------------------------------
+
+# The numbers of Table 3 are the paper's, or follow from its architectures (DESIGN.md, section 1).
+
+def test_efficiency_is_the_papers_table_3():
+    numbers = ("319.7", "42.69", "13.4%",                  # MB of SD-VAE, of VMAE, ratio
+               "17,331.3", "701.4", "4.0%",                # GFLOPs, in the same order
+               "703.9", "4.1%",                            # with norms
+               "895.2", "41.33", "4.6%",                   # of encoder and decoder
+               "11,191,604", "83,819,683")                 # parameters
+    rows = measured("efficiency", "", *(f"| {number} |" for number in numbers))
+    assert [row["model"] for row in rows] == ["SD-VAE", "VMAE", "ratio"]
+
+def test_efficiency_counts_multiply_adds_of_layers_and_of_attention():
+    with torch.device("meta"):
+        layer = torch.nn.Linear(3, 5)
+        rows = torch.zeros(2, 3)
+        q = torch.zeros(1, 4, 8)                           # 4 queries of 8 numbers
+        k = torch.zeros(1, 6, 8)                           # 6 keys, 6 values
+    _, in_layers, in_attention = evaluate.multiply_adds(layer, rows)
+    assert (in_layers, in_attention) == (2 * 3 * 5, 0)
+    attend = F.scaled_dot_product_attention
+    _, in_layers, in_attention = evaluate.multiply_adds(attend, q, k, k)
+    assert (in_layers, in_attention) == (0, 2 * 4 * 6 * 8)
+
+def test_efficiency_measures_seconds_if_asked_to():
+    small = dict(base=TINY_VMAE_ROW)
+    small_conv = dict(base=dict(channels=(16, 16, 32, 32), latent_dim=4))
+    with (mock.patch.dict(vmae.sizes, small), mock.patch.dict(vmae.conv_sizes, small_conv)):
+        rows = measured("efficiency", "--time --size 16 --batch 2")
+        assert "encode s" not in measured("efficiency", "--size 16")[0]
+    for row in rows[:2]:
+        for name in ("encode s", "decode s", "train s"):
+            assert row[name] > 0
+    assert rows[2]["train s"].endswith("%")
+
+# A transformer and convolutions, because each command has to take both.
+def two_autoencoders():
+    """data/ with two classes, and two runs of stage one on it: a transformer in runs/vmae, a
+    convolutional body in runs/ae."""
+    save_images("data/left", 12)
+    save_images("data/right", 12, seed=1)
+    for name in ("vmae", "ae"):
+        trained(f"--preset {name}", f"runs/{name}")
+
+def all_figures():
+    """What `python evaluate.py` says, which takes no options, not even --device."""
+    with (patch(sys, "argv", ["evaluate.py"]),
+          patch(torch.cuda, "is_available", return_value=False),
+          warnings.catch_warnings()):
+        return printed(vmae.cli, evaluate.main)
+
+FIGURES = "reconstruct smoothness separability efficiency neighbours compare".split()
+
+def test_every_figure_is_made_without_options_and_without_downloads():
+    two_autoencoders()
+    runs(train_ldm.main, TINY_LDM)
+    text = all_figures()
+    for name in FIGURES:
+        assert list(Path("runs").rglob(f"{name}.json")), name
+        if name != "efficiency":
+            assert list(Path("runs").rglob(f"{name}*.png")), name
+    for words in ("skipped LPIPS", "skipped fid", "skipped faces", "skipped times",
+                  "skipped generation"):
+        assert words in text
+    assert "Inception weights" not in text
+
+def test_every_figure_of_stage_one_is_made_before_there_is_a_stage_two():
+    save_images("data", 12)
+    trained()
+    text = all_figures()
+    assert "skipped neighbours: there is no runs/ldm/last.pt" in text
+    assert "skipped compare: Fig. 2 needs two runs" in text
+    assert "| PSNR |" in text
+
+OF_TWO = "--ckpt runs/vmae runs/ae --data data --n 20 --batch 8"
+
+def test_smoothness_begins_at_the_reconstruction_of_table_1():
+    two_autoencoders()
+    exact = measured("reconstruct", OF_TWO)
+    noisy = measured("smoothness", f"{OF_TWO} --eps 0 0.5 2")
+    assert len(noisy) == 6
+    for i, row in enumerate(noisy):
+        of_this_run = exact[i // 3]
+        assert row["checkpoint"] == of_this_run["checkpoint"]
+        close(row["lost"], of_this_run["PSNR"] - row["PSNR"], 1e-9)
+    assert noisy[0]["lost"] == noisy[3]["lost"] == 0       # no noise
+
+def test_images_of_one_command_are_read_by_all_its_runs():
+    two_autoencoders()
+    with patch(vmae, "Folder", wraps=vmae.Folder) as reads:
+        measured("reconstruct", OF_TWO)
+    assert reads.call_count == 1
+
+def test_separability_adds_the_classes_of_a_folder():
+    two_autoencoders()
+    rows = measured("separability", OF_TWO)
+    levels = ["faces, object", "faces, part", "faces, pattern", "classes, object"]
+    assert [row["level"] for row in rows] == 2 * levels
+    shutil.rmtree("data/right")
+    rows = measured("separability", OF_TWO, "skipped the classes of data: fewer than two")
+    assert [row["level"] for row in rows] == 2 * levels[:3]
+
+def test_compare_places_the_best_run_outside_and_the_worst_inside():
+    two_autoencoders()
+    rows = measured("compare", "runs/vmae runs/ae/last.pt --data data --n 20 --batch 8")
+    assert [row["run"] for row in rows] == ["runs/vmae", "runs/ae/last.pt"]
+    places = json.loads(Path("out/compare.json").read_text())["rescaled"]
+    one = places["runs/vmae"]
+    other = places["runs/ae/last.pt"]
+    assert len(one) == 4
+    for a, b in zip(one, other, strict=True):
+        assert {a, b} in ({0, 1}, {0})                     # a tie is 0
+    axes = ["smoothness, dB", "compression, sigma^2", "pixels, dB", "perception, SSIM"]
+    for i, axis in enumerate(axes):
+        better = rows[0][axis] > rows[1][axis]
+        if axis.endswith("sigma^2"):                       # low is good there
+            better = rows[0][axis] < rows[1][axis]
+        if rows[0][axis] != rows[1][axis]:
+            assert (one[i] == 1) == better, axis
+
+FEW = "--n 5 --batch 4 --inception-weights tiny.pth"
+
+@tiny_inception
+def test_compare_has_the_gFID_of_generators_of_photographs():
+    both_stages()
+    runs(train_ldm.main, f"{TINY_LDM} --objective flow --out runs/flow")
+    [drawn] = measured("fid", f"--fake runs/ldm {FEW}", "weights tiny")
+    assert drawn["real"] == os.path.abspath("data")        # as in training
+    assert drawn["N fake"] == 5
+    one, other = measured("compare", f"runs/ldm runs/flow {FEW}")
+    close(one["generation, gFID"], drawn["gFID"], 1e-6)
+    assert other["generation, gFID"] > 0                   # rectified flow has its own sampler
+
+@tiny_inception
+def test_neighbours_are_searched_in_pixels_and_in_features():
+    both_stages()
+    rows = measured("neighbours", f"--ckpt runs/ldm {FEW}")
+    assert [row["space"] for row in rows] == ["pixels", "Inception"]
+    for row in rows:
+        assert row["ratio"] == row["samples"] / row["held-out"]
+
+def sampling_options(**others):
+    """What evaluate.draw_samples asks of the command line."""
+    return SimpleNamespace(n=9, batch=4, device=CPU, sampler=None, steps=50, **others)
+
+def test_samples_that_are_measured_are_those_of_sample_py():
+    both_stages()
+    first = next(evaluate.draw_samples("runs/ldm", sampling_options(), 1.0))
+    runs(sample.main, "--n 4 --cfg 1 --npz")
+    of_sample_py = np.load("samples/samples.npz")["arr_0"].transpose(0, 3, 1, 2)
+    close(first, of_sample_py.astype(float), 1)            # rounding of another batch
+
+def test_samples_that_are_measured_are_of_all_classes_in_turn_with_the_guidance_asked_for():
+    both_stages()
+    labels = []
+
+    def sampler(model, schedule, z, y, cfg, steps, **options):
+        labels.extend(y.tolist())
+        assert (cfg, steps) == (3.0, 50)
+        return z
+
+    args = sampling_options()
+    args.sampler = "ddpm"
+    with mock.patch.dict(ldm.SAMPLERS, ddpm=sampler):
+        list(evaluate.draw_samples("runs/ldm", args, 3.0))
+    assert labels == [0, 1, 0, 1, 0, 1, 0, 1, 0]
+
+# ---- Evaluation: the judge of the built-in faces ----------------------------------------------
+
+class PerfectAutoencoder:
+    """A Run of an autoencoder that loses nothing."""
+
+    def __init__(self, path, args):
+        self.trained = {"data": None}
+        self.model = SimpleNamespace(img_size=32)
+
+    def reconstruct(self, images):
+        return images
+
+def judged(drawn, options="", classes=vmae.OBJECTS):
+    """The rows of `evaluate.py faces` if the samples of the checkpoints are `drawn`, {name: images
+    (64, 3, 32, 32)}."""
+    for name in drawn:
+        Path(name).touch()
+
+    def draw_samples(path, args, cfg):
+        return drawn[path].split(32)
+
+    with (patch(evaluate, "Run", PerfectAutoencoder),
+          patch(evaluate, "draw_samples", draw_samples),
+          patch(vmae, "read_checkpoint", return_value={"classes": list(classes)})):
+        return measured("faces", f"--ckpt {' '.join(drawn)} --n 64 {options}")
+
+def faces_in_turn():
+    """64 held-out faces, of which each kind takes its turn."""
+    val = Faces(32, "val")
+    _, kind, _, _ = val.render(range(400, 800))
+    numbers = []
+    for k in range(4):
+        numbers.append(400 + torch.where(kind == k)[0][:16])
+    x, _ = val.batch(torch.stack(numbers, 1).flatten())
+    return x
+
+# A generator may be perfect, may draw noise, or may always draw the same face: requested, distance,
+# precision and recall tell these apart.
+@patch(evaluate, "JUDGED", 1024)
+def test_the_judge_tells_a_perfect_generator_from_a_blind_and_a_repeating_one():
+    with patch(Faces, "__len__", return_value=1536):       # a tenth of its training is enough here
+        evaluate.load_judge()
+    perfect = faces_in_turn()
+    drawn = {"perfect": perfect,
+             "blind": torch.from_numpy(random_pixels((64, 3, 32, 32))),
+             "same": perfect[:1].expand(64, -1, -1, -1)}
+    with patch(torch.optim, "AdamW", side_effect=AssertionError):          # not trained again
+        rows = judged(drawn, "--cfg 1")
+    names = ["held out", "reconstructed", "samples, w = 1.0"]
+    assert [row["images"] for row in rows] == 3 * names
+    held_out, _, perfect, _, _, blind, _, _, same_face = rows
+    assert held_out["requested"] > 0.9
+    assert perfect["requested"] > 0.9
+    assert blind["requested"] < 0.6
+    assert same_face["requested"] == 0.25                  # right in one turn of four
+    assert held_out["distance"] < 0.2 * blind["distance"]
+    assert perfect["distance"] < 0.2 * blind["distance"]
+    assert perfect["distance"] < 0.3 * same_face["distance"]
+    assert perfect["recall"] > 0.5
+    assert blind["precision"] == 0
+    assert same_face["recall"] < 0.2
+
+class ReadsParts(torch.nn.Module):
+    """In place of the Judge: a pixel of value k shows part k."""
+
+    def forward(self, images):
+        grey = images[:, 0]                                                # (B, 32, 32)
+        part = F.one_hot(grey.long().clamp(max=4), 5).permute(0, 3, 1, 2)  # (B, 5, 32, 32)
+        return images.float().mean((2, 3)), grey[:, :4, 0], grey[:, :3, 0], part
+
+def test_a_face_is_complete_if_it_shows_three_pixels_of_each_part():
+    few = torch.zeros(64, 3, 32, 32, dtype=torch.uint8)
+    few[:, :, :2] = torch.arange(32).clamp(max=4)          # two rows: two pixels of part 1
+    many = few.clone()
+    many[:, :, 2] = few[:, :, 0]
+    with (patch(evaluate, "load_judge", ReadsParts),
+          patch(evaluate, "frechet_distance", return_value=0.0)):
+        rows = judged({"few": few, "many": many}, "--cfg 1", classes=[])
+    of_samples = [row for row in rows if row["images"].startswith("samples")]
+    assert [row["complete"] for row in of_samples] == [0, 1]
+    assert "requested" not in of_samples[0]                # without classes nothing is
+
+def untrained_judge():
+    """In place of evaluate.load_judge."""
+    torch.manual_seed(0)
+    return evaluate.Judge().eval().requires_grad_(False)
+
+few_faces = patch(Faces, "__len__", new=mock.Mock(return_value=64))
+
+@few_faces
+@patch(evaluate, "JUDGED", 64)
+@patch(evaluate, "load_judge", untrained_judge)
+def test_generators_of_the_faces_are_compared_by_the_judge():
+    runs(train_vmae.main, "--steps 2 --batch 4 --size 16 --out runs/one")
+    for seed in (0, 1):
+        line = f"{TINY_LDM} --vmae runs/one --seed {seed} --out runs/two{seed}"
+        runs(train_ldm.main, line)
+    few = "--n 16 --batch 8"
+    rows = measured("faces", f"--ckpt runs/two0 runs/two1 {few} --cfg 1 2")
+    distances = {row["distance"] for row in rows}
+    assert len(distances) == 2 + 2 + 2                     # of one stage one, of two generators
+    other_sampler = measured("faces", f"--ckpt runs/two0 {few} --cfg 1 --steps 3 --sampler ddpm")
+    assert other_sampler[2]["distance"] not in distances
+    table = measured("compare", f"runs/two0 runs/two1 {few}")
+    assert [row["generation, distance"] for row in table] == [rows[2]["distance"],
+                                                              rows[6]["distance"]]
+    places = json.loads(Path("out/compare.json").read_text())["rescaled"]
+    nearer = 0
+    if table[1]["generation, distance"] < table[0]["generation, distance"]:
+        nearer = 1
+    assert places[f"runs/two{nearer}"][4] == 1             # a small distance is the outer ring
+    refuses(evaluate.main, {"--sampler euler": "choose from ddim, ddpm",
+                            "--steps 1001": "at most the 1000"}, "faces --ckpt runs/two0 --n 8")
+
+# To train the judge takes half a minute.
+def test_generators_of_photographs_are_refused_before_the_judge_is_trained():
+    both_stages()
+    with patch(evaluate, "load_judge", side_effect=AssertionError):
+        refuses(evaluate.main, {"": "not on the faces", "--ckpt runs/vmae": "not on the faces"},
+                "faces")
+
+# ---- Evaluation: FID --------------------------------------------------------------------------
+
+def fid_row(options):
+    """The row of `evaluate.py fid`, beside which stands what a FID has to be read with."""
+    with tiny_inception:
+        [row] = measured("fid", f"{options} --batch 8", "under 2,048", "resize pytorch-fid",
+                         "weights tiny")
+    return row
+
+def test_fid_of_two_folders_leaves_overviews_out():
+    real = save_images("real", 20, 16)
+    fake = save_images("fake", 21, 16, seed=1)
+    Image.new("RGB", (99, 99)).save("fake/grid.png")       # sample.py's
+    row = fid_row("--real real --fake fake")
+    of_real = mean_and_covariance(real.mean((1, 2)))
+    of_fake = mean_and_covariance(fake.mean((1, 2)))
+    close(row["FID"], evaluate.frechet_distance(*of_real, *of_fake), 1e-4)
+    assert (row["N real"], row["N fake"]) == (20, 21)
+    assert {"sFID", "IS", "KID x 1e3", "precision", "recall"} <= row.keys()
+    close(fid_row("--real real --fake real")["FID"], 0, 1e-3)
+
+def test_fid_is_the_same_from_adms_images_and_from_saved_statistics():
+    real = save_images("real", 20, 16)
+    fake = save_images("fake", 21, 16, seed=1)
+    np.savez("fake.npz", arr_0=fake)                       # as ADM's
+    row = fid_row("--real real --fake fake --save-stats new/stats")
+    mu, sigma = mean_and_covariance(real.mean((1, 2)))
+    stats = np.load("new/stats.npz")
+    close(stats["mu"], mu, 1e-3)
+    close(stats["sigma"], sigma, 1e-3)
+    for source in ("real", "new/stats.npz"):
+        again = fid_row(f"--real {source} --fake fake.npz")
+        close(again["FID"], row["FID"], 1e-6)
+        close(again["sFID"], row["sFID"], 1e-6)
+        assert again["N real"] == 20
+    assert "KID x 1e3" not in again                        # statistics hold no pairs
+
+def test_fid_reads_statistics_of_pytorch_fid():
+    save_images("real", 20, 16)
+    save_images("fake", 21, 16, seed=1)
+    row = fid_row("--real real --fake fake --save-stats stats.npz")
+    stats = np.load("stats.npz")
+    np.savez("plain.npz", mu=stats["mu"], sigma=stats["sigma"])
+    plain = fid_row("--real plain.npz --fake fake")
+    close(plain["FID"], row["FID"], 1e-6)
+    assert "sFID" not in plain
+    assert plain["N real"] == "unknown"
+
+def test_fid_takes_the_built_in_faces():
+    save_images("fake", 21, 16)
+    assert fid_row("--real faces --fake fake --n 12")["N real"] == 12
+
+@tiny_inception
+def test_fid_refuses_what_it_cannot_compare():
+    save_images("fake", 21, 16)
+    save_images("none", 0)
+    Image.new("RGB", (99, 99)).save("none/grid.png")
+    np.savez("odd.npz", mu=np.zeros(9), sigma=np.eye(9))
+    runs(evaluate.main, "fid --real fake --fake fake --save-stats stats.npz --out out")
+    refuses(evaluate.main, {
+        "--fake none --real faces": "no images",
+        "--fake fake": "--real",
+        "--fake no.pt": "no such",
+        "--fake fake --real faces --n 1": "one image has no",
+        "--fake fake --real no": "no such",
+        "--fake fake --real no.npz": "no.npz",
+        "--fake stats.npz --real faces": "arr_0",
+        "--fake fake --real odd.npz": "odd.npz: mu and sigma",
+        "--fake fake --real stats.npz --resize clean": "was made with resize pytorch-fid",
+        "--fake fake --real stats.npz --size 20": "was made with size 16",
+        "--fake fake --real faces --n 0": "--n"}, "fid --out nowhere")
+
+# A small file that came first by its name once decided the size of all images.
+@tiny_inception
+def test_fid_of_mixed_sizes_needs_a_size_which_stands_in_the_title():
+    save_images("real", 12, 16)
+    save_images("fake", 12, 16, seed=1)
+    Image.new("RGB", (12, 12)).save("fake/a.png")          # sorts first
+    refuses(evaluate.main, {"--real real --fake fake": "fake: holds images of 12 to 16 pixels"},
+            "fid --out new")
+    text = runs(evaluate.main, "fid --real real --fake fake --size 16 --out out")
+    assert "Generated images at 16 px" in text
+    text = runs(evaluate.main, "fid --real fake --fake real --out out")    # the size of the fakes
+    assert "Generated images at 16 px" in text
+    text = runs(evaluate.main, "fid --real faces --fake real --size 24 --n 9 --out out")
+    assert "Generated images at 24 px" in text
+
+# A size that was given was once ignored here.
+@tiny_inception
+def test_fid_of_a_checkpoint_has_the_size_of_its_images():
+    both_stages()
+    refuses(evaluate.main, {"--size 64": "draws 16 px, not 64; leave --size out"}, "fid --out new")
+    text = runs(evaluate.main, "fid --size 16 --n 9 --cfg 2 --out out")
+    assert "Generated images at 16 px" in text
+
+# ---- Tables, pictures, curves -----------------------------------------------------------------
+
+def has_colours(path, colours, least=60):
+    """Assert that a picture shows each of these colours above its names, in pixels at least."""
+    pixels = np.array(Image.open(path))[:330].reshape(-1, 3)               # (N, 3)
+    for colour in colours:
+        rgb = [int(colour[i:i + 2], 16) for i in (1, 3, 5)]
+        alike = (abs(pixels - rgb) < 12).all(1)
+        assert alike.sum() > least, (path, colour)
+
+def test_curves_and_shapes_have_a_colour_each():
+    vmae.plot("plot.png", {"one": [(0, 1), (1, 3)], "two": [(0, 2), (1, 2)]}, "x", "y")
+    has_colours("plot.png", vmae.COLOURS[:2])
+    evaluate.radar("radar.png", ["a", "b", "c"], {"one": [0, 1, 0.5], "two": [1, 0, 1]})
+    has_colours("radar.png", vmae.COLOURS[:2])
+
+def test_a_plot_of_one_value_with_a_long_name_is_drawn():
+    vmae.plot("one.png", {"a/" * 99: [(0.2, 31.0)]}, "x", "y")
+    has_colours("one.png", vmae.COLOURS[:1], least=30)     # one dot of 8 pixels
+
+def test_tables_are_saved_as_json_without_what_json_does_not_have():
+    args = SimpleNamespace(out="out", command="fid")
+    text = printed(evaluate.report, args, "title", [{"a": math.nan, "b": 1.0}, {"b": 12345}])
+    assert "| a | b |" in text
+    assert "|  | 12,345 |" in text                         # a row that lacks a column
+    rows = strict_json(Path("out/fid.json").read_text())["rows"]
+    assert rows == [{"a": None, "b": 1.0}, {"b": 12345}]
+
+def test_curves_of_a_run_lie_beside_its_previews():
+    save_images("data", 12)
+    trained("--save-every 1")
+    files = set(os.listdir("runs/vmae"))
+    assert {"curves.png", "preview_000001.png", "preview_000002.png"} <= files
+    curves = Image.open("runs/vmae/curves.png")
+    assert len(curves.getcolors(10**6)) > 99               # lines, not a white page
+
+def test_curves_of_several_runs_are_drawn_in_one_picture():
+    both_stages()
+    text = runs(evaluate.main, "curves runs/vmae runs/ldm --out out")
+    assert "the curves of runs/vmae, runs/ldm are in out/curves.png" in text
+    assert len(Image.open("out/curves.png").getcolors(10**6)) > 99
+    with patch(vmae, "draw_plot", wraps=vmae.draw_plot) as draws:
+        runs(evaluate.main, "curves runs/vmae runs/vmae/../ldm --out out")
+    titles = [call.args[2] for call in draws.mock_calls]
+    assert titles == ["L_R", "L_M", "L_reg", "PSNR of held-out images, dB", "L_v"]
+    names = list(draws.mock_calls[-1].args[0])
+    assert names == ["L_v, runs/vmae/../ldm", "L_v_val, runs/vmae/../ldm"]
+    os.mkdir("begun")
+    Path("begun/log.jsonl").touch()
+    refuses(evaluate.main, {"data": "data/log.jsonl: no such file; name the folder of a run",
+                            "begun": "begun: nothing was logged yet",
+                            "nowhere": "nowhere: no such",
+                            "": "runs"}, "curves --out new")
+
+# ---- Many processes, kills --------------------------------------------------------------------
+
+# These start Python anew, which takes seconds each time; the other tests call main by itself.
+
+def in_child(code, *args, torchrun=0):
+    """Run Python code in a fresh process, or in several -> what it said. One thread, 5 minutes."""
+    Path("child.py").write_text(f"import sys\nsys.path.insert(0, {str(HERE)!r})\n{code}")
+    launch = []
+    if torchrun > 0:
+        launch = ["-m", "torch.distributed.run", "--nproc-per-node", str(torchrun)]
+    return in_process(*launch, "child.py", *args)
+
+def in_process(*words, status=0):
+    """Run Python with these words on its command line, to this exit status -> what it said."""
+    ran = subprocess.run([sys.executable, *map(str, words)], text=True, timeout=300,
+                         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                         env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert ran.returncode == status, ran.stdout
+    return ran.stdout
+
+# What children share: main(script, line) runs a script on the CPU, without previews of stage two.
+SCRIPTS = f"""
 import os, random, time
 from pathlib import Path
 import train_vmae, train_ldm, ldm, sample, vmae
-train_ldm.measure, ldm.sizes["tiny"] = lambda *args: {{}}, {small}
+
+train_ldm.measure = lambda *args: {{}}
+ldm.sizes["tiny"] = {TINY_DIT}
+
 def main(script, line):
-    sys.argv = ["script.py", *line.split()]
+    sys.argv = ["script.py", *line.split(), "--device", "cpu"]
     script.main()
 """
 
-def test_two_processes_are_one_run():
-    save_images("data/left", 300, 16), save_images("data/right", 40, 16, seed=1)
-    go = "--data data --precision float32 --batch 8 --micro 4 --steps 20 --save-every 10 --out"
-    lines = [(train_vmae, f"{go} vmae --size 16 --lambda-p 0"),
-             (train_vmae, f"{go} sdvae --size 16 --preset sdvae --lambda-p 0"),  # adversary from 10
-             (train_vmae, f"{go} tuned --size 32 --init vmae --tune decoder --lambda-p 0"),
-             (train_ldm, f"{go} ldm --vmae vmae"),
-             (sample, "--ckpt other --n 10 --batch 4 --steps 2")]
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)                               # sums depend on their number
-    for script, line in (lines[0], (train_ldm, f"{go} other --vmae vmae"), *lines[1:]):
-        with patch(train_ldm, "measure", return_value={}):
-            runs(script.main, line)
-    torch.set_num_threads(threads)
-    names = [path for path in Path().rglob("*") if path.suffix in (".pt", ".png")
-             and "preview" not in path.name and path.parts[0] not in ("data", "other")]
-    for name in {name.parts[0] for name in names}:
-        os.rename(name, f"one_{name}")
-    code = "".join(f"    main({script.__name__}, {line!r})\n" for script, line in lines)
-    in_child(f"{CHAIN}def everything():\n{code}vmae.cli(everything)", torchrun=2)
-    assert len(names) == 4 + 11 + 4, names              # of runs, of images, of the caches
-    for name in names:                                     # weights, images, and the two caches
-        one = Path(f"one_{name}")
-        if name.suffix == ".pt":
-            same(load(one), load(name), 1e-5)
-        else:
-            assert one.read_bytes() == name.read_bytes(), name
-    for run in ("vmae", "ldm"):                            # means over all processes
-        for a, b in zip(log_of(f"one_{run}"), log_of(run), strict=True):
-            assert a.keys() == b.keys()
-            for key in a.keys() - {"images_per_s"}:
-                close(a[key], b[key], 1e-4)
-    fail = "vmae.random_flip = lambda x, g: open('no such') if vmae.RANK == 1 else x\n"
-    line = f"vmae.cli(lambda: main(train_vmae, '{go} none --size 16 --lambda-p 0'))"
-    text = raises(AssertionError, in_child, CHAIN + fail + line, torchrun=2)   # no hang
-    assert "process 0 stops, because" in text and "error: no such: No such file" in text, text
+def chain(out):
+    """The lines of three scripts, into folders that begin with `out`, for two micro-batches."""
+    go = "--data data --precision float32 --batch 8 --micro 4 --steps 8"
+    return {"train_vmae.py": f"{go} --size 16 --lambda-p 0 --save-every 4 --out {out}_vmae",
+            "train_ldm.py": f"{go} --vmae {out}_vmae --out {out}_ldm",
+            "sample.py": f"--ckpt {out}_ldm --n 10 --batch 4 --steps 2 --out {out}_samples"}
 
-def test_killed_at_any_moment_the_same_line_ends_in_the_same_weights():
-    save_images("data", 600, 16)
-    saves = 100 if LONG else 6                             # enough for most kills to find one
-    go = f"--data data --precision float32 --batch 4 --resume --save-every 4 --steps {4 * saves}"
-    lines = (f"{go} --size 16 --preset sdvae --lambda-p 0 --out PLACE/sdvae",
-             f"{go} --vmae PLACE/sdvae --out PLACE/ldm")
-    said = in_child(CHAIN + f"""
+@contextlib.contextmanager
+def as_in_a_child():
+    """One thread, because sums depend on their number, and the real size tiny."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    tiny = runpy.run_path(str(HERE / "ldm.py"))["sizes"]["tiny"]
+    with mock.patch.dict(ldm.sizes, tiny=tiny):
+        yield
+    torch.set_num_threads(threads)
+
+MAINS = {"train_vmae.py": train_vmae.main, "train_ldm.py": train_ldm.main,
+         "sample.py": sample.main, "evaluate.py": evaluate.main}
+LAUNCHER = "-m torch.distributed.run --nproc-per-node 2 --".split()
+
+def same_runs(one, two):
+    """Assert that two runs have equal weights and equal logs, but for rounding."""
+    same(load(f"{one}/last.pt"), load(f"{two}/last.pt"), 1e-5)
+    for line, other in zip(log_of(one), log_of(two), strict=True):
+        assert line.keys() == other.keys()
+        for name in line.keys() - {"images_per_s"}:        # means over all processes
+            close(line[name], other[name], 1e-4)
+
+# A line of README with torchrun once did not start, as the tests ran it without torchrun.
+def test_the_real_launcher_starts_each_script_and_two_processes_are_one_run():
+    save_images("data", 60, 16)
+    with as_in_a_child():
+        for script, line in chain("one").items():
+            runs(MAINS[script], line)
+    for script, line in chain("two").items():
+        in_process(*LAUNCHER, HERE / script, *line.split(), "--device", "cpu")
+    same_runs("one_vmae", "two_vmae")
+    same_runs("one_ldm", "two_ldm")
+    files = [*Path().glob("one_*/*.npy"), *Path("one_samples").glob("sample_*.png")]
+    assert len(files) == 1 + 1 + 10                        # pixels, moments, images
+    for file in files:
+        of_two = Path(str(file).replace("one", "two", 1))
+        assert file.read_bytes() == of_two.read_bytes(), file
+
+# Two processes would write the same table at once.
+def test_the_real_launcher_is_told_that_evaluate_py_is_one_process():
+    text = in_process(*LAUNCHER, HERE / "evaluate.py", "efficiency", status=1)
+    assert "error: evaluate.py measures in one process; start it without torchrun" in text
+
+def test_two_processes_are_one_run_of_every_kind_of_training():
+    save_images("data/left", 60, 16)
+    save_images("data/right", 40, 16, seed=1)
+    trained(out="start")
+    go = "--data data --precision float32 --batch 8 --micro 4 --steps 8 --save-every 4"
+    stage_one = f"{go} --lambda-p 0"
+    lines = {"sdvae": (train_vmae, f"{stage_one} --size 16 --preset sdvae"),
+             "tuned": (train_vmae, f"{stage_one} --size 32 --init start --tune decoder"),
+             "classes": (train_ldm, f"{go} --vmae start")}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    code = f"{SCRIPTS}\ndef all_of_them():\n"
+    for name, (script, line) in lines.items():
+        with patch(train_ldm, "measure", return_value={}):
+            runs(script.main, f"{line} --out one_{name}")
+        code += f"    main({script.__name__}, '{line} --out two_{name}')\n"
+    torch.set_num_threads(threads)
+    in_child(f"{code}\nvmae.cli(all_of_them)", torchrun=2)
+    for name in lines:
+        same(load(f"one_{name}/last.pt"), load(f"two_{name}/last.pt"), 1e-5)
+
+# Otherwise they would wait for it without end.
+def test_if_one_process_fails_the_others_end_as_well():
+    save_images("data", 40, 16)
+    fail = """
+def no_flip(x, generator):
+    if vmae.RANK == 1:
+        open("no such")
+    return x
+
+vmae.random_flip = no_flip
+"""
+    line = f"{TINY_RUN} --micro 2"
+    code = f"{SCRIPTS}{fail}vmae.cli(lambda: main(train_vmae, '{line}'))"
+    text = raises(AssertionError, in_child, code, torchrun=2)
+    assert "error: no such: No such file" in text
+    assert "process 0 stops, because another one did" in text
+
+# Kills the runs of two lines at random moments, and goes on with each until it is complete.
+KILLS = """
 import torch._dynamo                            # AdamW does, which takes seconds in each fork
+
 def fork(script, line, seconds=None):           # nothing has run here yet, so a fork is safe
     child = os.fork()
     if child == 0:
         sys.stdout = sys.stderr = open(os.devnull, "w")
         vmae.cli(lambda: main(script, line))
+        os._exit(0)
     if seconds is not None:
         time.sleep(seconds)
         os.kill(child, 9)
     return os.waitpid(child, 0)[1]
 
-kills = between = 0                             # between: after the first save, before the last
-for script, line in zip((train_vmae, train_ldm), {lines}):
+n, saves = map(int, sys.argv[1:])
+kills = 0
+between = 0                                     # after the first save, before the last
+for script, line in ((train_vmae, LINES[0]), (train_ldm, LINES[1])):
     start = time.time()
     assert fork(script, line.replace("PLACE", "whole")) == 0
-    longest, moment = time.time() - start, random.Random(0)
-    for _ in range(n := int(sys.argv[1]) // 2):
-        after = moment.uniform(0, 2 * longest / n)
+    longest = time.time() - start
+    moment = random.Random(0)
+    for _ in range(n // 2):
+        after = moment.uniform(0, 4 * longest / n)
         kills += fork(script, line.replace("PLACE", "parts"), after) == 9
         log = Path(line.replace("PLACE", "parts").split()[-1], "log.jsonl")
-        between += log.exists() and 0 < log.read_text().count("\\n") < {saves}
+        between += log.exists() and 0 < log.read_text().count("\\n") < saves
     assert fork(script, line.replace("PLACE", "parts")) == 0
 print(kills, between)
-""", 50 if LONG else 6)
-    kills, between = map(int, said.split()[-2:])
-    assert kills >= (40 if LONG else 3) and between >= (12 if LONG else 1), said
+"""
+
+def test_killed_at_any_moment_the_same_line_ends_in_the_same_weights():
+    save_images("data", 600, 16)
+    n = EFFORT["kills"]
+    saves = EFFORT["saves"]                                # enough for most kills to find one
+    go = f"--data data --precision float32 --batch 4 --resume --save-every 4 --steps {4 * saves}"
+    lines = [f"{go} --size 16 --preset sdvae --lambda-p 0 --out PLACE/sdvae",
+             f"{go} --vmae PLACE/sdvae --out PLACE/ldm"]
+    text = in_child(f"{SCRIPTS}LINES = {lines}\n{KILLS}", n, saves)
+    kills, between = map(int, text.split()[-2:])
+    assert kills >= EFFORT["least_kills"], text
+    assert between >= EFFORT["least_between"], text        # most do not hit the first moments
     for run in ("sdvae", "ldm"):
         same(load(f"whole/{run}/last.pt"), load(f"parts/{run}/last.pt"))   # bit by bit
-        steps = [s for s in range(1, 4 * saves + 1) if s % 4 == 0 or s % 50 == 0]  # that are logged
-        assert [line["step"] for line in log_of(f"parts/{run}")] == steps
+        assert logged(f"parts/{run}", "step") == logged(f"whole/{run}", "step")
 
-def hostile(folder, count):
-    """Write `count` images that somebody damaged -> {name: pixels} of those that are sound."""
-    rng, good = np.random.default_rng(0), {}
+# ---- A full disk ------------------------------------------------------------------------------
+
+# The sizes below are chosen between those of two files that a script writes one after the other, so
+# that the one named is the first that does not fit.
+
+def last_line_of(main, line):
+    """Run a script to exit status 1 -> the last line of what it says."""
+    text = runs(main, line, status=1)
+    assert "Traceback" not in text
+    return text.splitlines()[-1].split("\r")[-1]           # bars of progress end in \r
+
+def is_full(main, line, size, word):
+    """Assert that a script, if no file may be larger than `size` bytes, ends with one line, which
+    names the file that it could not write, and leaves no unfinished file."""
+    with files_up_to(size):
+        last = last_line_of(main, line)
+    assert word in last and "File too large" in last, last
+    assert not list(Path().rglob("*.tmp")), line
+
+def test_a_full_disk_is_one_line_at_every_write_of_a_training_and_loses_nothing():
+    both_stages()
+    before = {path: path.read_bytes() for path in Path("runs").rglob("*.pt")}
+    assert len(before) == 2
+    one = f"{TINY_RUN} --steps 4 --resume"
+    two = "--steps 4 --resume"
+    with patch(train_ldm, "measure", return_value={}):
+        is_full(train_vmae.main, one, 2000, "preview_000004.png")
+        is_full(train_vmae.main, one, 15000, "curves.png")
+        is_full(train_vmae.main, one, 100000, "last.pt")
+        is_full(train_vmae.main, f"{TINY_RUN} --out new", 9000, "images_")
+        is_full(train_ldm.main, two, 100000, "last.pt")
+        is_full(train_ldm.main, "--out two", 20000, "moments_")
+    for path, content in before.items():
+        assert path.read_bytes() == content
+
+def test_a_full_disk_is_one_line_at_every_write_of_samples_and_tables():
+    both_stages()
+    few = "--n 2 --steps 1"
+    is_full(sample.main, few, 9, "samples.json")
+    is_full(sample.main, few, 600, "samples/sample_00000")
+    is_full(sample.main, "--n 200 --batch 200 --steps 1 --npz", 120000, "samples.npz")
+    is_full(evaluate.main, "reconstruct --out table", 9, "reconstruct.json")
+    is_full(evaluate.main, "reconstruct --out table", 500, "reconstruct.png")
+    is_full(evaluate.main, "curves runs/vmae --out table", 500, "curves.png")
+
+def test_a_folder_that_cannot_be_made_is_named_before_the_work():
+    both_stages()
+    Path("file").touch()                                   # nothing can be written below a file
+    scripts = {train_vmae.main: TINY_RUN, train_ldm.main: "", sample.main: "",
+               evaluate.main: "reconstruct"}
+    for main, line in scripts.items():
+        text = runs(main, f"{line} --out file/run", status=1)
+        last = text.splitlines()[-1]
+        assert last.startswith("error: ") and "file" in last, text
+        for work in ("sampling", "encoding", "decoding", "|---"):
+            assert work not in text
+
+# ---- Hostile images and files -----------------------------------------------------------------
+
+# What a folder from the internet may hold: nothing of it may be executed, and one line or one
+# warning names the file.
+
+def damaged(data, i, rng):
+    """The bytes of a file, which somebody damaged in one of five ways, or not at all."""
+    data = bytearray(data)
+    how = i // 6 % 5
+    if how == 1:                                           # cut off
+        return data[:rng.integers(len(data))]
+    if how == 2:                                           # some bits are flipped
+        for at in rng.integers(0, len(data), 8):
+            data[at] ^= 1 << rng.integers(8)
+    elif how == 3:
+        return (b"", b"no image", data[::-1])[i % 3]
+    return data
+
+def save_hostile_images(folder, count):
+    """Write `count` images, of which many are damaged -> {name: pixels} of some that are sound."""
+    rng = np.random.default_rng(0)
+    sound = {}
     Path(folder).mkdir()
     for i in range(count):
-        pixels = rng.integers(0, 256, (20, 20, 3), dtype=np.uint8)
         kind = ("jpeg", "png", "webp", "gif", "tiff", "bmp")[i % 6]
-        name, buffer = f"{i:04d} ä\n.{kind}" if i % 9 == 0 else f"{i:04d}.{kind}", io.BytesIO()
-        image = Image.fromarray(pixels).convert(("RGB", "L", "CMYK", "1", "P", "LA")[i // 6 % 6]
-                                                if kind == "tiff" else "RGB")
-        exif = {} if kind == "tiff" else dict(exif=b"Exif\0\0II*\0\b\0\0\0" + rng.bytes(60))
-        image.save(buffer, kind, icc_profile=rng.bytes(60), **exif)
-        data, how = bytearray(buffer.getvalue()), i // 6 % 5
-        if how == 1:                                       # cut off
-            data = data[:rng.integers(len(data))]
-        elif how == 2:                                     # some bits flipped
-            for at in rng.integers(0, len(data), 8):
-                data[at] ^= 1 << rng.integers(8)
-        elif how == 3:
-            data = (b"", b"no image", data[::-1])[i % 3]
-        elif kind in ("png", "bmp"):
-            good[name] = pixels
+        name = f"{i:04d}.{kind}"
+        if i % 9 == 0:
+            name = f"{i:04d} ä\n.{kind}"
+        pixels = rng.integers(0, 256, (20, 20, 3), dtype=np.uint8)
+        image = Image.fromarray(pixels)
+        options = dict(icc_profile=rng.bytes(60))          # no profile at all
+        if kind == "tiff":
+            image = image.convert(("RGB", "L", "CMYK", "1", "P", "LA")[i // 6 % 6])
+        else:
+            options["exif"] = b"Exif\0\0II*\0\b\0\0\0" + rng.bytes(60)
+        buffer = io.BytesIO()
+        image.save(buffer, kind, **options)
+        data = damaged(buffer.getvalue(), i, rng)
         Path(folder, name).write_bytes(data)
-    bomb = b"BM" + bytes(8) + (54).to_bytes(4, "little") + (40).to_bytes(4, "little")
-    Path(folder, "bomb.bmp").write_bytes(bomb + (60000).to_bytes(4, "little") * 2 + bytes(40))
-    Image.fromarray(np.full((20, 20), 999, np.uint16)).save(Path(folder, "i16.png"))
-    Path(folder, "folder.jpg").mkdir(), os.symlink("..", Path(folder, "folder.jpg", "loop"))
-    os.symlink("nowhere", Path(folder, "broken.png"))
-    return good
+        if kind in ("png", "bmp") and data == buffer.getvalue():
+            sound[name] = pixels
+    return sound
 
+def save_other_hostile_files(folder):
+    """Write what looks like an image by its name."""
+    side = (60000).to_bytes(4, "little")                   # 60,000 x 60,000 pixels, it says
+    header = (54).to_bytes(4, "little") + (40).to_bytes(4, "little") + side + side
+    Path(folder, "bomb.bmp").write_bytes(b"BM" + bytes(8) + header + bytes(40))
+    Path(folder, "folder.jpg").mkdir()
+    os.symlink("..", Path(folder, "folder.jpg", "loop"))
+    os.symlink("nowhere", Path(folder, "broken.png"))
+
+@patch(vmae, "MAX_UNREADABLE", 0.9)
 def test_hostile_images_are_named_once_and_harm_nothing():
-    good = hostile("data", 1000 if LONG else 100)
-    code = CHAIN + "vmae.MAX_UNREADABLE = 0.9\n"
-    code += "vmae.cli(lambda line=sys.argv[1]: main(train_vmae, line))"
-    go = f"{TINY_RUN} --steps 30 --batch {40 if LONG else 8} --save-every 99 --size 20 --out"
-    said = [in_child(code, f"{go} kept"),                  # two processes, which share the list
-            in_child(code, f"{go} read --no-cache --micro 4", torchrun=2)]
-    kept, read = ({json.loads(line) for line in open(f"{run}/unreadable.jsonl")}
-                  for run in ("kept", "read"))             # two threads may both enter a name
-    for text, names in zip(said, (kept, read)):
-        assert len(names) == text.count("warning: skipped"), text
-        assert f"{len(names)} so far" in text and f"{len(names) + 1} so far" not in text
-    assert kept == read and {"bomb.bmp", "broken.png"} <= kept and len(kept) > 25
-    assert not kept & good.keys()
-    for name, pixels in good.items():
+    sound = save_hostile_images("data", EFFORT["images"])
+    save_other_hostile_files("data")
+    # 30 batches are more than an epoch, so that each image is read.
+    go = f"{TINY_RUN} --size 20 --batch {EFFORT['batch']} --steps 30 --save-every 99 --out"
+    named = {}
+    for options in ("kept", "read --no-cache"):
+        text = runs(train_vmae.main, f"{go} {options}")
+        lines = re.findall(r"warning: skipped (.*): unreadable", text)
+        names = {Path(line.strip("'")).name for line in lines}
+        assert len(names) == len(lines)                    # each file once
+        assert f"{len(names)} so far" in text
+        assert f"{len(names) + 1} so far" not in text
+        named[options] = names
+    assert named["kept"] == named["read --no-cache"]
+    assert {"bomb.bmp", "broken.png"} <= names
+    assert len(names) > 25
+    for name, pixels in sound.items():
+        assert ascii(name).strip("'") not in names
         close(vmae.read_image(f"data/{name}", 20), pixels.transpose(2, 0, 1), 0)
 
-def test_hostile_files_are_one_line_and_execute_nothing():
-    both_stages()
-    ours, theirs = load("runs/vmae/last.pt"), load("runs/ldm/last.pt")
-    class Payload:
-        def __reduce__(self):
-            return os.mkdir, ("pwned",)
-    def changed(**entries):
-        return {**ours, **entries}
-    nan = {k: v * math.nan if v.is_floating_point() else v for k, v in ours["model"].items()}
-    less, more = dict(list(ours["model"].items())[1:]), {**ours["model"], "extra": torch.zeros(1)}
+class Payload:
+    """Code inside a pickle: whoever unpickles it makes this folder."""
+
+    def __reduce__(self):
+        return os.mkdir, ("pwned",)
+
+def save_bad_checkpoints():
+    """Damage the checkpoint of stage one in many ways -> {file: what should be said of it}."""
+    ours = load("runs/vmae/last.pt")
+    nan = {}
+    for name, value in ours["model"].items():
+        nan[name] = value * math.nan
+    more = {**ours["model"], "extra": torch.zeros(1)}
+    less = dict(ours["model"])
+    del less["norm.weight"]
     wide = dict(ours["model_args"], embed_dim=64)
-    bad = {"payload": (Payload(), "not a checkpoint"), "list": ([1], "not a checkpoint"),
-           "nan": (changed(model=nan), "NaN"), "less": (changed(model=less), "do not fit"),
-           "more": (changed(model=more), "do not fit"),
-           "wide": (changed(model_args=wide), "do not fit"),
+    bad = {"payload": (Payload(), "not a checkpoint"),
+           "list": ([1], "it holds a list"),
+           "tensor": ({"model": torch.zeros(3)}, "its model is no dict"),
+           "number": ({"vmae": 3}, "its vmae is no dict"),
+           "none": ({**ours, "train_args": None}, "its train_args is no dict"),
            "half": ({"model_args": ours["model_args"]}, "neither stage one"),
-           "tensor": ({"model": torch.zeros(3)}, "not a checkpoint"),
-           "number": ({"vmae": 3}, "neither stage one"),
-           "none": (changed(train_args=None), "not a checkpoint")}
-    for name, (content, _) in bad.items():
+           "nan": ({**ours, "model": nan}, "infinite or NaN"),
+           "less": ({**ours, "model": less}, "do not fit"),
+           "more": ({**ours, "model": more}, "do not fit"),
+           "wide": ({**ours, "model_args": wide}, "do not fit")}
+    words = {}
+    for name, (content, said) in bad.items():
         torch.save(content, f"{name}.pt")
+        words[f"{name}.pt"] = said
+    return words
+
+def save_bad_bytes():
+    """Files that are cut off, or lie about their lengths -> their names."""
     whole = Path("runs/vmae/last.pt").read_bytes()
-    for name, data in (("cut.pt", whole[:-999]), ("empty.pt", b""),
-                       ("lie.safetensors", (2**60).to_bytes(8, "little") + b"{}"),
-                       ("lie2.safetensors", (60).to_bytes(8, "little") + b'{"a": {"dtype": "F32", '
-                        b'"shape": [9], "data_offsets": [0, 99]}}  ')):
-        Path(name).write_bytes(data)
-    words = {f"{name}.pt": what for name, (_, what) in bad.items()}
-    words |= dict.fromkeys(("cut.pt", "empty.pt", "lie.safetensors", "lie2.safetensors"),
-                           "not a checkpoint")
+    header = b'{"a": {"dtype": "F32", "shape": [9], "data_offsets": [0, 99]}}  '
+    files = {"cut.pt": whole[:-999],
+             "empty.pt": b"",
+             "lie.safetensors": (2**60).to_bytes(8, "little") + b"{}",
+             "lie2.safetensors": len(header).to_bytes(8, "little") + header}
+    for name, content in files.items():
+        Path(name).write_bytes(content)
+    return list(files)
+
+def test_hostile_checkpoints_of_stage_one_are_one_line_and_execute_nothing():
+    both_stages()
+    words = save_bad_checkpoints()
+    words.update(dict.fromkeys(save_bad_bytes(), "not a checkpoint, or a damaged one"))
     refuses(train_ldm.main, words, "--out new --vmae")
-    refuses(sample.main, {f"--ckpt {name}": name for name in words} | {
-        "--ckpt runs/vmae": "stage-two checkpoint"}, "--out new")
-    for name, entries in (("nan", dict(ema={k: v * math.nan for k, v in theirs["ema"].items()})),
-                          ("inner", dict(vmae={**theirs["vmae"], "model": nan})),
-                          ("other", dict(model_args=dict(theirs["model_args"], depth=9)))):
-        torch.save({**theirs, **entries}, f"{name}.pt")
-        refuses(sample.main, {f"--ckpt {name}.pt": "NaN" if name == "inner" else name}, "--out new")
-    for name in ("cut", "payload", "nan", "less", "wide", "half", "none"):  # as the run to resume
-        os.makedirs(f"run_{name}"), shutil.copy(f"{name}.pt", f"run_{name}/last.pt")
-        refuses(train_vmae.main, {f"--resume --steps 9 --out run_{name}": f"run_{name}/last.pt"})
-    np.savez("objects.npz", arr_0=np.array([Payload()]))
-    for name, images in (("floats", np.zeros((2, 8, 8, 3))), ("number", np.zeros((), "u1")),
-                         ("square", np.zeros((2, 8, 8, 3), "u1")),
-                         ("oblong", np.zeros((2, 8, 9, 3), "u1"))):
-        np.savez(f"{name}.npz", arr_0=images)
-    with tiny_inception:
-        refuses(evaluate.main, {"objects.npz": "objects.npz", "floats.npz": "must be uint8",
-                                "number.npz": "uint8 (N, H, H, 3)", "oblong.npz": "(N, 8, 8, 3)",
-                                "faces --real square.npz": "must be uint8 (N, 32, 32, 3)"},
-                "fid --real faces --out new --fake")
+    refuses(sample.main, {name: name for name in words}, "--out new --ckpt")
+    for name in ("cut", "payload", "nan", "less", "wide", "half", "none"):
+        os.mkdir(f"run_{name}")                            # as the run to go on with
+        shutil.copy(f"{name}.pt", f"run_{name}/last.pt")
+        refuses(train_vmae.main, {"": f"run_{name}/last.pt"},
+                f"--resume --steps 9 --out run_{name}")
     assert not os.path.exists("pwned")
 
+def test_hostile_checkpoints_of_stage_two_are_one_line():
+    both_stages()
+    ours = load("runs/ldm/last.pt")
+    nan = {name: value * math.nan for name, value in ours["ema"].items()}
+    inner = dict(ours["vmae"])
+    inner["model"] = dict(inner["model"])
+    inner["model"]["norm.weight"] = torch.full((128,), math.inf)
+    deep = dict(ours["model_args"], depth=9)
+    bad = {"nan.pt": ({**ours, "ema": nan}, "infinite or NaN"),
+           "inner.pt": ({**ours, "vmae": inner}, "infinite or NaN"),
+           "deep.pt": ({**ours, "model_args": deep}, "do not fit its model_args")}
+    for name, (content, said) in bad.items():
+        torch.save(content, name)
+        refuses(sample.main, {name: f"{name}: "}, "--out new --ckpt")
+        refuses(sample.main, {name: said}, "--out new --ckpt")
+    refuses(sample.main, {"runs/vmae": "neither a stage-two checkpoint"}, "--out new --ckpt")
+
+@tiny_inception
+def test_hostile_npz_are_one_line_and_execute_nothing():
+    arrays = {"objects": np.array([Payload()]),
+              "floats": np.zeros((2, 8, 8, 3)),
+              "number": np.zeros((), np.uint8),
+              "square": np.zeros((2, 8, 8, 3), np.uint8),
+              "oblong": np.zeros((2, 8, 9, 3), np.uint8)}
+    for name, images in arrays.items():
+        np.savez(f"{name}.npz", arr_0=images)
+    refuses(evaluate.main, {
+        "objects.npz": "objects.npz: not a .npz that can be used",
+        "floats.npz": "must be uint8",
+        "number.npz": "must be uint8 (N, H, H, 3)",
+        "oblong.npz": "must be uint8 (N, 8, 8, 3)",
+        "faces --real square.npz": "must be uint8 (N, 32, 32, 3)"},
+        "fid --real faces --out new --fake")
+    assert not os.path.exists("pwned")
+
+# ---- What the data are: pixels ----------------------------------------------------------------
+
+# Floats and integers of 32 bits were once decoded as black, without a word: 49.8 dB, exit 0.
+
+def grey_of(path):
+    """The mean of an image of 20 x 20 pixels, from 0 to 255."""
+    return vmae.read_image(path, 20).float().mean().item()
+
+UNSIGNED = 1                                               # sample formats of TIFF
+SIGNED = 2
+
+def save_tiff(path, pixels, bits, sample_format=UNSIGNED):
+    """Write a TIFF by hand, little-endian without compression, of a kind that Pillow reads but does
+    not write. pixels: bytes of 40 x 30 grey values."""
+    tags = [(256, 40), (257, 30), (258, bits), (259, 1), (262, 1), (273, 8), (277, 1), (278, 30),
+            (279, len(pixels)), (339, sample_format)]
+    entries = b""
+    for tag, value in tags:
+        entries += struct.pack("<HHII", tag, 4, 1, value)  # 4: the value is a long
+    head = struct.pack("<2sHI", b"II", 42, 8 + len(pixels))
+    Path(path).write_bytes(head + pixels + struct.pack("<H", len(tags)) + entries + bytes(4))
+
+def test_pixels_of_16_bits_are_scaled_in_every_format():
+    half = np.full((30, 40), 32896, np.uint16)             # of 65,535, as 128 is of 255
+    big_endian = half.astype(">u2")
+    Image.fromarray(half).save("little.tif")
+    Image.fromarray(big_endian).save("big.tif")
+    Image.fromarray(half).save("grey.png")
+    Path("grey.pgm").write_bytes(b"P5 40 30 65535\n" + big_endian.tobytes())
+    of_12_bits = np.full((30, 40), 2056, ">u2")            # of 4,095, which the header says
+    Path("grey12.pgm").write_bytes(b"P5 40 30 4095\n" + of_12_bits.tobytes())
+    colours = np.repeat(big_endian[..., None], 3, axis=2)
+    Path("colour.ppm").write_bytes(b"P6 40 30 65535\n" + colours.tobytes())
+    if features.check("jpg_2000"):
+        Image.fromarray(half).save("grey.jp2")
+    for path in Path().iterdir():
+        close(grey_of(path), 128, 0.6)                     # a rounding
+
+def test_pixels_of_16_bits_keep_black_and_white():
+    for value, expected in ((0, 0), (65535, 255), (257, 1)):
+        Image.fromarray(np.full((30, 40), value, np.uint16)).save("a.png")
+        assert grey_of("a.png") == expected
+
+def test_pixels_whose_range_a_file_does_not_tell_are_refused_by_name():
+    grey = np.full((30, 40), 128)
+    Image.fromarray((grey / 255).astype(np.float32)).save("float.tif")
+    Image.fromarray((grey / 255).astype(np.float32)).save("float.pfm")
+    Image.fromarray(grey.astype(np.int32)).save("int32.tif")
+    save_tiff("signed.tif", grey.astype("<i2").tobytes(), 16, SIGNED)
+    save_tiff("unsigned32.tif", grey.astype("<u4").tobytes(), 32)
+    for path in list(Path().iterdir()):
+        message = raises(OSError, vmae.read_image, path, 20)
+        assert "a file does not tell their range; convert it to 8 or 16 bits" in message
+    save_tiff("twelve.tif", bytes(40 * 30 * 12 // 8), 12)  # Pillow would make them too dark
+    assert "12 bits; convert it to 8" in raises(OSError, vmae.read_image, "twelve.tif", 20)
+
+def test_a_folder_of_floats_ends_a_training_in_one_line():
+    os.mkdir("data")
+    for i in range(30):
+        Image.fromarray(np.full((20, 20), i / 30, np.float32)).save(f"data/{i:02d}.tif")
+    text = runs(train_vmae.main, TINY_RUN, status=1)
+    last = text.splitlines()[-1]
+    assert "unreadable (its pixels are floats" in last and "over 1 % of the folder" in last
+
+def test_images_that_are_nearly_constant_are_said():
+    save_images("data", 20)
+    assert "nearly constant" not in described("data")
+    for i in range(20):
+        Image.new("RGB", (20, 20)).save(f"data/{i:03d}.png")
+    train, _ = vmae.open_images("data", 16)
+    n = len(train)
+    words = f"{n} of the {n} images that were looked at are nearly constant, such as all black"
+    assert words in described("data")
+
+# With Pillow's limit switched off every file was once unreadable ("'>' not supported").
+def test_the_limit_of_pixels_is_our_own():
+    save_images("data", 3)
+    save_images("bomb", 1)                                 # 400 pixels
+    with patch(Image, "MAX_IMAGE_PIXELS", None):           # as some notebooks set it
+        assert len(ImageFolder("data", 16)) == 3
+        with patch(vmae, "MAX_PIXELS", 399):
+            message = raises(InputError, ImageFolder, "bomb", 16)
+    assert "20x20 pixels; at most 399 are read" in message
+
+# ---- What the data are: what the start says ---------------------------------------------------
+
+def test_the_start_counts_images_classes_and_what_was_left_out():
+    for i in range(12):
+        save_images(f"data/class {i:02d}", i + 5)
+    Path("data/class 00/notes.txt").write_text("no image")
+    Path("data/class 00/film.MP4").write_bytes(b"no image")
+    Path("data/class 00/readme").write_text("no image")
+    text = described("data")
+    train = ImageFolder("data", 16, "train")
+    held_out = ImageFolder("data", 16, "val")
+    head = f"images: {len(train)} to train on, {len(held_out)} held out, 16 x 16 pixels"
+    assert text.splitlines()[0] == head
+    assert "each cropped to the square in its middle" in text
+    [classes] = re.findall("^classes: (.*)$", text, re.MULTILINE)
+    counts = re.findall(r"class \d\d (\d+)", classes)
+    assert len(counts) == 10 and classes.endswith(", and 2 more")
+    assert int(counts[3]) == sum(path.startswith("class 03/") for path in train.paths)
+    [left_out] = re.findall("^left out, by extension: (.*)$", text, re.MULTILINE)
+    assert set(left_out.split(", ")) == {".txt 1", ".mp4 1", "without extension 1"}
+
+def test_the_start_says_how_many_images_are_enlarged_or_unreadable():
+    save_images("data", 200)
+    save_images("data/small", 2, 12)
+    Path("data/broken.png").write_text("no image")
+    text, _ = warned(described, "data")
+    assert "enlarged: 2 of 202; the smallest has 12 pixels" in text
+    assert "left out, unreadable: 1" in text
+    assert "classes: none, as 200 images lie beside the sub-folders" in text
+    save_images("deep/only", 30)
+    text = described("deep")
+    assert "classes: none, as there is only one sub-folder" in text
+    for words in ("enlarged", "left out"):
+        assert words not in text
+
+def test_the_start_of_the_built_in_faces_names_their_classes():
+    text = described(None, size=8)
+    assert text.splitlines() == ["images: 16384 to train on, 1024 held out, 8 x 8 pixels",
+                                 "classes: bear, cat, human, robot"]
+
+# Two of three classes once vanished, because their files were .avif and .jp2.
+def test_all_that_pillow_reads_is_read_whatever_the_case_of_its_extension():
+    save_images("data/jpg", 1)
+    for kind in ("webp", "avif", "jp2", "GIF", "TIF", "PPM", "QOI"):
+        folder = Path("data", kind)
+        folder.mkdir()
+        try:
+            Image.new("RGB", (20, 20), "red").save(folder / f"a.{kind}")
+        except (OSError, KeyError, ValueError):            # this Pillow does not write it
+            Image.new("RGB", (20, 20), "red").save(folder / "a.png")
+    data = ImageFolder("data", 16)
+    assert len(data.classes) == len(data) == 8
+    x, _ = data.batch(range(8))
+    red = x.float()[data.classes.index("TIF")].mean((1, 2))
+    close(red, [255, 0, 0], 0)
+    for extension in (".jpg", ".png", ".webp", ".tif", ".bmp", ".gif"):
+        assert extension in vmae.EXTENSIONS
+    for extension in (".eps", ".wmf", ".mpg", ".h5", ".pdf"):              # see NOT_PICTURES
+        assert extension not in vmae.EXTENSIONS
+
+def test_an_empty_folder_says_what_is_in_it():
+    os.mkdir("data")
+    assert "it holds no files" in raises(InputError, ImageFolder, "data", 16)
+    Path("data/a.txt").touch()
+    assert "it holds .txt 1" in raises(InputError, ImageFolder, "data", 16)
+
+# A folder that holds train, val and test was once a data set with these classes.
+def test_classes_that_look_like_splits_are_said_with_the_line_to_type():
+    for names in (["train", "val", "test"], ["Train", "TEST"], ["training", "validation"]):
+        shutil.rmtree("data", ignore_errors=True)
+        for name in names:
+            save_images(f"data/{name}/cat", 9)
+            save_images(f"data/{name}/dog", 9, seed=1)
+        text = described("data")
+        options = re.findall(r"give --data (\S+) --val (\S+)$", text, re.MULTILINE)
+        [(data, val)] = options
+        assert Path(data).name == names[0]
+        assert Path(val).name in names[1:]
+        text = described(data, val)
+        assert "classes: cat 9, dog 9" in text
+        assert "look like parts" not in text
+
+def test_classes_of_which_some_are_no_splits_are_classes():
+    for name in ("train", "car", "boat"):                  # vehicles
+        save_images(f"data/{name}", 9)
+    assert "look like parts" not in described("data")
+
+# A class whose only image was held out had random weights as its label.
+def test_a_class_of_one_image_is_trained_on():
+    for i in range(40):                                    # some of these paths would be held out
+        save_images(f"data/class {i:02d}", 1)
+    save_images("data/many", 40)
+    train, val = vmae.open_images("data", 16)
+    assert train.labels.unique().tolist() == list(range(41))
+    assert len(val) > 0 and len(train) + len(val) == 80
+    assert not set(train.paths) & set(val.paths)
+
+def test_if_nothing_can_be_held_out_a_line_says_that_training_images_are_measured():
+    for i in range(12):
+        save_images(f"data/class {i:02d}", 1)
+    train, val = vmae.open_images("data", 16)
+    assert train.paths == val.paths
+    assert "too few images to hold any out" in described("data")
+    trained()                                              # and it trains
+    said = "warning: nothing was held out, so images are measured that were trained on"
+    [row] = measured("reconstruct", "", said)
+    assert row["N"] == 12
+    save_images("data/many", 40)
+    assert "too few" not in described("data")
+
+def test_a_folder_never_holds_our_own_output():
+    both_stages()
+    shutil.move("runs", "data/runs")
+    os.mkdir("data/samples")
+    Path("data/samples/samples.npz").touch()               # somebody else's
+    runs(sample.main, "--ckpt data/runs/ldm --n 2 --steps 1 --out data/samples")
+    assert os.path.exists("data/samples/samples.npz")
+    text = printed(ImageFolder, "data", 16)
+    for name in ("samples", "runs/vmae", "runs/ldm"):
+        assert f"data/{name}: left out, as our scripts wrote it" in text
+    data = ImageFolder("data", 16)
+    assert len(data) == 24
+    assert data.classes == ["left", "right"]
+    assert len(ImageFolder("data/samples", 16)) == 2       # asked for by name they are data
+
+# ---- Names of classes -------------------------------------------------------------------------
+
+# --class 1 once drew the class "02", and --class 3 of three classes the null class, silently.
+
+def test_a_number_is_a_name_if_all_names_are_numbers():
+    cases = [(["01", "02", "03"], {"1": 0, "01": 0, "3": 2, "003": 2}),
+             (["1", "2", "3", "10"], {"1": 0, "3": 2, "10": 3, "02": 1}),
+             (["1", "01", "2"], {"1": 0, "01": 1, "2": 2})]
+    for names, labels in cases:
+        for text, label in labels.items():
+            assert sample.pick_labels(text, names) == [label], (text, names)
+    for text, names in (("0", ["01", "02"]), ("4", ["1", "2", "3"]), ("001", ["1", "01"])):
+        assert "unknown; choose from" in raises(InputError, sample.pick_labels, text, names)
+
+def test_a_number_is_a_place_if_names_are_no_numbers():
+    names = ["left", "right", "7"]
+    for text, label in (("left", 0), ("1", 1), ("7", 2)):  # "7" is a name, too
+        assert sample.pick_labels(text, names) == [label]
+    for text in ("3", "-1", "up", "LEFT"):
+        message = raises(InputError, sample.pick_labels, text, names)
+        assert f"--class {text}: unknown; choose from left, right, 7, a number below 3" in message
+
+def test_the_null_class_has_a_word_of_its_own():
+    assert sample.pick_labels("null", ["left", "right"]) == [2]
+    assert sample.pick_labels("null", ["1", "2"]) == [2]
+    assert sample.pick_labels("null", ["left", "null"]) == [1]             # a folder of this name
+    assert sample.pick_labels(None, ["left", "right"]) == [0, 1]
+    assert "unconditional" in raises(InputError, sample.pick_labels, "null", [])
+
+def test_a_wrong_class_among_thousands_is_a_short_message():
+    names = [f"class {i}" for i in range(3000)]
+    message = raises(InputError, sample.pick_labels, "x", names)
+    assert "class 9 and 2990 more" in message
+    assert len(message) < 250
+
+def test_accents_are_compared_in_one_form():
+    composed = "café"
+    decomposed = unicodedata.normalize("NFD", composed)    # as macOS stores it
+    assert composed != decomposed
+    for typed in (composed, decomposed):
+        for stored in (composed, decomposed):
+            assert sample.pick_labels(typed, ["bar", stored]) == [1]
+
+def test_a_run_goes_on_after_its_folders_were_copied_with_accents_in_another_form():
+    save_images("data/bar", 12)
+    save_images(f"data/{unicodedata.normalize('NFD', 'café')}", 12, seed=1)
+    trained()
+    runs(train_ldm.main, TINY_LDM)
+    for folder in list(Path("data").iterdir()):
+        folder.rename(f"data/{unicodedata.normalize('NFC', folder.name)}")
+    runs(train_ldm.main, "--resume --steps 3")
+    text = runs(train_ldm.main, f"{TINY_LDM} --init runs/ldm --out new")
+    assert "starts anew" not in text
+    text = runs(sample.main, "--n 1 --steps 1 --class café")
+    assert "number 1" in text
+
+def test_what_is_drawn_is_always_said_by_its_name():
+    save_images("data/01", 12)
+    save_images("data/02", 12, seed=1)
+    trained()
+    runs(train_ldm.main, TINY_LDM)
+    runs(train_ldm.main, f"{TINY_LDM} --no-classes --out runs/flat")
+    for options, said in (
+            ("--class 1", "drawing the class 01, number 0, guidance 1.5"),
+            ("--class null --cfg 1", "drawing the null class, guidance 1"),
+            ("", "drawing 2 classes in turn, guidance 1.5"),
+            ("--ckpt runs/flat", "drawing without classes, guidance 1")):
+        text = runs(sample.main, f"--n 1 --steps 1 {options}")
+        assert said in text.splitlines()
+
+# ---- Networks beside the model, memory, compilers ---------------------------------------------
+
+# Each of these once ended in a traceback: VGG halves 8 pixels to nothing, only CUDA's lack of
+# memory has a class of its own, and torch's compiler logs a hundred lines.
+
+def test_small_images_are_trained_without_the_networks_that_need_larger_ones():
+    save_images("data", 12)
+    go = "--data data --steps 2 --batch 4 --precision float32"
+    with patch(vmae, "load_lpips", side_effect=AssertionError):            # not even looked for
+        text = runs(train_vmae.main, f"{go} --size 8 --out eight")
+        assert "training without LPIPS: LPIPS needs images of 16 pixels, and --size is 8" in text
+        text = runs(train_vmae.main, f"{go} --size 4 --preset sdvae --out four")
+    assert "training without the discriminator: the discriminator needs images of 8" in text
+    assert losses_logged("four") == ["L_R", "L_reg"]
+    runs(train_vmae.main, f"{go} --size 8 --preset sdvae --out enough")
+    assert "L_D" in losses_logged("enough")                # 8 pixels are enough for it
+    refuses(train_vmae.main, {
+        "--size 8 --lambda-p .5": "--lambda-p: LPIPS needs images of 16 pixels",
+        "--size 4 --preset sdvae --lambda-p 0 --lambda-adv 1": "--lambda-adv: the discriminator"},
+        f"{go} --out new")
+
+def test_small_images_are_measured_without_LPIPS():
+    save_images("data", 24)
+    trained("--size 12")
+    trained("--size 12 --seed 1", "runs/other")
+    both = "runs/vmae runs/other"
+    lines = {"reconstruct": f"--ckpt {both}",
+             "smoothness": f"--ckpt {both} --eps 0 1",
+             "compare": both}
+    with patch(evaluate, "find_lpips", return_value=largest_difference):   # as from a cache
+        for name, line in lines.items():
+            rows = measured(name, line, "skipped LPIPS: LPIPS needs images of 16 pixels, those of")
+            assert not any("LPIPS" in column for column in rows[0])
+            asked_for = f"{name} {line} --vgg-weights vgg.pth --out new"
+            refuses(evaluate.main, {asked_for: "--vgg-weights: LPIPS needs images of 16 pixels"})
+
+def test_LPIPS_takes_16_pixels_and_no_fewer():
+    torch.save(random_vgg(), "vgg.pth")
+    net = vmae.load_lpips("vgg.pth")
+    x = random_images(1, vmae.LPIPS_MIN)
+    assert vmae.loss_P(net, x, -x) > 0
+    smaller = random_images(1, vmae.LPIPS_MIN - 1)
+    assert "too small" in raises(RuntimeError, vmae.loss_P, net, smaller, -smaller)
+
+def no_memory_for_this(*args, **options):
+    """What torch does on a CPU that has no 4 PB."""
+    return torch.empty(10**15)
+
+def test_out_of_memory_is_one_line_wherever_it_happens():
+    both_stages()
+    of_numpy = patch(vmae.Cache, "batch", side_effect=MemoryError("Unable to allocate 5 GiB"))
+    of_torch = patch(vmae, "loss_VMAE", no_memory_for_this)
+    of_mps = patch(ldm, "loss_LDM", side_effect=RuntimeError("MPS backend out of memory"))
+    of_drawing = patch(sample, "draw", no_memory_for_this)
+    of_measuring = patch(evaluate, "scores", no_memory_for_this)
+    for trouble, main, line in (
+            (of_numpy, train_vmae.main, f"{TINY_RUN} --out one"),
+            (of_torch, train_vmae.main, f"{TINY_RUN} --out two"),
+            (of_mps, train_ldm.main, f"{TINY_LDM} --out three"),
+            (of_drawing, sample.main, "--n 2"),
+            (of_measuring, evaluate.main, "reconstruct")):
+        with trouble:
+            last = last_line_of(main, line)
+        assert "error: out of memory; give a smaller --micro, --batch or --size" in last
+
+def test_other_errors_of_torch_are_not_taken_for_the_user_s():
+    save_images("data", 8)
+    with patch(vmae, "loss_VMAE", side_effect=RuntimeError("shapes differ")):
+        assert raises(RuntimeError, runs, train_vmae.main, TINY_RUN) == "shapes differ"
+
+no_compiler = patch(torch, "compile", side_effect=RuntimeError("No C++ compiler. Then\nmany lines"))
+
+def test_without_a_compiler_a_training_that_asks_for_it_ends_in_one_line():
+    both_stages()
+    lines = {train_vmae.main: f"{TINY_RUN} --out one", train_ldm.main: f"{TINY_LDM} --out two"}
+    for main, line in lines.items():
+        with no_compiler:
+            last = last_line_of(main, f"{line} --compile")
+        assert "error: --compile: torch.compile does not work here (No C++ compiler)" in last
+        assert last.endswith("; leave it out")
+
+def test_without_a_compiler_a_training_that_compiles_by_default_goes_on():
+    save_images("data", 8)
+
+    def as_on_cuda(args, given, device, known):
+        args.compile = True                                # the default there
+        fill_in(args, given, device, known)
+        args.model = "small"                               # of tiny ones no block is compiled
+
+    fill_in = train_vmae.fill_in
+    with no_compiler, patch(train_vmae, "fill_in", as_on_cuda):
+        text = runs(train_vmae.main, f"{TINY_RUN} --lambda-p 0")
+    assert "torch.compile does not work here (No C++ compiler), so training is slower" in text
+
+# A process that believes to be number 1 of 1 would train for hours and save nothing.
+def test_a_leftover_of_a_launcher_is_one_line():
+    for rank, world, said in ((1, 1, "RANK=1 is set, but there are 1 processes; unset RANK"),
+                              (0, 2, "WORLD_SIZE=2 is set, but torchrun did not start")):
+        with (patch(vmae, "RANK", rank), patch(vmae, "WORLD", world), mock.patch.dict(os.environ)):
+            os.environ.pop("MASTER_ADDR", None)
+            assert said in raises(InputError, vmae.start, "cpu")
+
+# ---- Other people's checkpoints ---------------------------------------------------------------
+
+# A VAE of Stable Diffusion 1 once lost two convolutions on the way, with a line about weights that
+# were left over; the training on wrong latents ended with exit 0.
+
+def sd_vae():
+    """A small VAE under the names that diffusers gives to those of Stable Diffusion."""
+    torch.manual_seed(0)
+    return vmae.ConvAutoencoder(32, (16, 16, 32), 4)
+
+def quant_convs():
+    """The two 1x1 convolutions of Stable Diffusion 1 and 2, random."""
+    convs = {}
+    for name, channels in (("quant_conv", 8), ("post_quant_conv", 4)):
+        convs[f"{name}.weight"] = torch.randn(channels, channels, 1, 1)
+        convs[f"{name}.bias"] = torch.randn(channels)
+    return convs
+
+def names_of_2022(weights):
+    """The same weights, but the parts of attention have their earlier names, and two of them are
+    1x1 convolutions, as in some files."""
+    earlier = {".to_q.": ".query.", ".to_k.": ".key.", ".to_v.": ".value.",
+               ".to_out.0.": ".proj_attn."}
+    renamed = {}
+    for name, value in weights.items():
+        for now, then in earlier.items():
+            if now in name and "attentions" in name:
+                name = name.replace(now, then)
+                if then in (".query.", ".key.") and value.ndim == 2:
+                    value = value[..., None, None]         # (C, C) -> (C, C, 1, 1)
+        renamed[name] = value
+    return renamed
+
+def test_a_vae_of_stable_diffusion_1_encodes_and_decodes_with_its_two_convolutions():
+    body = sd_vae()
+    convs = quant_convs()
+    x = random_images(2, 32)
+    moments = F.conv2d(body.encoder(x), convs["quant_conv.weight"], convs["quant_conv.bias"])
+    mu, logvar = moments.chunk(2, 1)                                       # (B, d, h, w) each
+    z = F.conv2d(mu, convs["post_quant_conv.weight"], convs["post_quant_conv.bias"])
+    x_hat = body.decoder(z)
+    weights = {**body.state_dict(), **convs}
+    for names, content in (("today", weights), ("2022", names_of_2022(weights))):
+        torch.save(content, f"{names}.bin")
+        ours = vmae.load_vmae(f"{names}.bin")
+        q = ours.encode(x)
+        close(q.mu, mu, 1e-5)
+        close(q.logvar, logvar, 1e-5)
+        close(ours.decode(q.mode()), x_hat, 1e-5)
+    assert "to_q" not in "".join(names_of_2022(weights))
+
+def test_a_vae_of_stable_diffusion_1_can_be_trained_on_measured_and_tuned():
+    save_images("data", 12)
+    convs = quant_convs()
+    torch.save({**sd_vae().state_dict(), **convs}, "sd1.bin")
+    go = f"{TINY_RUN} --size 32 --mask 0 --init sd1.bin"
+    runs(train_vmae.main, f"{go} --out on")
+    assert not torch.equal(vmae.load_vmae("on").quant_conv.weight, convs["quant_conv.weight"])
+    runs(train_vmae.main, f"{go} --lambda-reg 0 --out point")
+    point = vmae.load_vmae("point")
+    assert (point.encode(random_images(1, 32)).logvar == -30).all()
+    runs(train_vmae.main, f"{go} --tune decoder --out tuned")
+    tuned = vmae.load_vmae("tuned")
+    assert torch.equal(tuned.quant_conv.weight, convs["quant_conv.weight"])
+    runs(train_ldm.main, f"{TINY_LDM} --vmae on")
+    rows = measured("reconstruct", "--ckpt on point tuned --n 2")
+    assert len(rows) == 3
+
+def test_weights_that_are_left_over_and_matter_are_refused():
+    weights = sd_vae().state_dict()
+    convs = quant_convs()
+    cases = [({**weights, "encoder.extra.weight": torch.ones(3)},
+              "1 of its weights have no place in this model, such as encoder.extra.weight"),
+             ({**weights, "post_quant_conv.weight": convs["post_quant_conv.weight"]},
+              "such as post_quant_conv.weight, so it is another one"),
+             ({**weights, "quant_conv.weight": convs["quant_conv.weight"],
+               "quant_conv.bias": convs["quant_conv.bias"]},
+              "lacks 2 weights of this model, such as post_quant_conv.bias")]
+    for content, said in cases:
+        torch.save(content, "other.pt")
+        assert said in raises(InputError, vmae.load_vmae, "other.pt")
+
+def test_weights_of_a_training_that_are_left_over_are_named_and_ignored():
+    weights = sd_vae().state_dict()
+    torch.save({**weights, "loss.logvar": torch.ones(1), "discriminator.0.bias": torch.ones(1)},
+               "vae.pt")
+    text = printed(vmae.load_vmae, "vae.pt")
+    count = len(weights)
+    assert text == f"vae.pt: {count} tensors read, ignored: loss.logvar, discriminator.0.bias\n"
+
+def test_names_of_the_first_latent_diffusion_code_are_recognised():
+    weights = {"encoder.conv_in.weight": torch.zeros(128, 3, 3, 3),
+               "encoder.down.0.block.0.norm1.weight": torch.zeros(128),
+               "decoder.conv_in.weight": torch.zeros(512, 4, 3, 3)}
+    whole = {f"first_stage_model.{name}": value for name, value in weights.items()}
+    for content in (weights, {"state_dict": weights}, {"state_dict": whole}):
+        torch.save(content, "first.ckpt")
+        message = raises(InputError, vmae.load_vmae, "first.ckpt")
+        assert "names of the first latent diffusion code" in message
+        assert "AutoencoderKL.from_single_file" in message
+
+# "A damaged file" was once said of files that are whole, but hold a number of numpy's.
+def test_python_objects_inside_a_checkpoint_are_named():
+    weights = {"state_dict": sd_vae().state_dict()}
+    objects = {"numpy._core.multiarray.scalar": np.float64(1.5),
+               "pathlib.PurePosixPath": PurePosixPath("/x"),
+               "types.SimpleNamespace": SimpleNamespace(a=1)}
+    for name, value in objects.items():
+        for new_format in (True, False):                   # False: as torch 1.5 wrote it
+            torch.save({**weights, "extra": value}, "bad.pt",
+                       _use_new_zipfile_serialization=new_format)
+            message = raises(InputError, vmae.load_vmae, "bad.pt")
+            assert "it holds Python objects (" in message
+            assert name in message
+            assert "save its state_dict by itself" in message
+
+def test_a_file_that_is_no_checkpoint_by_its_name_is_told_what_is_one():
+    np.save("array.npy", np.zeros(3))
+    Path("archive.zip").write_bytes(b"PK\x03\x04")
+    save_images("data", 1)
+    for path in ("array.npy", "archive.zip", "data/000.png"):
+        message = raises(InputError, vmae.load_vmae, path)
+        assert message.startswith(f"{path}: not a checkpoint; give a file in .pt, .pth, .bin")
+    Path("cut.PT").write_bytes(b"PK\x03\x04")              # by its name it is one
+    assert "not a checkpoint, or a damaged one" in raises(InputError, vmae.load_vmae, "cut.PT")
+
 @contextlib.contextmanager
-def files_up_to(size):
-    """The system refuses to make a file larger than this, as if the disk were full."""
-    import resource
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+def without_the_rights_of_root():
+    """As the user nobody, because root may read every file. A skip where there is no such thing."""
+    if not hasattr(os, "seteuid"):
+        raise unittest.SkipTest("this system has no users as Unix has them")
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(65534)
     try:
         yield
     finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        os.seteuid(user)
 
-def test_a_full_disk_is_one_line_at_every_write_and_loses_nothing():
+def test_what_may_not_be_read_is_said_to_be_that():
+    save_images("data/open", 3)
+    os.mkdir("data/closed")
+    torch.save(sd_vae().state_dict(), "closed.pt")
+    os.chmod("closed.pt", 0)
+    os.chmod("data/closed", 0)
+    with without_the_rights_of_root():
+        text = runs(sample.main, "--ckpt closed.pt", status=1)
+        assert text == "error: closed.pt: Permission denied\n"
+        text = runs(train_vmae.main, "--data data --out /tmp/nowhere", status=1)
+        assert text.endswith("data/closed: Permission denied\n")
+    os.chmod("data/closed", 0o700)
+
+# ---- Black images -----------------------------------------------------------------------------
+
+# Two equal images have an infinite PSNR, and JSON has no such number.
+
+def save_black_run():
+    """data/ with black images, and a checkpoint in black.pt whose model makes everything black, so
+    that its PSNR is infinite."""
+    os.mkdir("data")
+    for i in range(24):
+        Image.new("RGB", (20, 20)).save(f"data/{i:02d}.png")
+    trained()
+    ckpt = load("runs/vmae/last.pt")
+    ckpt["model"]["decoder_pred.conv_smoother.weight"] *= 0
+    ckpt["model"]["decoder_pred.conv_smoother.bias"][:] = -1.5
+    torch.save(ckpt, "black.pt")
+
+def test_a_log_of_black_images_is_json():
+    save_black_run()
+    runs(train_vmae.main, f"{TINY_RUN} --init black.pt --lr 1e-9 --save-every 1 --out black")
+    lines = Path("black/log.jsonl").read_text().splitlines()
+    for line in lines:
+        numbers = strict_json(line)
+        assert numbers["PSNR_val"] is None                 # infinite
+        assert numbers["L_R"] > 0
+    assert len(lines) == 2
+    assert Path("black/curves.png").exists()               # which leave such points out
+
+def test_tables_of_black_images_are_json():
+    save_black_run()
+    torch.save(load("black.pt"), "other.pt")
+    lines = {"reconstruct": "--ckpt black.pt runs/vmae",
+             "smoothness": "--ckpt black.pt --eps 0 1",
+             "compare": "black.pt other.pt runs/vmae"}
+    for name, line in lines.items():
+        runs(evaluate.main, f"{name} {line} --out out")
+        strict_json(Path(f"out/{name}.json").read_text())
+    rows = strict_json(Path("out/reconstruct.json").read_text())["rows"]
+    assert [row["PSNR"] is None for row in rows] == [True, False]
+
+# ---- Flips, and saves that are kept -----------------------------------------------------------
+
+# Letters, digits and organs have a left and a right: mirrored ones were once among the samples.
+
+def save_letters(folder, count):
+    """Images that are white on their left half and noise on the right, so that no mirror image
+    looks like one of them."""
+    Path(folder).mkdir(parents=True)
+    for i, pixels in enumerate(random_pixels((count, 16, 16, 3))):
+        pixels[:, :8] = 255
+        Image.fromarray(pixels // 2 + pixels // 4).save(Path(folder, f"{i:02d}.png"))
+
+def images_seen(options):
+    """All images that two steps of stage one train on, (8, 3, 16, 16)."""
+    seen = []
+    loss_VMAE = vmae.loss_VMAE
+
+    def look(x, *args):
+        seen.append(x)
+        return loss_VMAE(x, *args)
+
+    with patch(vmae, "loss_VMAE", look):
+        trained(options)
+    return torch.cat(seen)
+
+def test_no_image_is_mirrored_with_no_flip():
+    save_letters("data", 24)
+    left = images_seen("")[..., :8].mean((1, 2, 3))                        # (8,)
+    assert 0 < (left < 0.4).sum() < 8                      # where the noise is, if mirrored
+    left = images_seen("--no-flip")[..., :8].mean((1, 2, 3))
+    assert (left > 0.4).all()
+
+def test_stage_two_mirrors_images_as_stage_one_did_unless_told_otherwise():
+    save_letters("data", 24)
+    n = len(ImageFolder("data", 16, "train"))
+    trained(out="flip")
+    trained("--no-flip", out="no_flip")
+    for line, rows in (("--vmae flip", 2 * n),
+                       ("--vmae no_flip", n),
+                       ("--vmae no_flip --flip", 2 * n),
+                       ("--vmae flip --no-flip", n)):
+        shutil.rmtree("run", ignore_errors=True)
+        runs(train_ldm.main, f"{TINY_LDM} {line} --out run")
+        [moments_file] = Path("run").glob("moments_*.npy")
+        assert len(np.load(moments_file)) == rows, line
+        assert load("run/last.pt")["train_args"]["flip"] == (rows == 2 * n)
+
+def test_the_cache_of_moments_belongs_to_its_flips():
+    save_letters("data", 24)
+    trained()
+    runs(train_ldm.main, f"{TINY_LDM} --out run")
+    [before] = Path("run").glob("moments_*.npy")
+    os.remove("run/last.pt")
+    runs(train_ldm.main, f"{TINY_LDM} --no-flip --out run")
+    [after] = Path("run").glob("moments_*.npy")            # the other one went
+    assert before.name != after.name
+    refuses(train_ldm.main, {"--flip": "--flip True: the run in run has False"},
+            "--out run --resume --steps 9")
+
+def test_saves_are_kept_if_asked_for_and_can_be_measured():
+    save_images("data", 24)
+    trained("--save-every 1 --keep")
+    runs(train_vmae.main, f"{TINY_RUN} --save-every 1 --steps 3 --resume")
+    kept = sorted(path.name for path in Path("runs/vmae").glob("*.pt"))
+    assert kept == ["last.pt", "step_000001.pt", "step_000002.pt", "step_000003.pt"]
+    assert load("runs/vmae/step_000001.pt")["step"] == 1
+    last = Path("runs/vmae/last.pt").read_bytes()
+    assert Path("runs/vmae/step_000003.pt").read_bytes() == last
+    names = " ".join(f"runs/vmae/{name}" for name in kept[1:])
+    rows = measured("reconstruct", f"--ckpt {names} --n 2")
+    assert len({row["PSNR"] for row in rows}) == 3
+    runs(train_ldm.main, f"{TINY_LDM} --save-every 1 --keep")
+    runs(sample.main, "--ckpt runs/ldm/step_000001.pt --n 1 --steps 1")
+    trained(out="usual")
+    assert list(Path("usual").glob("*.pt")) == [Path("usual/last.pt")]
+
+# ---- A data set of one's own, a notebook ------------------------------------------------------
+
+# The file is a program. It runs if the user names it, and not because a checkpoint does.
+
+OWN_IMAGES = '''
+import torch, vmae
+
+class Squares(vmae.Images):
+    classes = ["dark", "light"]
+    def __init__(self, size, first, count):
+        self.size, self.first, self.count = size, first, count
+    def __len__(self):
+        return self.count
+    def batch(self, indices):
+        number = torch.as_tensor(indices) + self.first
+        pixel = torch.arange(3 * self.size**2).view(3, self.size, self.size)
+        return (number.view(-1, 1, 1, 1) * pixel % 251).byte(), number % 2
+    def made_of(self):
+        return f"squares {self.first} {self.count}"
+
+def open_images(size):
+    return Squares(size, 0, 24), Squares(size, 24, 8)
+'''
+
+def own_images():
+    """images.py, a Python file with a data set, and both stages trained on it."""
+    Path("images.py").write_text(OWN_IMAGES)
+    runs(train_vmae.main, f"{TINY_RUN} --data images.py --out runs/vmae")
+    return runs(train_ldm.main, f"{TINY_LDM} --data images.py")
+
+def test_a_data_set_of_one_s_own_trains_both_stages():
+    text = own_images()
+    assert "images: 24 to train on, 8 held out, 16 x 16 pixels" in text
+    assert "classes: dark, light" in text
+    [moments_file] = Path("runs/ldm").glob("moments_*.npy")
+    assert len(np.load(moments_file)) == 48
+    text = runs(sample.main, "--n 2 --steps 1 --class light")
+    assert "drawing the class light" in text
+
+def test_a_data_set_of_one_s_own_is_measured_if_it_is_named_again():
+    own_images()
+    rows = measured("reconstruct", "--data images.py")
+    assert rows[0]["N"] == 8                               # those that it holds out
+    rows = measured("separability", "--data images.py --n 8")
+    assert rows[-1]["level"] == "classes, object"
+    save_images("real", 12, 16)
+    with tiny_inception:
+        assert measured("fid", "--real real --n 8")[0]["N fake"] == 8
+        line = "runs/ldm runs/ldm/last.pt --data images.py --inception-weights tiny.pth"
+        measured("compare", line, "skipped generation")    # which images.py does not hold
+
+def test_a_program_that_only_a_checkpoint_names_is_not_run():
+    own_images()
+    Path("images.py").write_text("raise SystemExit('it ran')")
+    refuses(train_ldm.main, {"--out new": "a program; name it again with --data",
+                             "--resume --steps 3": "a program; name it again with --data"})
+    refuses(train_vmae.main, {"--resume --steps 3": "a program; name it again with --data"})
+    with tiny_inception:
+        refuses(evaluate.main, {
+            "reconstruct": "a program; name it again with --data",
+            "separability": "a program; name it again with --data",
+            "neighbours": "a program; neighbours measures folders",
+            "fid": "a program; name a folder or a .npz with --real",
+            "faces": "not on the faces"})
+
+def test_a_python_file_without_open_images_is_one_line():
+    Path("empty.py").touch()
+    refuses(train_vmae.main, {
+        "--data empty.py": "empty.py: defines no function open_images(size); see vmae.Images",
+        "--data none.py": "none.py: no such file",
+        "--data empty.py --val data": "leave --val out"}, "--size 16")
+
+def test_a_picture_file_becomes_a_picture_in_five_lines():
+    save_images("data", 12, 40)
+    trained()
+    lines = """
+from vmae import load_vmae, read_image, to_float, picture
+vmae = load_vmae("runs/vmae")
+x = to_float(read_image("data/000.png", vmae.img_size))[None]
+z = vmae.encode(x).mode()
+shown = picture([x, vmae.decode(z)])
+"""
+    notebook = {}
+    exec(lines, notebook)
+    assert isinstance(notebook["shown"], Image.Image)
+    assert notebook["shown"].size == (4 * 16, 4 * (16 + 2 + 16))           # enlarged 4 times
+    upper = np.array(notebook["shown"])[:64:4, ::4]
+    expected = vmae.read_image("data/000.png", 16).permute(1, 2, 0)
+    close(upper, expected, 0)
+
+def test_wrong_shapes_types_and_ranges_are_named_by_encode():
+    pixels = torch.from_numpy(random_pixels((2, 3, 16, 16)))
+    x = vmae.to_float(pixels)
+    cases = [(Image.new("RGB", (16, 16)), "x is a Image: give a tensor"),
+             (pixels, "x is uint8: give to_float(x)"),
+             (x[0], "x has the shape (3, 16, 16): give a batch, for one image x[None]"),
+             (x[:, :1], "give (B, 3, H, W), with 3 colours"),
+             (x.permute(0, 2, 3, 1), "give (B, 3, H, W), with 3 colours"),
+             (pixels.float(), "images are in [-1, 1]; give to_float(x)")]
+    for model in (VMAE(**TINY_VMAE), vmae.ConvAutoencoder(16, (8, 8, 16), 4)):
+        model.encode(x)
+        model.encode(x.half().float())
+        for wrong, said in cases:
+            assert said in raises(InputError, model.encode, wrong)
+    message = raises(InputError, VMAE(**TINY_VMAE).encode, random_images(1, 32))
+    assert message == "this model encodes 16x16 pixels, not 32x32"
+
+def test_run_folders_stand_for_their_last_checkpoint():
     both_stages()
-    before = {path: path.read_bytes() for path in Path("runs").rglob("*.pt")}
-    both = "--steps 4 --resume"
-    cases = [(train_vmae, f"{TINY_RUN} {both}", 9, "images.json"),
-             (train_vmae, f"{TINY_RUN} {both}", 2000, "preview_000004.png"),
-             (train_vmae, f"{TINY_RUN} {both}", 50000, "last.pt"),
-             (train_vmae, f"{TINY_RUN} --out new", 9000, "images_"),
-             (train_ldm, f"{both}", 100000, "last.pt"), (train_ldm, "--out two", 20000, "moments_"),
-             (sample, "--n 2 --steps 1", 9, "samples.json"),
-             (sample, "--n 2 --steps 1", 300, "samples/"),
-             (sample, "--n 200 --steps 1 --npz", 120000, "samples.npz"),
-             (evaluate, "reconstruct --out table", 9, "reconstruct.json"),
-             (evaluate, "reconstruct --out table", 500, "reconstruct.png")]
-    for script, line, size, word in cases:
-        with files_up_to(size), patch(train_ldm, "measure", return_value={}):
-            text = runs(script.main, line, status=1)
-        last = text.splitlines()[-1].split("\r")[-1]
-        assert word in last and "File too large" in last and "Traceback" not in text, text
-        assert not list(Path().rglob("*.tmp")), line
-    assert before == {path: path.read_bytes() for path in before}
-    Path("file").touch()                                   # nothing can be written below a file
-    for script, line in ((train_vmae, f"{TINY_RUN} --out file/run"), (train_ldm, "--out file/run"),
-                         (sample, "--out file/run"), (evaluate, "reconstruct --out file/run")):
-        assert "file" in (text := runs(script.main, line, status=1)).splitlines()[-1], text
-        assert "sampling" not in text and "|---" not in text   # before the work
+    same(vmae.load_vmae("runs/vmae").state_dict(), vmae.load_vmae("runs/vmae/last.pt").state_dict())
+    same(vmae.load_vmae("runs/ldm").state_dict(), vmae.load_vmae("runs/vmae").state_dict())
+    model, schedule, ckpt = ldm.load_ldm("runs/ldm")
+    assert schedule.T == 1000
+    assert ckpt["classes"] == ["left", "right"]
+    assert "no such checkpoint" in raises(InputError, vmae.load_vmae, "data")
+    os.chdir("runs/ldm")
+    vmae.load_vmae(".")
 
+# ---- Checkpoints of earlier versions ----------------------------------------------------------
+
+# The options that commit 8696cc7 saved in its checkpoints: of both stages, of either.
+OLD_BOTH = set("data val model batch micro steps lr save_every out seed device precision resume "
+               "compile init".split())
+OLD_ONE = OLD_BOTH | set("size preset arch tune mask whole noise lambda_m lambda_reg lambda_p "
+                         "lambda_adv kl_mean vgg_weights no_cache adv_start".split())
+OLD_TWO = OLD_BOTH | set("vmae no_classes stats objective schedule drop".split())
+
+def old_options(train_args, names):
+    """The options of a run without those that are new."""
+    assert names <= train_args.keys()
+    return {name: train_args[name] for name in names}
+
+def old_runs():
+    """Both stages, as if commit 8696cc7 had trained them."""
+    both_stages()
+    one = load("runs/vmae/last.pt")
+    one["train_args"] = old_options(one["train_args"], OLD_ONE)
+    torch.save(one, "runs/vmae/last.pt")
+    two = load("runs/ldm/last.pt")
+    two["train_args"] = old_options(two["train_args"], OLD_TWO)
+    two["vmae"]["train_args"] = one["train_args"]
+    torch.save(two, "runs/ldm/last.pt")
+
+def test_checkpoints_of_an_earlier_version_load_draw_and_are_measured():
+    old_runs()
+    vmae.load_vmae("runs/vmae")
+    runs(sample.main, "--n 2 --steps 1")
+    rows = measured("reconstruct", "--ckpt runs/vmae runs/ldm --n 2")
+    assert rows[0]["PSNR"] == rows[1]["PSNR"]
+    measured("neighbours", "--n 2")
+    runs(train_ldm.main, f"{TINY_LDM} --out new")
+    assert load("new/last.pt")["train_args"]["flip"] is True               # as it was then
+
+def test_runs_of_an_earlier_version_go_on():
+    old_runs()
+    runs(train_vmae.main, "--resume --steps 3")
+    runs(train_ldm.main, "--resume --steps 3")
+    assert load("runs/vmae/last.pt")["step"] == load("runs/ldm/last.pt")["step"] == 3
+    assert load("runs/ldm/last.pt")["train_args"]["flip"] is True
 
 # ---- The scripts, as a user types them --------------------------------------------------------
 
-def test_the_whole_chain():
-    save_images("data/left", 20), save_images("data/right", 20)
-    for line in (f"train_vmae.py {TINY_RUN} --steps 3 --save-every 2", "train_ldm.py --steps 3",
-                 "sample.py --n 9 --steps 4 --npz --trajectory", "evaluate.py"):
-        script, *args = line.split()
-        ran = subprocess.run([sys.executable, HERE / script, *args], capture_output=True, text=True)
-        assert ran.returncode == 0, ran.stderr
-    assert "| PSNR |" in ran.stdout                        # evaluate.py's first table
+def test_the_whole_chain_leaves_what_readme_says():
+    save_images("data/left", 20)
+    save_images("data/right", 20)
+    runs(train_vmae.main, f"{TINY_RUN} --steps 3 --save-every 2")
+    runs(train_ldm.main, f"{TINY_LDM} --steps 3")
+    runs(sample.main, "--n 9 --steps 4 --npz --trajectory")
+    assert "| PSNR |" in all_figures()                     # the first table
     pictures = {path.name for path in Path("runs/vmae").glob("*.png")}
-    assert pictures >= {"preview_000002.png", "preview_000003.png", "reconstruct.png"}
-    log = log_of("runs/vmae")[-1]
-    assert log["step"] == 3 and {"L_R", "L_M", "L_reg", "lr", "images_per_s"} <= set(log)
+    assert {"preview_000002.png", "preview_000003.png", "curves.png", "reconstruct.png"} <= pictures
+    last = log_of("runs/vmae")[-1]
+    assert last["step"] == 3
+    assert {"L_R", "L_M", "L_reg", "lr", "images_per_s", "PSNR_val", "PSNR_m_val"} <= last.keys()
     ckpt = load("runs/ldm/last.pt")
     assert ckpt["classes"] == ["left", "right"]            # the names of the folders
+    assert Path("runs/ldm/preview_000003.png").exists()
+
+def test_samples_are_the_same_as_png_as_npz_and_in_the_overview():
+    both_stages()
+    runs(sample.main, "--n 9 --steps 4 --npz --trajectory")
     images = np.load("samples/samples.npz")["arr_0"]
-    assert images.shape == (9, 16, 16, 3) and images.dtype == np.uint8
-    assert np.array_equal(np.array(Image.open("samples/sample_000004.png")), images[4])
-    grid = np.array(Image.open("samples/grid.png"))        # 8 a row, enlarged 4 times: the ninth
-    assert np.array_equal(grid[72:136:4, :64:4], images[8]) and (grid[72:, 64:] == 255).all()
-    assert Image.open("samples/trajectory.png").width > 16
-    model, schedule, _ = ldm.load_ldm("runs/ldm/last.pt")
-    assert schedule.T == 1000 and model.y_embedder.num_classes == 2
-    name = "final_layer.linear.weight"                     # it is the average that samples
+    assert images.shape == (9, 16, 16, 3)
+    assert images.dtype == np.uint8
+    for i in range(9):
+        assert np.array_equal(np.array(Image.open(f"samples/sample_{i:06d}.png")), images[i])
+    grid = np.array(Image.open("samples/grid.png"))        # eight per row, enlarged four times
+    assert np.array_equal(grid[72:136:4, :64:4], images[8])
+    assert (grid[72:, 64:] == 255).all()
+    assert Image.open("samples/trajectory.png").size == (4 * (4 * 18 - 2), 4 * (8 * 18 - 2))
+
+def test_the_average_of_the_weights_is_what_samples():
+    both_stages()
+    model, schedule, ckpt = ldm.load_ldm("runs/ldm")
+    assert schedule.T == 1000
+    assert model.y_embedder.num_classes == 2
+    name = "final_layer.linear.weight"
     assert torch.equal(model.state_dict()[name], ckpt["ema"][name])
     assert not torch.equal(ckpt["model"][name], ckpt["ema"][name])
     assert ckpt["ema"][name].abs().max() > 0               # where both started
 
+# ---- README -----------------------------------------------------------------------------------
+
+def code_blocks(language):
+    """README's code blocks of this language."""
+    text = source("README.md")
+    assert not re.search("```(bash|shell|console|py)\n", text)             # sh and python are run
+    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
+
 def readme_commands():
-    """Lines of README's code blocks as bash would run them, loops unrolled: "train_vmae.py --mask
-    0" for example. Of lines that differ in numbers alone, the first."""
+    """The lines of README's code blocks as bash would run them, loops unrolled: "train_vmae.py
+    --mask 0" for example. Of lines that differ in numbers alone, the first."""
     if not shutil.which("bash"):
         raise unittest.SkipTest("no bash to read README's code blocks")
-    text = (HERE / "README.md").read_text()
-    script = 'pip() { :; }; python() { echo "$*"; }; torchrun() { echo "$*"; }\n'
-    script += "\n".join(re.findall("```sh\n(.*?)```", text, re.DOTALL))
+    echo = 'pip() { :; }; python() { echo "$*"; }; torchrun() { echo "$*"; }'
+    script = "\n".join([echo, *code_blocks("sh")])
     ran = subprocess.run(["bash", "-ec", script], capture_output=True, text=True)
     assert ran.returncode == 0 and not ran.stderr, ran.stderr
-    lines = re.findall(r"\w+\.py.*", ran.stdout)          # without torchrun's own options
-    alike = {re.sub(r"\d[\d.e-]*", "0", line): line for line in lines[::-1]}
-    return list(alike.values())[::-1]
+    commands = {}
+    for line in re.findall(r"\w+\.py.*", ran.stdout):      # without torchrun's own options
+        commands.setdefault(re.sub(r"\d[\d.e-]*", "0", line), line)
+    return list(commands.values())
+
+def published_files():
+    """What README downloads and names: photographs, and the authors' weights, but smaller."""
+    save_images("path/left", 12)
+    save_images("path/right", 12)
+    save_images("CelebAMask-HQ/CelebA-HQ-img", 24)
+    torch.save(VMAE(16, 4, 48, 1, 12, latent_dim=4).state_dict(), "vmae.pth")
+    torch.save({"ema": ldm.DiT(4, **TINY_DIT, in_channels=4).state_dict()}, "lightningdit.pt")
+    torch.save(dict(mean=torch.zeros(4), std=torch.ones(4)), "latents_stats.pt")
+
+# The scripts run in this process: only the words behind their names are README's.
+# What makes each command short. Of an option that is given twice, the second one counts.
+SHORTER = {"train_vmae.py": "--steps 2 --batch 4 --size 16 --lambda-p 0 --precision float32",
+           "train_ldm.py": "--steps 2 --batch 8 --precision float32",
+           "sample.py": "--n 4 --steps 3",
+           "evaluate.py": "--n 9 --batch 8",
+           "evaluate.py faces": "--n 16 --steps 3",
+           "evaluate.py separability": "--n 16",
+           "evaluate.py efficiency": "--size 16",
+           "evaluate.py curves": ""}
+
+def value_of(option, words, default):
+    """What stands behind an option in the words of a command."""
+    if option in words:
+        return words[words.index(option) + 1]
+    return default
+
+def run_folder(script, words):
+    """The run folder of a training."""
+    usual = "runs/ldm"
+    if script == "train_vmae.py":
+        usual = f"runs/{value_of('--preset', words, 'vmae')}"
+    if "--tune" in words:
+        usual = "runs/tuned"
+    return value_of("--out", words, usual)
+
+def with_files(words):
+    """The words of a command, with a few of the files that a * stands for."""
+    found = []
+    for word in words:
+        if "*" in word:
+            found.extend(sorted(map(str, Path().glob(word)))[:2])
+        else:
+            found.append(word)
+    return found
 
 @tiny_inception
-@patch(Faces, "__len__", lambda self: 64)
+@few_faces
 @patch(evaluate, "JUDGED", 64)
-@mock.patch.dict(ldm.sizes, small=small, base=small)
+@patch(sample, "draw", quick_draw)
+@mock.patch.dict(ldm.sizes, small=TINY_DIT, base=TINY_DIT)
 def test_every_command_of_the_readme_runs():
-    save_images("path/left", 12), save_images("path/right", 12)
-    save_images("CelebAMask-HQ/CelebA-HQ-img", 24)
-    model = VMAE(16, 4, 48, 1, 12, latent_dim=4)           # the published files, but smaller
-    torch.save(model.state_dict(), "vmae.pth")
-    torch.save({"ema": ldm.DiT(4, **small, in_channels=4).state_dict()}, "lightningdit.pt")
-    torch.save(dict(mean=torch.zeros(1, 4, 1, 1), std=torch.ones(1, 4, 1, 1)), "latents_stats.pt")
-    tiny = {"train_vmae.py": "--steps 2 --batch 4 --size 16 --lambda-p 0 --precision float32",
-            "train_ldm.py": "--steps 2 --batch 8", "sample.py": "--n 4 --steps 3",
-            "evaluate.py faces": "--n 16 --steps 3", "evaluate.py efficiency": "--size 16",
-            "evaluate.py": "", "evaluate.py separability": "--n 16"}
+    published_files()
     ran = set()
     for line in readme_commands():
         script, *words = line.split()
-        if script == "test_all.py":         # this one
+        if script == "test_all.py":                        # this one
             continue
-        words = sum((sorted(map(str, Path().glob(w)))[:2] if "*" in w else [w] for w in words), [])
-        if script == "evaluate.py" and words:              # a sub-command
-            script += f" {words.pop(0)}"
-        options = tiny.get(script, "--n 9 --batch 8")
-        name, main = script.split(".py")[0], evaluate.main
-        if name.startswith("train"):
-            main = {"train_vmae": train_vmae, "train_ldm": train_ldm}[name].main
-            preset = words[words.index("--preset") + 1] if "--preset" in words else "vmae"
-            usual = "ldm" if name == "train_ldm" else "tuned" if "--tune" in words else preset
-            out = words[words.index("--out") + 1] if "--out" in words else f"runs/{usual}"
-            if "--resume" not in words:     # another section's run
-                shutil.rmtree(out, ignore_errors=True)
-        elif name == "sample":
-            main = sample.main
-        runs(main, f"{script.partition(' ')[2]} {' '.join(words)} {options}")      # to status 0
-        ran.add(script)
-    assert {*(f"evaluate.py{name}" for name in ("", " faces", " fid", " compare", " smoothness")),
-            "train_vmae.py", "train_ldm.py", "sample.py"} <= ran
+        words = with_files(words)
+        command = script
+        if script.startswith("train") and "--resume" not in words:
+            shutil.rmtree(run_folder(script, words), ignore_errors=True)   # another section's
+        if script == "evaluate.py" and words:
+            command = f"{script} {words[0]}"
+        if command == "evaluate.py":
+            all_figures()
+        else:
+            shorter = SHORTER.get(command, SHORTER[script])
+            runs(MAINS[script], f"{' '.join(words)} {shorter}")
+        ran.add(command)
+    assert {"train_vmae.py", "train_ldm.py", "sample.py", "evaluate.py", "evaluate.py fid",
+            "evaluate.py faces", "evaluate.py compare", "evaluate.py smoothness"} <= ran
 
-def test_sampling_depends_on_the_seed_alone_and_refuses_what_does_not_fit():
+def test_every_python_block_of_the_readme_runs():
     both_stages()
-    def drawn(options):
-        """The images that sample.py stores, as integers."""
-        runs(sample.main, f"--n 5 --steps 4 --npz {options}")
-        return np.load("samples/samples.npz")["arr_0"].astype(int)
-    for extra in ("", "--sampler ddpm", "--eta 0.5", "--clip 3"):  # also where noise is added
-        one, two = drawn(f"{extra} --batch 5"), drawn(f"{extra} --batch 2")
-        assert abs(one - two).max() <= 1 and len(np.unique(one, axis=0)) == 5
-    Path("samples/sample_2026.png").write_text("the user's")
-    go, limit = "--n 6 --steps 2 --batch 2", iter(range(2))
-    with patch(sample, "draw", lambda *a, f=sample.draw, **k: f(*a, **k) if
-               next(limit, None) is not None else sys.exit("killed")):
-        runs(sample.main, f"{go} --out parts", status=1)
-    assert len(stamps := [p.stat().st_mtime_ns for p in sorted(Path("parts").glob("s*.png"))]) == 4
-    runs(sample.main, f"{go} --out parts")
-    both = mock.Mock(wraps=vmae)
-    with patch(vmae, "agree", both.agree), patch(vmae, "save_grid", both.save_grid):
-        runs(sample.main, f"{go} --out whole")
-    assert [call[0] for call in both.mock_calls][-2:] == ["agree", "save_grid"]    # all have drawn
-    for i in range(6):                                     # four were kept, two drawn
-        a, b = Path(f"parts/sample_{i:06d}.png"), Path(f"whole/sample_{i:06d}.png")
-        assert a.read_bytes() == b.read_bytes() and (i > 3 or a.stat().st_mtime_ns == stamps[i])
-    runs(sample.main, f"{go} --out parts --seed 1")        # another command keeps none
-    assert a.read_bytes() != b.read_bytes()
-    runs(sample.main, "--n 2 --steps 1")
-    os.remove("samples/sample_2026.png")                   # which was left alone
-    assert len(list(Path("samples").glob("sample_*.png"))) == 2            # three older ones gone
-    text = runs(train_ldm.main, "--data data --no-classes --objective eps --schedule linear "
-                "--steps 1 --batch 4 --out flat --drop 0.2")
-    assert "--drop: has no effect" in text
-    # Still on eps, linear, without classes; and with the stage one that its last.pt holds.
-    os.rename("runs/vmae", "gone")
-    runs(train_ldm.main, "--steps 2 --out flat --resume")
-    os.rename("gone", "runs/vmae")
-    runs(sample.main, "--ckpt flat/last.pt --n 2 --steps 2")
-    runs(sample.main, "--n 2 --steps 2 --class 2")         # 0, 1, and neither: the null class
-    refuses(sample.main, {
-        "--ckpt flat/last.pt --class left": "unconditional", "--class up": "left, right",
-        "--ckpt flat/last.pt --cfg 2": "unconditional", "--class 3": "left, right",
-        "--ckpt flat/last.pt --steps 1001": "1000", f"--seed {10**20}": "--seed",
-        "--ckpt runs/vmae/last.pt": "stage-two", "--ckpt nothing.pt": "no such checkpoint",
-        "--sampler euler": "choose from ddim, ddpm", "--sampler ddpm --eta 1": "ddpm has no such",
-        "--eta 2": "--eta", "--cfg nan": "--cfg"})
-    go = "--init flat/last.pt --no-classes --batch 4 --out on --steps"
-    runs(train_ldm.main, f"{go} 1"), runs(train_ldm.main, f"{go} 2 --resume")
-    torch.save({"mean": "abc", "std": "abc"}, "words.pt")
-    refuses(train_ldm.main, {
-        "--init flat/last.pt --model base --no-classes --out new": "leave --model out",
-        "--init flat/last.pt --stats words.pt --no-classes --out new": "words.pt: holds no mean",
-        "--init flat/last.pt --schedule cosine --no-classes --out new": "linear",
-        "--steps 3 --out flat --resume --objective v": "the run in flat has eps",
-        f"{go} 3 --resume --schedule cosine": "the run in on has linear"})
-    assert load("on/last.pt")["schedule"]["kind"] == "linear"  # --init's
+    blocks = code_blocks("python")
+    assert blocks
+    for block in blocks:
+        for path in re.findall(r'"([^"]+\.(?:png|jpe?g))"', block):        # pictures of the reader
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (40, 40)).save(path)
+        exec(block, {})
 
-def test_nothing_given_is_ignored_and_nothing_trained_is_overwritten():
-    both_stages(), save_images("extra", 2)
-    new, go = "--out new --size 16 --steps 9", "--steps 9 --resume"
-    refuses(train_vmae.main, {                             # the same line again, or another one
-        "--data data --size 16": "holds step 2",
-        f"{go} --preset vmae --arch conv": "--arch conv: the",
-        f"{go} --lambda-adv 0.1": "the run in runs/vmae has 0.0", f"{go} --seed 1": "--seed 1",
-        f"{new} --val data": "leave --val out",
-        f"{new} --init runs/vmae --model base": "--init",
-        f"{new} --init runs/vmae/last.pt --arch conv": "decides the shape",
-        "--data data/left --out runs/vmae --init runs/vmae --size 16": "holds step 2"})
-    refuses(train_vmae.main, {
-        "--resume --out runs/ldm": "the other stage", "--out data --data data": "of the images",
-        f"{new} --vgg-weights vgg.pth": "--lambda-p"})
-    words = "--kl-mean: has no effect|--whole: has no effect|--no-cache: has no effect".split("|")
-    line = "--kl-mean free --whole 0.2 --no-cache --size 16 --steps 1 --batch 2"
-    text = runs(train_vmae.main, f"--preset ae --model tiny {line} --out idle")
-    assert all(word in text for word in words)
-    text = runs(train_vmae.main, f"{line} --data data --lambda-p 0 --out busy")
-    assert not any(word in text for word in words)
-    runs(train_vmae.main, "--resume --save-every 7 --device auto --micro 2 --lr 1e-4 --steps 3 "
-                          "--out busy --val ./data/../extra --data data/left")
-    with patch(sys, "argv", "train_vmae.py --resume --steps 9 --out busy".split()):
-        assert train_vmae.options()[0].micro == 2          # kept, as what is drawn depends on it
-        with patch(train_vmae, "WORLD", 2):                # but one part is not enough for two
-            assert train_vmae.options()[0].micro is None
-    refuses(train_ldm.main, {"": "holds step 2", f"{go} --vmae runs/ldm": "--vmae",
-                             f"{go} --no-classes": "the run in runs/ldm has False"})
-    assert Path(load("runs/ldm/last.pt")["train_args"]["data"]) == Path("data").resolve()
-    os.rename("data/right", "data/front")                  # labels would change their meaning
-    refuses(train_ldm.main, {go: "name them as they were"})
-    os.rename("data/front", "data/right")
-    text = runs(train_ldm.main, "--init runs/ldm --data data --steps 1 --batch 4 --out same")
-    os.rename("data/left", "data/west")
-    other = runs(train_ldm.main, "--init runs/ldm --data data --steps 1 --batch 4 --out other")
-    assert "starts anew" not in text and "starts anew" in other
-    trained("--seed 1", "runs/other"), trained("--size 24", "runs/large")
+# torchrun takes --n for a prefix of its own --nnodes, unless -- stands before the script.
+def test_every_torchrun_line_with_n_ends_torchrun_s_own_options_before_the_script():
+    lines = []
+    for file in ("README.md", *MAINS):
+        lines.extend(re.findall(r"\btorchrun .*\.py.*", source(file)))
+    assert len(lines) >= 3
+    for line in lines:
+        before_script = re.split(r"\w+\.py", line)[0]
+        if re.search(r" --n\b", line):                     # torchrun would take it for --nnodes
+            assert before_script.endswith(" -- "), line
+
+def options_that_exist():
+    """All options of all scripts and commands, without their dashes."""
+    texts = [runs(main, "--help") for main in (train_vmae.main, train_ldm.main, sample.main)]
+    commands = re.findall(r"^ {4}(\w+)", runs(evaluate.main, "--help"), re.MULTILINE)
+    assert len(commands) == 9
+    for command in commands:
+        texts.append(runs(evaluate.main, f"{command} --help"))
+    return set(re.findall(r"--([a-z][a-z-]*)", "\n".join(texts)))
+
+OPTIONS_OF_TORCHRUN = {"nproc-per-node", "nnodes", "rdzv-backend", "rdzv-endpoint"}
+
+def test_every_option_in_the_readme_exists():
+    named = set(re.findall(r"(?<![\w-])--([a-z][a-z-]+)", source("README.md")))
+    assert len(named) > 20
+    unknown = named - options_that_exist() - OPTIONS_OF_TORCHRUN - {"long"}    # of test_all.py
+    assert not unknown
+
+MODULES = dict(vmae=vmae, ldm=ldm, train_vmae=train_vmae, train_ldm=train_ldm, sample=sample,
+               evaluate=evaluate)
+
+def test_every_name_in_the_readme_exists():
+    text = source("README.md")
+    names = set(re.findall(rf"`((?:{'|'.join(MODULES)})(?:\.\w+)+)", text))
+    names = {name for name in names if not name.endswith(".py")}
+    assert len(names) > 30
+    assert {"vmae.loss_VMAE", "ldm.LabelEmbed"} <= names
+    for name in names:
+        module, *path = name.split(".")
+        functools.reduce(getattr, path, MODULES[module])   # AttributeError if it is not there
+
+def test_every_file_in_the_readme_exists():
+    text = source("README.md")
+    files = re.findall(r"`(\.?[\w/.]+\.(?:py|png|txt))`", text)
+    files += re.findall(r"\]\((\.github/[^)]+)\)", text)
+    assert {"vmae.py", "test_all.py"} <= set(files)
+    for file in files:
+        written_by_a_run = file.startswith(("runs/", "samples/"))
+        assert written_by_a_run or (HERE / file).exists(), file
+
+def rows_of_tables(text):
+    """The rows of all Markdown tables, each as {name of the column: cell}."""
+    rows = []
+    columns = None                                         # of the table that this line is in
+    for line in text.splitlines():
+        cells = [cell.strip() for cell in line.split("|")[1:-1]]
+        if not line.startswith("|"):
+            columns = None
+        elif columns is None:
+            columns = cells
+        elif set(line) - set("|-: "):                      # not the rule below the head
+            rows.append(dict(zip(columns, cells)))
+    return rows
+
+def test_every_word_for_tests_in_the_readme_names_a_test():
+    tests = [name for name in globals() if name.startswith("test_")]
+    text = source("README.md")
+    rows = [row for row in rows_of_tables(text) if "tests" in row]
+    assert len(rows) > 25
+    words = re.findall(r"test_all\.py ([a-z]\w+)", text)
+    for row in rows:                                       # each equation, figure, table is tested
+        assert "`" in row["in the code"], row
+        of_this_row = re.findall(r"`(\w+)`", row["tests"])
+        assert of_this_row, row
+        words.extend(of_this_row)
+    for word in words:
+        assert any(word in name for name in tests), word
+
+# ---- Sampling ---------------------------------------------------------------------------------
+
+def drawn(options):
+    """The images that sample.py stores, as integers."""
+    runs(sample.main, f"--n 5 --steps 4 --npz {options}")
+    return np.load("samples/samples.npz")["arr_0"].astype(int)
+
+def test_an_image_depends_on_the_seed_and_its_number_alone():
+    both_stages()
+    for options in ("", "--sampler ddpm", "--eta 0.5", "--clip 3"):        # also if noise is added
+        one = drawn(f"{options} --batch 5")
+        two = drawn(f"{options} --batch 2")
+        assert abs(one - two).max() <= 1                   # rounding
+        assert len(np.unique(one, axis=0)) == 5
+        assert abs(drawn(f"{options} --seed 1") - one).max() > 1
+
+def interrupted_after(batches):
+    """Patch: sample.py is killed when it has drawn so many batches."""
+    limit = iter(range(batches))
+    draw = sample.draw
+
+    def draw_a_few(*args, **options):
+        if next(limit, None) is None:
+            sys.exit("killed")
+        return draw(*args, **options)
+
+    return patch(sample, "draw", draw_a_few)
+
+def test_an_interrupted_command_goes_on_and_another_one_begins_anew():
+    both_stages()
+    go = "--n 6 --steps 2 --batch 2"
+    with interrupted_after(2):
+        runs(sample.main, f"{go} --out parts", status=1)
+    before = {path: path.stat().st_mtime_ns for path in Path("parts").glob("sample_*.png")}
+    assert len(before) == 4
+    runs(sample.main, f"{go} --out parts")
+    for path, time_of_writing in before.items():
+        assert path.stat().st_mtime_ns == time_of_writing  # kept
+    runs(sample.main, f"{go} --out whole")
+    for i in range(6):
+        name = f"sample_{i:06d}.png"
+        assert Path("parts", name).read_bytes() == Path("whole", name).read_bytes()
+    text = runs(sample.main, f"{go} --out parts --seed 1")
+    assert "parts: 6 images of another command are deleted" in text
+    assert Path("parts", name).read_bytes() != Path("whole", name).read_bytes()
+
+def test_sample_py_deletes_what_it_drew_itself_alone():
+    both_stages()
+    runs(sample.main, "--n 5 --steps 1")
+    Path("samples/sample_2026.png").write_text("the user's")
+    runs(sample.main, "--n 2 --steps 1")
+    pictures = {path.name for path in Path("samples").glob("*.png")}
+    assert pictures == {"sample_000000.png", "sample_000001.png", "grid.png", "sample_2026.png"}
+
+def test_a_damaged_png_is_drawn_again():
+    both_stages()
+    runs(sample.main, "--n 2 --steps 1")
+    whole = Path("samples/sample_000001.png").read_bytes()
+    for damage in (b"", whole[:90]):                       # a power cut may leave these
+        Path("samples/sample_000001.png").write_bytes(damage)
+        runs(sample.main, "--n 2 --steps 1")
+        assert Path("samples/sample_000001.png").read_bytes() == whole
+
+def test_the_overview_waits_until_all_processes_have_drawn():
+    both_stages()
+    spy = mock.Mock(wraps=vmae)
+    with (patch(vmae, "wait_for_all", spy.wait_for_all), patch(vmae, "save_grid", spy.save_grid)):
+        runs(sample.main, "--n 2 --steps 1")
+    assert names_of_calls(spy) == ["wait_for_all", "save_grid"]
+
+def test_sample_py_refuses_what_does_not_fit_its_checkpoint():
+    both_stages()
+    runs(train_ldm.main, f"{TINY_LDM} --no-classes --objective eps --out flat")
+    refuses(sample.main, {
+        "--ckpt flat --class left": "unconditional",
+        "--ckpt flat --cfg 2": "unconditional",
+        "--ckpt flat --steps 1001": "at most the 1000",
+        "--ckpt runs/vmae": "neither a stage-two checkpoint",
+        "--ckpt nothing.pt": "no such checkpoint",
+        "--class up": "choose from left, right",
+        "--sampler euler": "choose from ddim, ddpm",
+        "--sampler ddpm --eta 1": "ddpm has no such option",
+        "--shift 0.3": "ddim has no such option",
+        "--eta 2": "--eta",
+        "--cfg nan": "--cfg",
+        "--n 0": "--n",
+        f"--seed {10**20}": "--seed"})
+
+def test_a_decoder_that_was_tuned_takes_the_place_of_that_in_the_checkpoint():
+    both_stages()
     trained("--init runs/vmae --tune decoder", "runs/tuned")
-    refuses(sample.main, {"--vmae runs/other": "has another encoder"}, "--out new")
-    refuses(train_ldm.main, {"--init runs/ldm --vmae runs/other": "has another encoder"},
+    trained("--seed 1", "runs/other")
+    trained("--size 24", "runs/large")
+    usual = drawn("")
+    assert abs(drawn("--vmae runs/tuned") - usual).max() > 0
+    refuses(sample.main, {"--vmae runs/other": "has another encoder",
+                          "--vmae runs/large": "its latents have 16 channels on a side of 6"},
             "--out new")
-    line = "--vmae runs/tuned --ckpt runs/ldm --n 2 --steps 1"              # the same encoder
-    text = [runs(sample.main, f"{line} --seed {seed}") for seed in (0, 0, 1)]
-    assert ["2 images of another command are deleted" in t for t in text] == [False, False, True]
+    refuses(train_ldm.main, {"--vmae runs/other": "has another encoder"},
+            "--init runs/ldm --out new")
+
+# ---- Nothing that was given is ignored, nothing that was trained is overwritten ---------------
+
+def test_the_same_line_again_overwrites_nothing():
+    both_stages()
+    before = Path("runs/vmae/last.pt").read_bytes()
+    refuses(train_vmae.main, {
+        TINY_RUN: "runs/vmae/last.pt holds step 2 of a run; go on with --resume",
+        "--data data/left --size 16 --init runs/vmae --out runs/vmae": "holds step 2",
+        "--resume --out runs/ldm": "the other stage",
+        "--out data --data data": "is the folder of the images"})
+    refuses(train_ldm.main, {
+        "": "holds step 2",
+        "--resume --steps 9 --vmae runs/ldm": "--vmae",
+        "--resume --steps 9 --no-classes": "the run in runs/ldm has False",
+        "--resume --steps 9 --objective flow": "the run in runs/ldm has v"})
+    assert Path("runs/vmae/last.pt").read_bytes() == before
+
+def test_options_that_contradict_each_other_are_refused():
+    both_stages()
+    torch.save({"mean": "abc", "std": "abc"}, "words.pt")
+    runs(train_ldm.main, f"{TINY_LDM} --no-classes --schedule linear --out flat")
+    refuses(train_vmae.main, {
+        "--val data": "leave --val out",                   # beside the built-in faces
+        "--init runs/vmae --model base": "--init decides the shape",
+        "--init runs/vmae --arch conv": "--init decides the shape",
+        "--vgg-weights vgg.pth": "give --lambda-p as well"}, "--size 16 --out new")
+    refuses(train_ldm.main, {
+        "--init flat --model base": "leave --model out",
+        "--init flat --stats words.pt": "words.pt: holds no mean",
+        "--init flat --schedule cosine": "--init has linear",
+        "--stats words.pt": "belongs to published weights"}, "--no-classes --out new")
+
+def test_options_without_an_effect_are_named():
+    both_stages()
+    idle = "--kl-mean free --whole 0.2 --lambda-m 1 --no-cache --compile"
+    text = runs(train_vmae.main, f"--preset ae {idle} --size 16 --steps 1 --batch 2 --out idle")
+    for option in ("kl-mean", "whole", "lambda-m", "no-cache", "compile"):
+        assert f"--{option}: has no effect beside the other options" in text
+    busy = "--kl-mean free --whole 0.2 --lambda-m 1 --no-cache"
+    text = runs(train_vmae.main, f"{TINY_RUN} {busy} --out busy")
+    assert "has no effect" not in text
+    text = runs(train_ldm.main, f"{TINY_LDM} --no-classes --drop 0.2 --out flat")
+    assert "--drop: has no effect" in text
+
+def test_a_resumed_run_may_have_other_images_and_another_pace():
+    save_images("data/left", 12)
+    save_images("data/right", 12, seed=1)
+    save_images("extra", 12, seed=2)
+    trained()
+    runs(train_vmae.main, "--resume --steps 3 --data data/left --val ./data/../extra --micro 2 "
+                          "--lr 1e-4 --save-every 7")
+    args = load("runs/vmae/last.pt")["train_args"]
+    assert args["data"] == os.path.abspath("data/left")
+    assert args["val"] == os.path.abspath("extra")
+    assert (args["micro"], args["lr"], args["save_every"]) == (2, 1e-4, 7)
+
+def test_a_run_of_stage_two_goes_on_without_the_file_of_its_stage_one():
+    both_stages()
+    runs(train_ldm.main, f"{TINY_LDM} --objective eps --schedule linear --no-classes --out flat")
+    shutil.rmtree("runs/vmae")
+    runs(train_ldm.main, "--out flat --resume --steps 3")
+    assert load("flat/last.pt")["schedule"] == dict(kind="linear", objective="eps")
+    runs(sample.main, "--ckpt flat --n 2 --steps 2")
+
+# A label is a number in the table of the checkpoint, and only the order of names says which.
+def test_labels_keep_their_meaning_when_a_run_goes_on():
+    both_stages()
+    os.rename("data/right", "data/front")
+    refuses(train_ldm.main, {"": "name them as they were"}, "--resume --steps 9")
+    os.rename("data/front", "data/right")
+    text = runs(train_ldm.main, f"{TINY_LDM} --init runs/ldm --out same")
+    assert "starts anew" not in text
+    os.rename("data/left", "data/west")
+    text = runs(train_ldm.main, f"{TINY_LDM} --init runs/ldm --out other")
+    assert "its 2 classes are not the 2 here; the table of labels starts anew" in text
+
+def test_runs_that_do_not_compare_are_refused():
+    both_stages()
+    trained("--size 24", "runs/large")
     refuses(evaluate.main, {
         "reconstruct --ckpt runs/vmae runs/large": "do not compare",
+        "compare runs/vmae runs/large": "do not compare",
         "compare runs/vmae runs/gone": "runs/gone: no such",
         "compare runs/vmae runs/vmae": "needs two runs",
-        "compare runs/vmae runs/large": "do not compare",
         "fid --fake gone --real faces": "gone: no such"})
-    ae = trained("--preset ae --init runs/vmae", "ae")     # a point, whatever it began as
-    assert (ae.encode(random_images()).logvar == -30).all()
 
-def test_a_folder_says_what_surprises_and_never_holds_our_own_output():
-    both_stages()
-    shutil.move("runs", "data/runs")
-    os.mkdir("data/samples"), Path("data/samples/samples.npz").touch()     # somebody else's
-    runs(sample.main, "--ckpt data/runs/ldm --n 2 --steps 1 --out data/samples")
-    assert os.path.exists("data/samples/samples.npz")
-    data = ImageFolder("data", 16)
-    assert len(data) == 24 and data.classes == ["left", "right"]
-    assert len(ImageFolder("data/samples", 16)) == 2       # asked for by name they are data
-    with patch(vmae, "Folder", wraps=vmae.Folder) as reads:
-        measured("reconstruct", "--data data --ckpt data/runs/vmae data/runs/ldm")
-    assert reads.call_count == 1
-    said = {}
-    os.makedirs("deep"), shutil.copytree("data", "deep/data", symlinks=True)
-    Image.new("RGB", (20, 20)).save("data/beside.jfif")
-    for root in ("data", "deep", "deep/data"):
-        with contextlib.redirect_stdout(io.StringIO()) as out:
-            vmae.open_images(root, 16)
-        said[root] = out.getvalue()
-    assert "24 images lie beside" not in said["data"] and "1 images lie beside" in said["data"]
-    assert "name that one with --data" in said["deep"] and "classes" not in said["deep/data"]
-    for name in ("samples", "runs/vmae", "runs/ldm"):
-        assert f"deep/data/{name}: left out, as our scripts wrote it" in said["deep/data"]
+# ---- Bad input is one line --------------------------------------------------------------------
 
-def test_bad_input_is_one_line():
-    save_images("data", 4), save_images("empty", 0), save_images("pixel", 1, size=1)
-    save_images("text", 0), Path("text/a.jpg").write_text("not an image")
+def test_bad_folders_of_images_are_one_line():
+    save_images("empty", 0)
+    save_images("pixel", 1, size=1)
+    save_images("text", 0)
+    Path("text/a.jpg").write_text("not an image")
+    refuses(train_vmae.main, {
+        "--data nowhere": "nowhere: no such folder",
+        "--data empty": ".jpg",
+        "--data text": "a.jpg: unreadable",
+        "--data pixel": "1x1 pixels"}, "--size 16")
+
+def test_options_out_of_range_are_one_line():
+    save_images("data", 4)
+    refuses(train_vmae.main, {
+        "--mask 1.1": "mask: must be at least 0 and at most 1, not 1.1",
+        "--mask -1": "--mask",
+        "--mask 1.0": "leaves 0 of 16",
+        "--mask 0.99": "leaves 0 of 16",
+        "--size 18": "multiple of the patch",
+        "--steps 0": "--steps: must be at least 1, not 0",
+        "--steps two": "'two' is not a number",
+        "--lr nan": "--lr",
+        "--lr inf": "--lr",
+        "--whole 7": "--whole",
+        "--lambda-m -1": "--lambda-m",
+        "--device abacus": "--device abacus: torch finds no such device",
+        "--device meta": "--device meta",
+        "--nonsense": "--nonsense"}, "--data data --size 16")
+    refuses(evaluate.main, {
+        "efficiency --size 60": "--size 60: must be a multiple of 8",
+        "smoothness --eps nan": "--eps",
+        "faces --sampler x": "--sampler",
+        "nonsense": "nonsense",
+        "reconstruct --nonsense": "--nonsense"})
+
+def test_files_that_are_not_what_an_option_names_are_one_line():
+    save_images("data", 4)
+    Path("a.jpg").write_text("not an image")
     torch.save({"weight": torch.zeros(1)}, "other.pth")    # weights, but not VGG's
     refuses(train_vmae.main, {
-        "--data nowhere": "nowhere: no such folder", "--data empty": ".jpg",
-        "--data text": "a.jpg: unreadable", "--data pixel": "1x1 pixels",
-        "--mask 1.0": "--mask", "--mask -1": "--mask", "--mask 0.99": "leaves 0 of 16",
-        "--size 18": "multiple of the patch", "--steps 0": "--steps", "--lr nan": "--lr",
-        "--whole 7": "--whole", "--lambda-m -1": "--lambda-m", "--lr inf": "--lr",
-        "--device abacus": "--device", "--device meta": "--device meta",
-        "--vgg-weights text/a.jpg": "a.jpg cannot be read (Weights only load failed)",
-        "--lambda-p 1 --vgg-weights no.pth": "no.pth cannot be read",
-        "--vgg-weights other.pth": "other.pth cannot be read"}, "--data data --size 16")
-    refuses(evaluate.main, {"": "runs/vmae/last.pt: no such", "efficiency --size 60": "--size",
-                            "compare": "needs two runs", "smoothness --eps nan": "--eps"})
-    unfit = {"no.pt": "no.pt: no such", "text/a.jpg": "text/a.jpg: not a check"}
-    refuses(train_ldm.main, unfit, "--vmae"), refuses(evaluate.main, unfit, "reconstruct --ckpt")
+        "--vgg-weights a.jpg": "a.jpg cannot be read (Weights only load failed)",
+        "--vgg-weights other.pth": "other.pth cannot be read (it has no features",
+        "--lambda-p 1 --vgg-weights no.pth": "no.pth cannot be read"}, "--data data --size 16")
+    unfit = {"no.pt": "no.pt: no such", "a.jpg": "a.jpg: not a checkpoint"}
+    refuses(train_ldm.main, unfit, "--vmae")
+    refuses(evaluate.main, unfit, "reconstruct --ckpt")
+    refuses(evaluate.main, {"reconstruct": "runs/vmae/last.pt: no such",
+                            "compare": "needs two runs"})
 
+# ---- On a GPU: skipped elsewhere, by name -----------------------------------------------------
 
-# ---------------------------------------------------------------------------------------------
+# A few steps of stage one on the images in data/, on the GPU.
+GPU_RUN = "--data data --size 32 --batch 8 --lambda-p 0 --save-every 100 --device cuda"
+GPU_LDM = "--batch 8 --save-every 100 --device cuda"       # of stage two
+
+def on_cuda(test):
+    """A test of this group. Afterwards the card and the compiler are as they were."""
+    @functools.wraps(test)
+    def run_or_skip():
+        if not torch.cuda.is_available():
+            raise unittest.SkipTest("there is no CUDA GPU here")
+        try:
+            test()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+            torch.compiler.reset()
+            torch.cuda.empty_cache()
+
+    return run_or_skip
+
+def losses_of(run):
+    """The losses in the last line of a run's log, by name."""
+    line = log_of(run)[-1]
+    return {name: line[name] for name in line if re.fullmatch(r"L_[A-Za-z]+", name)}
+
+def alike(a, b, but=()):
+    """Fail if a loss of two runs differs by more than 1 %."""
+    assert a.keys() == b.keys()
+    for name in a.keys() - set(but):
+        assert abs(a[name] / b[name] - 1) < 0.01, (name, a, b)
+
+@contextlib.contextmanager
+def random_numbers_of_the_cpu():
+    """torch.rand, randn and randint draw for a CUDA generator what they would draw on the CPU."""
+    twin = torch.Generator()
+
+    def on_the_cpu(function):
+        def draw(*shape, generator=None, device="cpu", **options):
+            if generator is not None and generator.device.type == "cuda":
+                if twin.initial_seed() != generator.initial_seed():        # a new micro-batch
+                    twin.manual_seed(generator.initial_seed())
+                generator = twin
+            return function(*shape, generator=generator, **options).to(device)
+
+        return draw
+
+    with (patch(torch, "rand", on_the_cpu(torch.rand)),
+          patch(torch, "randn", on_the_cpu(torch.randn)),
+          patch(torch, "randint", on_the_cpu(torch.randint))):
+        yield
+
+@contextlib.contextmanager
+def nearly_full_card(gigabytes):
+    """Leave only so much memory of the GPU."""
+    torch.cuda.empty_cache()
+    free, _ = torch.cuda.mem_get_info()
+    taken = torch.empty(free - int(gigabytes * 2**30), dtype=torch.uint8, device="cuda")
+    yield
+    del taken
+    torch.cuda.empty_cache()
+
+@on_cuda
+def test_cuda_both_stages_train_in_bfloat16_and_go_on():
+    save_images("data", 80)
+    for steps in (12, 20):
+        runs(train_vmae.main, f"{GPU_RUN} --steps {steps} --resume")
+        runs(train_ldm.main, f"{GPU_LDM} --model tiny --steps {steps} --resume")
+    for run in ("runs/vmae", "runs/ldm"):
+        ckpt = load(f"{run}/last.pt")
+        assert ckpt["step"] == 20
+        assert ckpt["train_args"]["precision"] == "bfloat16"
+        assert logged(run, "step") == [12, 20]
+
+@on_cuda
+def test_cuda_ten_steps_of_stage_one_lose_what_they_lose_on_the_cpu():
+    save_images("data", 80, 32)
+    line = f"{GPU_RUN} --steps 10 --lr 1e-3 --micro 8 --no-compile"
+    for preset in ("vmae", "sdvae"):
+        with random_numbers_of_the_cpu():
+            for device in ("cpu", "cuda"):
+                runs(train_vmae.main, f"{line} --preset {preset} --device {device} "
+                                      f"--out {preset}_{device}")
+    alike(losses_of("vmae_cpu"), losses_of("vmae_cuda"))
+    # The adversary begins at step 5; it magnifies what bfloat16 rounds.
+    alike(losses_of("sdvae_cpu"), losses_of("sdvae_cuda"), but=("L_G", "L_D"))
+
+@on_cuda
+def test_cuda_ten_steps_of_stage_two_lose_what_they_lose_on_the_cpu():
+    save_images("data", 80, 32)
+    runs(train_vmae.main, f"{GPU_RUN} --steps 2 --device cpu")
+    line = f"{GPU_LDM} --model tiny --steps 10 --micro 8 --no-compile"
+    with random_numbers_of_the_cpu():
+        for device in ("cpu", "cuda"):
+            runs(train_ldm.main, f"{line} --device {device} --out {device}")
+    alike(losses_of("cpu"), losses_of("cuda"))
+
+@on_cuda
+def test_cuda_compiled_and_replayed_steps_learn_the_same():
+    save_images("data", 80, 32)
+    record = train_vmae.Replay.record
+    with patch(train_vmae.Replay, "record", autospec=True, side_effect=record) as records:
+        for how in ("--compile", "--no-compile"):
+            runs(train_vmae.main, f"{GPU_RUN} --model small --steps 20 --lr 1e-3 --micro 4 {how} "
+                                  f"--out vmae{how}")
+        assert records.call_count == 2                     # masked and whole images
+        records.reset_mock()
+        for how in ("--compile", "--no-compile"):
+            runs(train_ldm.main, f"{GPU_LDM} --vmae vmae--compile --model tiny --steps 20 {how} "
+                                 f"--out ldm{how}")
+        assert records.call_count == 1
+    for stage in ("vmae", "ldm"):
+        alike(losses_of(f"{stage}--compile"), losses_of(f"{stage}--no-compile"))
+    compiled = ldm.load_ldm("ldm--compile")[0]
+    eager = ldm.load_ldm("ldm--no-compile")[0]
+    close_weights(compiled, eager, 0.01)                   # 20 steps of up to 3e-3 change .03
+
+@on_cuda
+def test_cuda_a_step_that_reads_a_tensor_is_not_replayed():
+    save_images("data", 80, 32)
+    sound = vmae.loss_R
+
+    def curious(p, x, mask, P):
+        loss = sound(p, x, mask, P)
+        loss.item()                         # waits for the GPU, which no graph can record
+        return loss
+
+    with patch(vmae, "loss_R", curious):
+        text = runs(train_vmae.main, f"{GPU_RUN} --steps 8")
+    assert "cannot be replayed" in text
+    assert log_of("runs/vmae")[-1]["step"] == 8
+
+@on_cuda
+def test_cuda_nothing_in_a_step_waits_for_the_gpu():
+    save_images("data", 80, 32)
+    seed_of = vmae.seed_of
+    means = train_vmae.Log.means
+    steps = []
+
+    def strict(*numbers):                   # each micro-batch begins with (seed, step, number)
+        if len(numbers) == 3:
+            steps.append(numbers[1])
+            if numbers[1] >= 16:            # by then all is compiled and recorded
+                torch.cuda.set_sync_debug_mode("error")
+        return seed_of(*numbers)
+
+    def relaxed(log, step):                 # the line of the log is read at the end
+        torch.cuda.set_sync_debug_mode("default")
+        return means(log, step)
+
+    with patch(vmae, "seed_of", strict), patch(train_vmae.Log, "means", relaxed):
+        for how in ("--no-compile", "--compile"):
+            for preset in ("vmae", "sdvae"):
+                runs(train_vmae.main, f"{GPU_RUN} --preset {preset} --steps 32 {how} "
+                                      f"--out {preset}{how}")
+            runs(train_ldm.main, f"{GPU_LDM} --vmae vmae{how} --model tiny --steps 32 {how} "
+                                 f"--out ldm{how}")
+    assert steps == list(range(32)) * 6
+
+@on_cuda
+def test_cuda_samples_are_those_of_the_cpu_but_for_rounding():
+    save_images("data", 80)
+    runs(train_vmae.main, f"{GPU_RUN} --steps 20")
+    runs(train_ldm.main, f"{GPU_LDM} --model tiny --steps 20")
+    images = []
+    for device in ("cpu", "cuda"):
+        runs(sample.main, f"--device {device} --n 8 --steps 10 --npz --out {device}")
+        images.append(np.load(f"{device}/samples.npz")["arr_0"].astype(float))
+    assert abs(images[0] - images[1]).mean() < 3           # grey levels of 255
+
+@on_cuda
+def test_cuda_micro_is_found_on_a_full_card_and_out_of_memory_is_one_line():
+    save_images("data", 80)
+    line = f"{GPU_RUN} --size 64 --model small --batch 2048 --steps 2 --no-compile"
+    with nearly_full_card(2.0):
+        runs(train_vmae.main, f"{line} --out found")
+        text = runs(train_vmae.main, f"{line} --micro 2048 --out none", status=1)
+    micro = load("found/last.pt")["train_args"]["micro"]
+    assert micro < 2048 and 2048 % micro == 0              # parts of equal size
+    last = text.splitlines()[-1]
+    assert "out of memory" in last and "--micro" in last
+
+@on_cuda
+def test_cuda_lpips_tuning_and_evaluation_run():
+    save_images("data", 80, 64)
+    torch.save(random_vgg(), "vgg.pth")
+    runs(train_vmae.main, "--data data --size 64 --model small --batch 8 --steps 12 --device cuda "
+                          "--vgg-weights vgg.pth --lambda-p 0.5")
+    assert math.isfinite(log_of("runs/vmae")[-1]["L_P"])
+    runs(train_vmae.main, "--data data --init runs/vmae --tune decoder --batch 8 --steps 4 "
+                          "--device cuda --vgg-weights vgg.pth --no-compile")
+    runs(train_ldm.main, f"{GPU_LDM} --model tiny --steps 12")
+    for command in ("reconstruct --vgg-weights vgg.pth", "smoothness", "separability"):
+        measured(command.split()[0], f"{command.partition(' ')[2]} --device cuda --n 16")
+
+# ---- The runner -------------------------------------------------------------------------------
 
 def run():
-    """Run the tests whose names hold one of the words given; exit status 1 if any fails. All of
-    them are shared out over two processes with one thread each, faster than two threads: each
-    reads the number of its next test from a pipe."""
+    """Run the tests whose names hold one of the words given, or all of them -> exit status 1 if
+    one fails."""
     words = [word for word in sys.argv[1:] if not word.startswith("--")]
-    tests = [name for name in globals() if name.startswith("test_")
-             and any(word in name for word in words or [""])]
-    shared = "--shared" in sys.argv
-    if not words and not shared:
-        numbers, fill = os.pipe()
-        os.write(fill, bytes(range(len(tests)))), os.close(fill)
-        both = [subprocess.Popen([sys.executable, __file__, "--shared", *sys.argv[1:]],
-                                 env={**os.environ, "OMP_NUM_THREADS": "1"}, stdin=numbers)
-                for _ in range(2)]
-        sys.exit(max(abs(process.wait()) for process in both))
+    tests = [name for name in globals() if name.startswith("test_")]
+    if words:
+        sys.exit(run_each(name for name in tests if any(word in name for word in words)))
+    cuda = [name for name in tests if name.startswith("test_cuda_")]
+    parcels = [[name] for name in tests if name not in cuda]
+    parcels.append(cuda)                    # one process takes them all, as there is one GPU
+    if "--shared" in sys.argv:              # one of the two processes of share_out
+        numbers = numbers_from_pipe()
+        sys.exit(run_each(name for number in numbers for name in parcels[number]))
+    sys.exit(share_out(len(parcels)))
+
+def share_out(count):
+    """Run this many parcels of tests in two processes -> the exit status. With one thread each they
+    are faster than one with two. Each reads the number of its next parcel from a pipe: the last
+    comes first, because those that take longest stand at the end."""
+    reading, writing = os.pipe()
+    for number in reversed(range(count)):
+        os.write(writing, number.to_bytes(2, "big"))
+    os.close(writing)
+    command = [sys.executable, __file__, "--shared", *sys.argv[1:]]
+    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
+    processes = []
+    for _ in range(2):
+        processes.append(subprocess.Popen(command, env=one_thread, stdin=reading))
+    return max(abs(process.wait()) for process in processes)
+
+def numbers_from_pipe():
+    """Yield the numbers of the parcels that this process takes, until none is left."""
+    while True:
+        number = os.read(0, 2)
+        if not number:
+            return
+        yield int.from_bytes(number, "big")
+
+def run_each(names):
+    """Run tests, print how each of them ends, and what it printed if it did not pass -> the exit
+    status."""
     counts = {"passed": 0, "failed": 0, "skipped": 0}
-    for name in (tests[n[0]] for n in iter(lambda: os.read(0, 1), b"")) if shared else tests:
-        start, outcome = time.perf_counter(), "passed"
-        try:
-            setup_function()
-            globals()[name]()
-        except unittest.SkipTest as reason:
-            outcome = "skipped"
-            print(f"        {reason}")
-        except BaseException:
-            outcome = "failed"
-            traceback.print_exc()
+    for name in names:
+        start = time.perf_counter()
+        text = io.StringIO()
+        with contextlib.redirect_stdout(text), contextlib.redirect_stderr(text):
+            outcome = outcome_of(globals()[name])
         counts[outcome] += 1
+        if outcome != "passed":
+            print(text.getvalue())
         print(f"{outcome:8}{time.perf_counter() - start:6.1f} s  {name[5:]}", flush=True)
     print(", ".join(f"{count} {outcome}" for outcome, count in counts.items()))
-    sys.exit(counts["failed"] > 0 or counts["passed"] == 0)
+    return int(counts["failed"] > 0 or counts["passed"] == 0)
+
+def outcome_of(test):
+    """Run one test -> "passed", "failed" or "skipped". Ctrl-C ends them all."""
+    try:
+        setup_function()
+        test()
+    except unittest.SkipTest as reason:
+        print(reason)
+        return "skipped"
+    except (Exception, SystemExit):
+        traceback.print_exc()
+        return "failed"
+    return "passed"
 
 if __name__ == "__main__":
     run()
