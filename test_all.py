@@ -55,6 +55,8 @@ from vmae import VMAE, Cache, Faces, Gaussian, ImageFolder, InputError
 HERE = Path(__file__).absolute().parent
 VECTORS = HERE.parent / "shared" / "vectors"
 FOLDER = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)           # goes when Python ends
+# Weights of VGG and Inception that this machine may have are not used: others have none.
+os.environ["TORCH_HOME"] = os.path.join(FOLDER.name, "weights")
 LONG = "--long" in sys.argv
 CPU = torch.device("cpu")
 CUDA = torch.device("cuda")                 # a name, which needs no GPU
@@ -3398,7 +3400,7 @@ def test_fid_of_mixed_sizes_needs_a_size_which_stands_in_the_title():
 @tiny_inception
 def test_fid_of_a_checkpoint_has_the_size_of_its_images():
     both_stages()
-    refuses(evaluate.main, {"--size 64": "draws 16 px, not 64; leave --size out"}, "fid --out new")
+    refuses(evaluate.main, {"--size 64": "draws images of 16 pixels; leave --size out"}, "fid --out new")
     text = runs(evaluate.main, "fid --size 16 --n 9 --cfg 2 --out out")
     assert "Generated images at 16 px" in text
 
@@ -3509,7 +3511,7 @@ def as_in_a_child():
 
 MAINS = {"train_vmae.py": train_vmae.main, "train_ldm.py": train_ldm.main,
          "sample.py": sample.main, "evaluate.py": evaluate.main}
-LAUNCHER = "-m torch.distributed.run --nproc-per-node 2 --".split()
+LAUNCHER = "-m torch.distributed.run --standalone --nproc-per-node 2 --".split()
 
 def same_runs(one, two):
     """Assert that two runs have equal weights and equal logs, but for rounding."""
@@ -4219,7 +4221,7 @@ def test_without_a_compiler_a_training_that_compiles_by_default_goes_on():
     fill_in = train_vmae.fill_in
     with no_compiler, patch(train_vmae, "fill_in", as_on_cuda):
         text = runs(train_vmae.main, f"{TINY_RUN} --lambda-p 0")
-    assert "torch.compile does not work here (No C++ compiler), so training is slower" in text
+    assert "torch.compile does not work here (No C++ compiler), so the network is slower" in text
 
 # A process that believes to be number 1 of 1 would train for hours and save nothing.
 def test_a_leftover_of_a_launcher_is_one_line():
@@ -4317,7 +4319,8 @@ def test_weights_of_a_training_that_are_left_over_are_named_and_ignored():
                "vae.pt")
     text = printed(vmae.load_vmae, "vae.pt")
     count = len(weights)
-    assert text == f"vae.pt: {count} tensors read, ignored: loss.logvar, discriminator.0.bias\n"
+    assert text == (f"vae.pt: {count} tensors read; missing: none; ignored: loss.logvar, "
+                    "discriminator.0.bias\n")
 
 def test_names_of_the_first_latent_diffusion_code_are_recognised():
     weights = {"encoder.conv_in.weight": torch.zeros(128, 3, 3, 3),
@@ -4558,7 +4561,7 @@ def test_a_program_that_only_a_checkpoint_names_is_not_run():
             "reconstruct": "a program; name it again with --data",
             "separability": "a program; name it again with --data",
             "neighbours": "a program; neighbours measures folders",
-            "fid": "a program; name a folder or a .npz with --real",
+            "fid": "a program; name images to compare with by --real",
             "faces": "not on the faces"})
 
 def test_a_python_file_without_open_images_is_one_line():
@@ -5088,7 +5091,7 @@ def test_options_out_of_range_are_one_line():
         "--mask 0.99": "leaves 0 of 16",
         "--size 18": "multiple of the patch",
         "--steps 0": "--steps: must be at least 1, not 0",
-        "--steps two": "'two' is not a number",
+        "--steps two": "'two' is no number",
         "--lr nan": "--lr",
         "--lr inf": "--lr",
         "--whole 7": "--whole",
@@ -5253,7 +5256,7 @@ def test_cuda_a_step_that_reads_a_tensor_is_not_replayed():
 def test_cuda_nothing_in_a_step_waits_for_the_gpu():
     save_images("data", 80, 32)
     seed_of = vmae.seed_of
-    means = train_vmae.Log.means
+    check_skipped = train_vmae.Log.check_skipped
     steps = []
 
     def strict(*numbers):                   # each micro-batch begins with (seed, step, number)
@@ -5263,11 +5266,12 @@ def test_cuda_nothing_in_a_step_waits_for_the_gpu():
                 torch.cuda.set_sync_debug_mode("error")
         return seed_of(*numbers)
 
-    def relaxed(log, step):                 # the line of the log is read at the end
+    def relaxed(log, step):                 # here the loop begins to write a line of the log
         torch.cuda.set_sync_debug_mode("default")
-        return means(log, step)
+        check_skipped(log, step)
 
-    with patch(vmae, "seed_of", strict), patch(train_vmae.Log, "means", relaxed):
+    with (patch(vmae, "seed_of", strict),
+          patch(train_vmae.Log, "check_skipped", relaxed)):
         for how in ("--no-compile", "--compile"):
             for preset in ("vmae", "sdvae"):
                 runs(train_vmae.main, f"{GPU_RUN} --preset {preset} --steps 32 {how} "

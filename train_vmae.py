@@ -293,7 +293,7 @@ def fill_in(args, given, device, start_from):
         args.size = args.size or model_args["img_size"]
         args.arch = "conv" if "channels" in model_args else "vit"
         args.model = args.model or name_of_size(model_args)
-    if args.arch == "conv" and args.mask > 0 and "mask" in given:
+    if args.arch == "conv" and args.mask > 0 and ("mask" in given or "arch" in given):
         raise InputError(f"--mask {args.mask}: convolutions cannot skip patches; give --mask 0")
     if args.arch == "conv":                 # --init may be one, whatever the preset
         args.mask = 0.0
