@@ -4827,7 +4827,8 @@ def options_that_exist():
 OPTIONS_OF_TORCHRUN = {"nproc-per-node", "nnodes", "rdzv-backend", "rdzv-endpoint"}
 
 def test_every_option_in_the_readme_exists():
-    named = set(re.findall(r"(?<![\w-])--([a-z][a-z-]+)", source("README.md")))
+    text = re.sub(r"```text.*?```", "", source("README.md"), flags=re.DOTALL)   # arrows are none
+    named = set(re.findall(r"(?<![\w-])--([a-z][a-z-]+)", text))
     assert len(named) > 20
     unknown = named - options_that_exist() - OPTIONS_OF_TORCHRUN - {"long"}    # of test_all.py
     assert not unknown
@@ -4851,7 +4852,7 @@ def test_every_file_in_the_readme_exists():
     files += re.findall(r"\]\((\.github/[^)]+)\)", text)
     assert {"vmae.py", "test_all.py"} <= set(files)
     for file in files:
-        written_by_a_run = file.startswith(("runs/", "samples/"))
+        written_by_a_run = file.startswith(("runs/", "samples/", "curves.png"))
         assert written_by_a_run or (HERE / file).exists(), file
 
 def rows_of_tables(text):
@@ -4872,7 +4873,7 @@ def test_every_word_for_tests_in_the_readme_names_a_test():
     tests = [name for name in globals() if name.startswith("test_")]
     text = source("README.md")
     rows = [row for row in rows_of_tables(text) if "tests" in row]
-    assert len(rows) > 25
+    assert len(rows) > 20
     words = re.findall(r"test_all\.py ([a-z]\w+)", text)
     for row in rows:                                       # each equation, figure, table is tested
         assert "`" in row["in the code"], row
