@@ -2126,6 +2126,17 @@ def test_a_resumed_run_may_change_some_options_and_is_asked_for_others_anew():
     assert "go on with --resume" in raises(InputError, options_of, train_vmae, "--out run")
     assert "other stage" in raises(InputError, options_of, train_ldm, "--out run --resume")
 
+# Who had tried the built-in faces was told that a run on photographs was complete.
+def test_a_run_on_the_built_in_faces_does_not_go_on_with_a_folder():
+    os.mkdir("run")
+    save_images("photographs", 4)
+    save_run(train_vmae, data=None, batch=8, micro=8, steps=1)             # complete
+    message = raises(InputError, options_of, train_vmae, "--out run --resume --data photographs")
+    assert "photographs" in message and "built-in faces; begin another with --out" in message
+    save_run(train_vmae, data="elsewhere", batch=8, micro=8, steps=9)      # moved meanwhile
+    args = options_of(train_vmae, "--out run --resume --data photographs")
+    assert args.data == os.path.abspath("photographs")
+
 def test_micro_is_kept_by_a_resumed_run_while_it_suffices():
     os.mkdir("run")
     save_run(train_vmae, batch=8, micro=4, steps=9)

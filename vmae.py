@@ -31,7 +31,8 @@ from datetime import timedelta
 from pathlib import Path
 
 # Let torch's threads wait without keeping their cores busy, so that two trainings can share a CPU
-# (README, troubleshooting). torch reads this while it is imported, so it has to stand before that.
+# (README, "When something looks wrong"). torch reads this while it is imported, so it has to stand
+# before that.
 if "OMP_WAIT_POLICY" not in os.environ:     # unless the user has decided
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
