@@ -1859,5 +1859,6 @@ def cli(main):
         sys.exit("error: out of memory; give a smaller --micro, --batch or --size")
     except KeyboardInterrupt:
         sys.exit("stopped")
-    if dist.is_initialized():
+    # NCCL asks for it; with gloo and torch 2.6 it waits forever once the other processes have left.
+    if dist.is_initialized() and dist.get_backend() != "gloo":
         dist.destroy_process_group()
