@@ -3411,7 +3411,8 @@ def test_fid_of_mixed_sizes_needs_a_size_which_stands_in_the_title():
 @tiny_inception
 def test_fid_of_a_checkpoint_has_the_size_of_its_images():
     both_stages()
-    refuses(evaluate.main, {"--size 64": "draws images of 16 pixels; leave --size out"}, "fid --out new")
+    refuses(evaluate.main, {"--size 64": "draws images of 16 pixels; leave --size out"},
+            "fid --out new")
     text = runs(evaluate.main, "fid --size 16 --n 9 --cfg 2 --out out")
     assert "Generated images at 16 px" in text
 
