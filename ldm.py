@@ -299,10 +299,8 @@ class Attention(nn.Module):
     def forward(self, x, rope):
         B, N, D = x.shape
         qkv = self.qkv(x).reshape(B, N, 3, self.num_heads, -1)       # (B, N, 3, heads, D/heads)
-        qkv = qkv.permute(2, 0, 3, 1, 4)                             # (3, B, heads, N, D/heads)
-        q, k = rope(qkv[:2])                                         # (B, heads, N, D/heads) each
-        v = qkv[2]
-        x = fused_attention(q, k, v)                                       # (B, heads, N, D/heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)                         # (B, heads, N, D/heads) each
+        x = fused_attention(rope(q), rope(k), v)                           # (B, heads, N, D/heads)
         return self.proj(x.transpose(1, 2).reshape(B, N, D))               # (B, N, D)
 
 class SwiGLU(nn.Module):

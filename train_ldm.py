@@ -17,8 +17,8 @@ import torch
 import ldm
 import sample
 from train_vmae import (COMMON, Log, Stop, absolute_checkpoint, choose_micro, common_parser, finish,
-                        learning_rate, load_states, make_fast, matmul_precision, optimiser,
-                        optimiser_step, refuse_unnamed_program, resolve, save, say_idle,
+                        learning_rate, load_states, make_fast, matmul_precision,
+                        optimiser_step, optimisers, refuse_unnamed_program, resolve, save, say_idle,
                         say_options, training_batches, use_recipe)
 from vmae import RANK, InputError
 
@@ -29,13 +29,14 @@ DEFAULTS = dict(vmae="runs/vmae", out="runs/ldm", no_classes=False, init=None, s
 # Recipes, by size and device ("cpu" stands for all but CUDA): images per optimiser step, steps,
 # peak learning rate. That of 2e-4 is the authors'.
 RECIPES = {
-    ("tiny", "cpu"): dict(batch=16, steps=2000, lr=3e-3),          # 8 and 32 learn less per second
-    ("tiny", "cuda"): dict(batch=256, steps=2500, lr=3e-3),
-    ("small", "cpu"): dict(batch=256, steps=100_000, lr=2e-4),
-    ("small", "cuda"): dict(batch=256, steps=100_000, lr=2e-4),
-    ("small", "cuda, faces"): dict(batch=256, steps=2500, lr=1e-3),    # latents of 8 x 8 only
-    ("base", "cpu"): dict(batch=256, steps=100_000, lr=2e-4),
-    ("base", "cuda"): dict(batch=256, steps=100_000, lr=2e-4)}
+    ("tiny", "cpu"): dict(optimizer="muon", batch=16, steps=2000, lr=3e-3),          # 8 and 32 learn less per second
+    ("tiny", "cuda"): dict(optimizer="adamw", batch=256, steps=2500, lr=3e-3),
+    ("small", "cpu"): dict(optimizer="adamw", batch=256, steps=100_000, lr=2e-4),
+    ("small", "cuda"): dict(optimizer="adamw", batch=256, steps=100_000, lr=2e-4),
+    ("small", "cuda, faces"): dict(optimizer="adamw", batch=256, steps=2500, lr=1e-3),    # latents of 8 x 8 only
+    ("base", "cpu"): dict(optimizer="adamw", batch=256, steps=100_000, lr=2e-4),
+    ("base", "cuda"): dict(optimizer="adamw", batch=256, steps=100_000, lr=2e-4)
+}
 # Latents at once on a CPU or Mac, see choose_micro. 8 of 32 x 32 take some 8 GB with base.
 AT_ONCE = {"tiny": 256, "small": 32, "base": 8}
 
@@ -59,11 +60,12 @@ def main():
     model.to(device)
     schedule.to(device)
     ema = ldm.EMA(model)
-    states = {"model": model, "ema": ema.model, "opt": optimiser(model)}   # of a checkpoint
+    autocast = matmul_precision(args, device)
+    opts = optimisers(model, args)          # AdamW, and Muon beside it
+    states = {"model": model, "ema": ema.model, **opts}    # of a checkpoint
     start = load_states(args, resumed, states)             # the step to begin with
     ema.n = start                           # its warm-up goes on, too
     resumed = init = None                   # their memory is free again
-    autocast = matmul_precision(args, device)
     vmae.describe(data, val)
 
     # Latents are encoded once. A checkpoint also holds all that sample.py needs beside the network.
@@ -108,7 +110,7 @@ def main():
             generator.manual_seed(vmae.seed_of(args.seed, step, i))
             terms = micro_batch(moments, y)
             log.add(terms, len(y) / args.batch)
-        is_finite = optimiser_step(states["opt"], model, lr)               # clip, step, zero
+        is_finite = optimiser_step(opts.values(), model, lr)               # clip, step, zero
         log.skipped += ~is_finite                          # then no weight has changed
         ema.update(model)                                  # what is sampled, here and by sample.py
 

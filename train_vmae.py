@@ -60,20 +60,21 @@ DEFAULTS = dict(preset="vmae", size=None, init=None, tune=None, adv_start=None, 
 # Recipes, by size, body and device ("cpu" stands for all but CUDA): images per optimiser step,
 # steps, peak learning rate.
 RECIPES = {
-    ("tiny", "vit", "cpu"): dict(batch=16, steps=3200, lr=4e-3),   # 32.8 dB
-    ("tiny", "vit", "cuda"): dict(batch=128, steps=6000, lr=4e-3),     # 35.7 dB; 34.1 after 3,000
-    ("tiny", "conv", "cpu"): dict(batch=16, steps=3200, lr=1.5e-3),
-    ("tiny", "conv", "cuda"): dict(batch=128, steps=3000, lr=4e-3),
-    ("small", "vit", "cpu"): dict(batch=16, steps=8000, lr=1e-3),
-    ("small", "vit", "cuda"): dict(batch=16, steps=8000, lr=1e-3),
-    ("small", "conv", "cpu"): dict(batch=16, steps=8000, lr=1e-3),
-    ("small", "conv", "cuda"): dict(batch=16, steps=8000, lr=1e-3),
+    ("tiny", "vit", "cpu"): dict(optimizer="muon", batch=16, steps=3200, lr=4e-3),   # 32.8 dB
+    ("tiny", "vit", "cuda"): dict(optimizer="adamw", batch=128, steps=6000, lr=4e-3),     # 35.7 dB; 34.1 after 3,000
+    ("tiny", "conv", "cpu"): dict(optimizer="adamw", batch=16, steps=3200, lr=1.5e-3),
+    ("tiny", "conv", "cuda"): dict(optimizer="adamw", batch=128, steps=3000, lr=4e-3),
+    ("small", "vit", "cpu"): dict(optimizer="muon", batch=16, steps=8000, lr=1e-3),
+    ("small", "vit", "cuda"): dict(optimizer="muon", batch=16, steps=8000, lr=1e-3),
+    ("small", "conv", "cpu"): dict(optimizer="adamw", batch=16, steps=8000, lr=1e-3),
+    ("small", "conv", "cuda"): dict(optimizer="adamw", batch=16, steps=8000, lr=1e-3),
     # The authors' learning rate of 8e-4 is for 2,048 images: this is sqrt(128 / 2048) of it.
-    ("base", "vit", "cpu"): dict(batch=128, steps=100_000, lr=2e-4),
-    ("base", "vit", "cuda"): dict(batch=128, steps=100_000, lr=2e-4),
+    ("base", "vit", "cpu"): dict(optimizer="adamw", batch=128, steps=100_000, lr=2e-4),
+    ("base", "vit", "cuda"): dict(optimizer="adamw", batch=128, steps=100_000, lr=2e-4),
     # An image takes 22 times the operations that it takes in VMAE.
-    ("base", "conv", "cpu"): dict(batch=16, steps=100_000, lr=2e-4),
-    ("base", "conv", "cuda"): dict(batch=16, steps=100_000, lr=2e-4)}
+    ("base", "conv", "cpu"): dict(optimizer="adamw", batch=16, steps=100_000, lr=2e-4),
+    ("base", "conv", "cuda"): dict(optimizer="adamw", batch=16, steps=100_000, lr=2e-4)
+}
 # Pixels at once on a CPU or Mac, see choose_micro. 8 images of 256 px take some 5 GB with VMAE base
 # and LPIPS.
 PIXELS_AT_ONCE = {"vit": 8 * 256**2, "conv": 2 * 256**2}
@@ -94,15 +95,16 @@ def main():
     train, val = vmae.open_images(args.data, args.size, args.val, args.out)
     model.to(device, memory_format=layout(args))
     lpips_net = load_perceptual(args, given, device)       # None without L_P
-    states = {"model": model, "opt": optimiser(model)}
+    autocast = matmul_precision(args, device)
+    opts = optimisers(model, args)          # AdamW, and Muon beside it
+    states = {"model": model, **opts}
     disc = None
     if args.lambda_adv > 0:                 # SD-VAE's discriminator
         disc = vmae.discriminator(args.size).to(device)
         states["disc"] = disc
-        states["disc_opt"] = optimiser(disc)
+        states["disc_opt"] = optimisers(disc, args)["opt"]
     start = load_states(args, resumed, states)             # the step to begin with
     resumed = start_from = None             # their memory is free again
-    autocast = matmul_precision(args, device)
     generator = torch.Generator(device)     # of all that is random in a micro-batch
 
     def micro_batch(x, mask_ratio, adversary):
@@ -161,9 +163,9 @@ def main():
             generator.manual_seed(vmae.seed_of(args.seed, step, i))
             terms = micro_batch(x, mask_ratio=mask_ratio, adversary=adversary)
             log.add(terms, len(x) / args.batch)
-        is_finite = optimiser_step(states["opt"], model, lr)               # clip, step, zero
+        is_finite = optimiser_step(opts.values(), model, lr)               # clip, step, zero
         if adversary:
-            is_finite = is_finite & optimiser_step(states["disc_opt"], disc, lr)
+            is_finite = is_finite & optimiser_step([states["disc_opt"]], disc, lr)
         log.skipped += ~is_finite                          # then no weight has changed
 
         done = step + 1
@@ -228,6 +230,111 @@ def validate(model, x_val, args, path):
         if values:
             means[name] = round(torch.cat(values).mean().item(), 2)
     return means
+
+# ---- The optimiser, shared with train_ldm.py --------------------------------------------------
+
+def orthogonalise(M):
+    """Matrices M = U S V^T, (K, m, n) -> about U V^T: every direction of M then counts as much as
+    any other.
+
+    X <- a X + b (X X^T) X + c (X X^T)^2 X changes nothing but the singular values, each from s to
+    a s + b s^3 + c s^5 (Bernstein & Newhouse 2024). With Jordan's a, b and c (Muon, 2024) five
+    iterations bring all above .002 into .7 to 1.2, which is near enough to 1."""
+    is_tall = M.shape[1] > M.shape[2]
+    X = M.mT if is_tall else M                             # the smaller side first, (K, m, n)
+    X = X / X.norm(dim=(1, 2), keepdim=True).clamp(min=1e-20)
+    for _ in range(5):
+        A = X @ X.mT                                                       # (K, m, m)
+        A = torch.baddbmm(A, A, A, beta=-4.7750, alpha=2.0315)             # b A + c A^2
+        X = torch.baddbmm(X, A, X, beta=3.4445)                            # a X + (b A + c A^2) X
+    return X.mT if is_tall else X
+
+class Muon(torch.optim.Optimizer):
+    """Descent along the momentum, made orthogonal (Jordan 2024). For a matrix W (m, n) with the
+    gradient g, or a convolution's kernel, which is a matrix C_out x (C_in k k):
+
+        M <- .95 M + .05 g
+        W <- (1 - decay lr) W - .6 lr sqrt(max(m, n)) orthogonalise(.95 M + .05 g)
+
+    The root makes a step as long per weight in all matrices, .6 lr in the root mean square, as
+    AdamW's steps are. dtype: of the products inside orthogonalise."""
+
+    def __init__(self, matrices, decay, dtype):
+        stacks = {}                         # equal matrices of all blocks are computed in one go
+        for p in matrices:
+            stacks.setdefault(p.flatten(1).shape, []).append(p)
+        super().__init__([dict(params=stack) for stack in stacks.values()], dict(lr=0.0))
+        self.decay = decay
+        self.dtype = dtype
+
+    @torch.no_grad()
+    def step(self):
+        """found_inf, a tensor, is 1 if a gradient is not finite: then nothing changes."""
+        fine = 1 - self.found_inf
+        for group in self.param_groups:
+            stack = group["params"]
+            g = torch.stack([p.grad.flatten(1) for p in stack])            # (K, m, n)
+            g = torch.where(fine > 0, g, 0)
+            state = self.state[stack[0]]
+            if len(state) == 0:
+                state["M"] = torch.zeros_like(g)
+            M = state["M"]
+            M.lerp_(g, 0.05 * fine)
+            direction = orthogonalise(g.lerp(M, 0.95).to(self.dtype)).float()      # (K, m, n)
+            lr = group["lr"] * fine
+            length = 0.6 * lr * math.sqrt(max(g.shape[1:]))
+            torch._foreach_mul_(stack, 1 - self.decay * lr)
+            torch._foreach_sub_(stack, [d.view_as(p) for d, p in zip(length * direction, stack)])
+
+def optimisers(model, args):
+    """-> {"opt": AdamW}, with betas (.9, .95) as in the authors' recipes; with --optimizer muon also
+    {"muon": Muon}, for the matrices of the blocks, which leaves all else to AdamW: the first and
+    the last matrix, adaLN's, whose inputs and outputs are no hidden features. Weights decay in
+    matrices, not in norms, biases and what else has one side of 1: these have no reason to shrink.
+    """
+    hidden = []
+    matrices = []
+    others = []
+    for name, p in model.named_parameters():
+        if not p.requires_grad:             # of a frozen encoder
+            continue
+        is_matrix = p.ndim > 1 and min(p.shape) > 1
+        is_hidden = "block" in name and "adaLN" not in name
+        if is_matrix and is_hidden and args.optimizer == "muon":
+            hidden.append(p)
+        elif is_matrix:
+            matrices.append(p)
+        else:
+            others.append(p)
+    groups = [dict(params=matrices, weight_decay=0.05), dict(params=others, weight_decay=0.0)]
+    opts = {"opt": torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)}   # one kernel
+    if hidden:
+        opts["muon"] = Muon(hidden, decay=0.15, dtype=getattr(torch, args.precision))
+    return opts
+
+def optimiser_step(opts, model, lr):
+    """One step of these optimisers with the gradients that all processes have summed, clipped at
+    norm 1, and then zeroed -> whether they were finite, a tensor. If not, no weight and no momentum
+    is changed: found_inf, as mixed-precision training uses it, leaves a step out, and the CPU need
+    not wait for the GPU."""
+    parameters = [p for p in model.parameters() if p.grad is not None]
+    if WORLD > 1:
+        sum_over_processes([p.grad for p in parameters])
+    is_finite = torch.nn.utils.clip_grad_norm_(parameters, 1.0).isfinite()
+    for opt in opts:
+        for group in opt.param_groups:
+            group["lr"] = lr
+        opt.found_inf = (~is_finite).float()
+        opt.step()
+        opt.zero_grad(set_to_none=False)    # the gradients stay where Replay has recorded them
+    return is_finite
+
+def leave_out_step(opt):
+    """An optimiser step that changes no weight, see optimiser_step, but makes room for the
+    moments."""
+    parameter = opt.param_groups[0]["params"][0]
+    opt.found_inf = torch.ones((), device=parameter.device)
+    opt.step()
 
 # ---- Options of stage one, and what they build ------------------------------------------------
 
@@ -407,7 +514,7 @@ def load_perceptual(args, given, device):
 
 # Options of both trainers; None means that they are chosen later.
 COMMON = dict(data=None, val=None, flip=None, model=None, batch=None, micro=None, steps=None,
-              lr=None, save_every=1000, keep=False, seed=0, device="auto", precision="auto",
+              optimizer=None, lr=None, save_every=1000, keep=False, seed=0, device="auto", precision="auto",
               resume=False, compile=None)
 # A resumed run ignores what its checkpoint says of these options.
 FRESH = ("resume", "out", "device", "compile")
@@ -439,6 +546,8 @@ def common_parser(doc):
     add("--micro", type=vmae.count_type, help="images at once, whose gradients are summed "
         "(default: as many as fit)")
     add("--steps", type=vmae.count_type, help="optimiser steps in all (default: see RECIPES)")
+    add("--optimizer", choices=("muon", "adamw"), help="muon: Muon for the matrices of the blocks, "
+        "AdamW for all else; adamw: AdamW alone (default: see RECIPES)")
     add("--lr", type=vmae.positive_type, help="peak learning rate (default: see RECIPES)")
     add("--save-every", type=vmae.count_type, help="steps between checkpoints (default: 1000)")
     add("--keep", action="store_true", help="keep each checkpoint, to measure it later, as "
@@ -477,7 +586,7 @@ def resolve(defaults, given, stage):
                          f"begin another one with --out")
     if stage != ("stage two" if "vmae" in ckpt else "stage one"):
         raise InputError(f"{last}: a checkpoint of the other stage; give another --out")
-    saved = {}
+    saved = {"optimizer": "adamw"}          # a run from before there was a choice
     for name, value in ckpt["train_args"].items():
         if name in defaults and name not in FRESH:
             saved[name] = value
@@ -567,17 +676,16 @@ def equal_parts(batch, fits):
 
 def step_fits(n, largest_part, states):
     """Whether a step with n images at once fits the memory of the GPU."""
+    opts = [part for part in states.values() if isinstance(part, torch.optim.Optimizer)]
     fits = True
     try:
         largest_part(n)
-        for name in states:
-            if name in ("opt", "disc_opt"):
-                leave_out_step(states[name])
+        for opt in opts:
+            leave_out_step(opt)
     except torch.OutOfMemoryError:
         fits = False                        # its tensors are freed at the end of this block
-    for name in states:
-        if name in ("opt", "disc_opt"):
-            states[name].zero_grad(set_to_none=False)
+    for opt in opts:
+        opt.zero_grad(set_to_none=False)
     torch.cuda.empty_cache()
     return fits
 
@@ -690,44 +798,6 @@ def learning_rate(step, steps, peak):
     warm = min(1, (step + 1) / max(1, steps // 50))        # rises to 1
     return peak * warm * 0.5 * (1 + math.cos(math.pi * step / steps))
 
-def optimiser(model):
-    """AdamW as in the authors' recipes, with betas (.9, .95). Weight decay acts on matrices, not on
-    norms, biases and what else has one side of 1, which have no reason to shrink."""
-    matrices = []
-    others = []
-    for p in model.parameters():
-        if not p.requires_grad:             # of a frozen encoder
-            continue
-        if p.ndim > 1 and min(p.shape) > 1:
-            matrices.append(p)
-        else:
-            others.append(p)
-    groups = [dict(params=matrices, weight_decay=0.05), dict(params=others, weight_decay=0.0)]
-    return torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)        # one kernel per step
-
-def optimiser_step(opt, model, lr):
-    """One step with the gradients that all processes have summed, clipped at norm 1, and then
-    zeroed -> whether they were finite, a tensor. If not, no weight is changed: fused AdamW leaves a
-    step out if its found_inf is 1, as mixed-precision training uses it, and the CPU need not wait
-    for the GPU."""
-    parameters = [p for p in model.parameters() if p.grad is not None]
-    if WORLD > 1:
-        sum_over_processes([p.grad for p in parameters])
-    is_finite = torch.nn.utils.clip_grad_norm_(parameters, 1.0).isfinite()
-    for group in opt.param_groups:
-        group["lr"] = lr
-    opt.found_inf = (~is_finite).float()
-    opt.step()
-    opt.zero_grad(set_to_none=False)        # the gradients stay where Replay has recorded them
-    return is_finite
-
-def leave_out_step(opt):
-    """An optimiser step that changes no weight, see optimiser_step, but makes room for the
-    moments."""
-    parameter = opt.param_groups[0]["params"][0]
-    opt.found_inf = torch.ones((), device=parameter.device)
-    opt.step()
-
 def sum_over_processes(gradients):
     """Replace each gradient by its sum over the processes: as one vector, in one go."""
     flat = torch.cat([g.flatten() for g in gradients])
@@ -774,7 +844,7 @@ def save(args, states, step, **entries):
 
 def finish(args, done):
     """End the run after step `done`, when process 0 has saved it."""
-    vmae.wait_for_all()
+    vmae.end_together()
     if done < args.steps and RANK == 0:
         sys.exit(f"stopped after step {done}, which is saved; --resume goes on")
     if done < args.steps:

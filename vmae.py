@@ -689,6 +689,13 @@ def any_process(flag):
     """Whether `flag` is true in one of the processes at least."""
     return not smallest(not flag)
 
+def end_together():
+    """Wait until all processes are here, then close their group. A process that ended with gloo's
+    group open sometimes aborted after its last save, and torchrun then ended the others."""
+    wait_for_all()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
 def from_first(function):
     """What function() returns in process 0, for all processes."""
     box = [None]
@@ -1859,6 +1866,5 @@ def cli(main):
         sys.exit("error: out of memory; give a smaller --micro, --batch or --size")
     except KeyboardInterrupt:
         sys.exit("stopped")
-    # NCCL asks for it; with gloo and torch 2.6 it waits forever once the other processes have left.
-    if dist.is_initialized() and dist.get_backend() != "gloo":
-        dist.destroy_process_group()
+    if dist.is_initialized():               # a training has closed the group before, see finish
+        end_together()
