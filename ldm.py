@@ -398,7 +398,7 @@ class DiT(nn.Module):
         D = hidden_size
         size = input_size // patch_size     # N = size * size
         self.patch_size = patch_size
-        self.register_buffer("pos_embed", sincos_positions(D, size))
+        self.register_buffer("pos_embed", sincos_positions(D, torch.arange(size)))
         # A dict, so that its weight has the published name, x_embedder.proj.weight.
         self.x_embedder = nn.ModuleDict({"proj": nn.Conv2d(in_channels, D, patch_size, patch_size)})
         self.t_embedder = TimestepEmbed(D)

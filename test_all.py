@@ -615,16 +615,16 @@ def test_what_is_no_stage_one_is_refused():
     assert "no such checkpoint" in raises(InputError, vmae.load_vmae, "nowhere.pth")
 
 def test_resized_positions_are_those_the_authors_interpolate():
-    table = vmae.sincos_positions(192, 16)
+    table = vmae.sincos_positions(192, torch.arange(16))
     image = table.view(1, 16, 16, 192).permute(0, 3, 1, 2)                 # (1, 192, 16, 16)
     bilinear = F.interpolate(image, size=(32, 32), mode="bilinear")        # (1, 192, 32, 32)
     bilinear = bilinear.flatten(2).transpose(1, 2)                         # (1, 1024, 192)
-    finer = vmae.sincos_positions(192, 32, 16)                             # (1, 1024, 192)
+    model = VMAE(**{**TINY_VMAE, "img_size": 128, "embed_dim": 192})        # of 32 x 32 patches
+    finer = vmae.resize_positions({"pos_embed": table}, model)["pos_embed"]    # (1, 1024, 192)
     close(finer[..., 12:48], bilinear[..., 12:48], 0.03)   # slow waves
     assert (finer - bilinear).square().mean().sqrt() < 0.03
-    not_resized = vmae.sincos_positions(192, 32)
+    not_resized = vmae.sincos_positions(192, torch.arange(32))
     assert (not_resized - bilinear).square().mean().sqrt() > 0.3
-    close(vmae.sincos_positions(192, 16, 16), table, 0)
 
 # ---- Both bodies: the transformer and the convolutions ----------------------------------------
 
@@ -1688,14 +1688,14 @@ def test_muon_sees_a_kernel_as_a_matrix():
         opt.step()
     close(kernel.flatten(1), matrix, 1e-6)
 
-def test_parts_are_as_few_as_fit_and_equal_if_possible():
+def test_parts_are_equal_and_as_few_as_fit():
     equal_parts = train_vmae.equal_parts
     assert equal_parts(16, fits=99) == 16
     assert equal_parts(16, fits=15) == 8
     assert equal_parts(16, fits=7) == 4
     assert equal_parts(128, fits=100) == 64
     assert equal_parts(9, fits=5) == 3                     # three equal parts, rather than 5 + 4
-    assert equal_parts(7, fits=3) == 3                     # 3 + 3 + 1, rather than seven parts
+    assert equal_parts(7, fits=3) == 1                     # rather than 3 + 3 + 1
 
 def test_parts_are_shared_out_over_all_processes():
     for world, batch, fits, part in [(2, 8, 8, 4), (2, 8, 3, 2), (7, 16, 16, 2), (8, 8, 8, 1)]:
@@ -1709,9 +1709,12 @@ def nothing_to_try(n):
 def micro_chosen(batch, micro=None, device=CPU, largest_part=nothing_to_try, at_once=99):
     """What choose_micro chooses: --micro, and the numbers of this process's parts."""
     args = SimpleNamespace(batch=batch, micro=micro)
+    given = {}
+    if micro is not None:
+        given["micro"] = micro
     with patch(torch.cuda, "empty_cache"):                 # which needs a GPU
-        numbers = train_vmae.choose_micro(args, device, largest_part, {}, at_once)
-    return args.micro, list(numbers)
+        args.micro = train_vmae.choose_micro(args, given, device, largest_part, {}, at_once)
+    return args.micro, list(train_vmae.parts_of_this_process(args))
 
 @patch(train_vmae, "WORLD", 2)
 @patch(train_vmae, "RANK", 1)
@@ -1778,10 +1781,10 @@ def with_a_trial(script):
     """Patch: before it begins, the script tries out three images at once, as it does on CUDA."""
     choose_micro = script.choose_micro
 
-    def trial_first(args, device, largest_part, states, at_once):
+    def trial_first(args, given, device, largest_part, states, at_once):
         with patch(torch.cuda, "empty_cache"):
             assert train_vmae.step_fits(3, largest_part, states)
-        return choose_micro(args, device, largest_part, states, at_once)
+        return choose_micro(args, given, device, largest_part, states, at_once)
 
     return patch(script, "choose_micro", trial_first)
 
@@ -2232,9 +2235,10 @@ def test_a_run_from_before_muon_goes_on_with_adamw():
 def test_micro_is_kept_by_a_resumed_run_while_it_suffices():
     os.mkdir("run")
     save_run(train_vmae, batch=8, micro=4, steps=9)
-    for world, micro in ((1, 4), (2, 4), (3, None)):       # None: chosen anew
+    args = options_of(train_vmae, "--out run --resume")
+    for world, micro in ((1, 4), (2, 4), (3, 2)):          # 2: chosen anew
         with patch(train_vmae, "WORLD", world):
-            assert options_of(train_vmae, "--out run --resume").micro == micro
+            assert train_vmae.choose_micro(args, {}, CPU, nothing_to_try, {}, 99) == micro
 
 def help_of(script):
     """{option: what its help says of the default}."""

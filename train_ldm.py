@@ -16,10 +16,11 @@ import torch
 
 import ldm
 import sample
-from train_vmae import (COMMON, Log, Stop, absolute_checkpoint, choose_micro, common_parser, finish,
-                        learning_rate, load_states, make_fast, matmul_precision,
-                        optimiser_step, optimisers, refuse_unnamed_program, resolve, save, say_idle,
-                        say_options, training_batches, use_recipe)
+from train_vmae import (COMMON, Log, Stop, absolute_checkpoint, choose_micro,
+                        common_parser, end_if_complete, finish, learning_rate, load_states,
+                        make_fast, matmul_precision, optimiser_step, optimisers,
+                        parts_of_this_process, refuse_unnamed_program, resolve, run_to_resume, save,
+                        say_idle, say_options, training_batches, use_recipe)
 from vmae import RANK, InputError
 
 # The options of stage two beside those of both trainers; None means that they are chosen later.
@@ -95,11 +96,12 @@ def main():
         micro_batch(zeros, torch.zeros(n, dtype=torch.long, device=device))
 
     # Each batch is worked through in micro-batches, of which this process takes its share.
-    my_micro_batches = choose_micro(args, device, largest_part, states, AT_ONCE[args.model])
+    args.micro = choose_micro(args, given, device, largest_part, states, AT_ONCE[args.model])
+    my_micro_batches = parts_of_this_process(args)         # their numbers
     say_options(args, model)
     batches = training_batches(cache, args, start, my_micro_batches, device)
     held_out = held_out_latents(val, classes, ae, mean, std)               # z_0, y
-    micro_batch = make_fast(micro_batch, args, given, generator, model.blocks)
+    fast_micro_batch = make_fast(micro_batch, args, given, generator, model.blocks)
 
     log = Log(args, start, device)
     stop = Stop()
@@ -108,7 +110,7 @@ def main():
         for i in my_micro_batches:
             moments, y = next(batches)                     # (B, 2d, h, w), (B,)
             generator.manual_seed(vmae.seed_of(args.seed, step, i))
-            terms = micro_batch(moments, y)
+            terms = fast_micro_batch(moments, y)
             log.add(terms, len(y) / args.batch)
         is_finite = optimiser_step(opts.values(), model, lr)               # clip, step, zero
         log.skipped += ~is_finite                          # then no weight has changed
@@ -221,15 +223,17 @@ def read_options():
         "guidance needs (default: 0.1)")
     given = vars(parser.parse_args())
     defaults = {**COMMON, **DEFAULTS, "vmae": absolute_checkpoint(DEFAULTS["vmae"])}
-    args, saved = resolve(defaults, given, "stage two")
+    resumed = run_to_resume(defaults, given, "stage two")
+    args = resolve(defaults, given, resumed)
+    end_if_complete(args, resumed)
     if args.stats and not args.init:
         raise InputError("--stats: belongs to published weights; name these with --init")
-    if args.init and "model" in given and saved is None:
+    if args.init and "model" in given and resumed is None:
         raise InputError("--model: --init decides the shape of the network; leave --model out")
-    return args, given, saved
+    return args, given, resumed
 
 def fill_in(args, given, device, theirs, init):
-    """Choose the options that are still None. theirs: the options of stage one; init: the
+    """Choose the options that are still None, but for those that have to be tried. theirs: the options of stage one; init: the
     checkpoint of --init, or None. By default the folders are stage one's, so that what it held out
     is not trained on here."""
     if args.val is None and args.data in (None, theirs["data"]):

@@ -87,14 +87,15 @@ def main():
     start_from = resumed
     if resumed is None and args.init:
         start_from = vmae.read_stage_one(args.init)
-    fill_in(args, given, device, start_from)               # args are complete from here on
+    fill_in(args, given, device, start_from)
+    # Three options are not decided before they are tried: lambda_p, precision and micro, below.
 
     # What is trained, and what a checkpoint holds of it.
     torch.manual_seed(args.seed)            # the same weights in every process
     model, model_args = new_model(args, start_from)
     train, val = vmae.open_images(args.data, args.size, args.val, args.out)
     model.to(device, memory_format=layout(args))
-    lpips_net = load_perceptual(args, given, device)       # None without L_P
+    lpips_net = load_perceptual(args, given, device)       # without it lambda_p becomes 0
     autocast = matmul_precision(args, device)
     opts = optimisers(model, args)          # AdamW, and Muon beside it
     states = {"model": model, **opts}
@@ -142,15 +143,17 @@ def main():
         micro_batch(grey, mask_ratio=0.0, adversary=disc is not None)
 
     # Each batch is worked through in micro-batches, of which this process takes its share.
-    my_micro_batches = choose_micro(args, device, largest_part, states,
-                                    PIXELS_AT_ONCE[args.arch] // args.size**2)
+    at_once = PIXELS_AT_ONCE[args.arch] // args.size**2    # without a GPU, which tries it out
+    args.micro = choose_micro(args, given, device, largest_part, states, at_once)
+    my_micro_batches = parts_of_this_process(args)         # their numbers
     say_options(args, model)
     vmae.describe(train, val)
     if isinstance(train, vmae.ImageFolder):
         train = train.keep_pixels(args.out, not args.no_cache)
     batches = training_batches(train, args, start, my_micro_batches, device)
     x_val = held_out_images(val, device)                   # (64, 3, H, W)
-    micro_batch = make_fast(micro_batch, args, given, generator, blocks(args, model), lpips_net)
+    fast_micro_batch = make_fast(micro_batch, args, given, generator, blocks(args, model),
+                                 lpips_net)
 
     log = Log(args, start, device)
     stop = Stop()
@@ -161,12 +164,12 @@ def main():
         for i in my_micro_batches:
             x, _ = next(batches)                           # uint8 (B, 3, H, W)
             generator.manual_seed(vmae.seed_of(args.seed, step, i))
-            terms = micro_batch(x, mask_ratio=mask_ratio, adversary=adversary)
+            terms = fast_micro_batch(x, mask_ratio=mask_ratio, adversary=adversary)
             log.add(terms, len(x) / args.batch)
         is_finite = optimiser_step(opts.values(), model, lr)               # clip, step, zero
-        if adversary:
+        if adversary:                       # each network changes if its own gradient is finite
             is_finite = is_finite & optimiser_step([states["disc_opt"]], disc, lr)
-        log.skipped += ~is_finite                          # then no weight has changed
+        log.skipped += ~is_finite
 
         done = step + 1
         stopping = vmae.any_process(stop.received)         # SIGTERM or Ctrl-C, in one of them
@@ -382,7 +385,9 @@ def read_options():
     defaults = {**COMMON, **DEFAULTS, **AE, "out": f"runs/{preset}", **PRESETS[preset]}
     if "tune" in given:
         defaults.update(TUNED)
-    args, saved = resolve(defaults, given, "stage one")
+    resumed = run_to_resume(defaults, given, "stage one")
+    args = resolve(defaults, given, resumed)
+    end_if_complete(args, resumed)
     if "init" in given and ("arch" in given or "model" in given):
         raise InputError("--arch, --model: --init decides the shape of the model; leave them out")
     if args.tune and not args.init:
@@ -390,11 +395,11 @@ def read_options():
     idle = dict(lambda_m=args.mask == 0, whole=args.mask == 0, kl_mean=args.lambda_reg == 0,
                 no_cache=args.data is None)
     say_idle(given, idle)
-    return args, given, saved
+    return args, given, resumed
 
 def fill_in(args, given, device, start_from):
-    """Choose the options that are still None. given: those of the command line; start_from: the
-    checkpoint of --resume or --init."""
+    """Choose the options that are still None, but for those that have to be tried. given: those of the command line;
+    start_from: the checkpoint of --resume or --init."""
     if start_from is not None:
         model_args = start_from["model_args"]
         args.size = args.size or model_args["img_size"]
@@ -566,16 +571,14 @@ def common_parser(doc):
         "yes, with blocks from size small on; elsewhere no)")
     return parser
 
-def resolve(defaults, given, stage):
-    """Options in layers: defaults; those of the run in --out, if it is resumed; those given on the
-    command line -> (Namespace, the checkpoint to go on from, or None). Ends the script if that run
-    is complete. InputError if --resume is missing, or if an option may not differ."""
-    out = given.get("out", defaults["out"])
-    last = os.path.join(out, "last.pt")
+def run_to_resume(defaults, given, stage):
+    """The checkpoint in --out, to go on from, or None if there is none. InputError if --resume is
+    missing, or if it is none of this stage."""
+    last = os.path.join(given.get("out", defaults["out"]), "last.pt")
     if not os.path.exists(last):
         if "resume" in given:
             vmae.say(f"{last}: no checkpoint yet, so the run begins")
-        return argparse.Namespace(**{**defaults, **given}), None
+        return None
     ckpt = vmae.read_checkpoint(last)
     ckpt["path"] = last
     for entry in ("train_args", "step", "model_args", "model"):
@@ -586,24 +589,33 @@ def resolve(defaults, given, stage):
                          f"begin another one with --out")
     if stage != ("stage two" if "vmae" in ckpt else "stage one"):
         raise InputError(f"{last}: a checkpoint of the other stage; give another --out")
+    return ckpt
+
+def resolve(defaults, given, ckpt):
+    """Options in layers -> Namespace: defaults; those of the run that goes on, if ckpt is not None;
+    those given on the command line. InputError if an option may not differ from that run's."""
+    if ckpt is None:
+        return argparse.Namespace(**{**defaults, **given})
     saved = {"optimizer": "adamw"}          # a run from before there was a choice
     for name, value in ckpt["train_args"].items():
         if name in defaults and name not in FRESH:
             saved[name] = value
     for name, value in given.items():
         if name in saved and name not in FREE and value != saved[name]:
-            raise InputError(f"--{name.replace('_', '-')} {value}: the run in {out} has "
-                             f"{saved[name]}; leave it out, or begin another with --out")
+            raise InputError(f"--{name.replace('_', '-')} {value}: the run in "
+                             f"{os.path.dirname(ckpt['path'])} has {saved[name]}; leave it out, or "
+                             f"begin another with --out")
     args = argparse.Namespace(**{**defaults, **saved, **given})
     if args.data and saved.get("data", args.data) is None:  # a folder may have moved; faces cannot
-        raise InputError(f"--data {args.data}: the run in {out} was trained on the built-in faces; "
-                         f"begin another with --out")
-    if ckpt["step"] >= args.steps:
-        vmae.say(f"{last}: complete, at step {ckpt['step']} of {args.steps}")
+        raise InputError(f"--data {args.data}: the run in {args.out} was trained on the built-in "
+                         f"faces; begin another with --out")
+    return args
+
+def end_if_complete(args, ckpt):
+    """End the script if the run that is to go on has made all its steps."""
+    if ckpt is not None and ckpt["step"] >= args.steps:
+        vmae.say(f"{ckpt['path']}: complete, at step {ckpt['step']} of {args.steps}")
         sys.exit()
-    if "micro" not in given and math.ceil(args.batch / args.micro) < WORLD:
-        args.micro = None                   # it was chosen for fewer processes
-    return args, ckpt
 
 def say_idle(given, idle):
     """Name the options that were given although they have no effect. idle: {name: whether}."""
@@ -637,20 +649,36 @@ def matmul_precision(args, device):
         torch.set_float32_matmul_precision("high")         # what remains in float32: as TF32
     return lambda: torch.autocast(device.type, torch.bfloat16, args.precision == "bfloat16")
 
-def choose_micro(args, device, largest_part, states, at_once):
-    """Choose --micro, if it was not given -> the numbers of this process's parts of each batch.
+def choose_micro(args, given, device, largest_part, states, at_once):
+    """-> --micro, how many images are worked on at once. One that was given, or that the run which
+    goes on has and that suffices for all processes, is kept.
 
     On CUDA a whole step is tried: largest_part(n) computes the gradients of n images, and the
     optimisers make room for their moments. While that does not fit, n is halved. Afterwards weights
     and moments are as if nothing had been tried. A tenth more images than will be used leave some
     room for what the trial does not know. Elsewhere: at_once images."""
-    if args.micro is None:
-        fits = at_once
-        if device.type == "cuda":
-            fits = math.ceil(args.batch / WORLD)
-            while fits > 1 and not step_fits(math.ceil(1.1 * fits), largest_part, states):
-                fits = math.ceil(fits / 2)
-        args.micro = equal_parts(args.batch, max(1, vmae.smallest(fits)))
+    if "micro" in given:
+        return args.micro
+    if args.micro is not None and math.ceil(args.batch / args.micro) >= WORLD:
+        return args.micro
+    fits = at_once
+    if device.type == "cuda":
+        fits = math.ceil(args.batch / WORLD)
+        while fits > 1 and not step_fits(math.ceil(1.1 * fits), largest_part, states):
+            fits = math.ceil(fits / 2)
+    return equal_parts(args.batch, vmae.smallest(fits))
+
+def equal_parts(batch, fits):
+    """The size of the micro-batches: the largest divisor of a process's share of the batch that is
+    at most `fits`. They are equal because each shape is compiled and recorded by itself."""
+    share = max(1, batch // WORLD)
+    size = max(1, min(fits, share))
+    while share % size > 0:
+        size -= 1
+    return size
+
+def parts_of_this_process(args):
+    """The numbers of the micro-batches that this process takes of each batch: every WORLD-th."""
     n_micro = math.ceil(args.batch / args.micro)           # the last one may be smaller
     if n_micro < WORLD:
         enough = "a larger --batch"
@@ -659,20 +687,6 @@ def choose_micro(args, device, largest_part, states, at_once):
         raise InputError(f"--batch {args.batch} --micro {args.micro}: {n_micro} parts are too few "
                          f"for {WORLD} processes; give {enough}")
     return range(RANK, n_micro, WORLD)
-
-def equal_parts(batch, fits):
-    """The size of the micro-batches, at most `fits`. They are as few as possible; but equal sizes
-    are preferred, because each shape is compiled and recorded by itself, even if they are then up
-    to twice as many."""
-    fewest = math.ceil(batch / WORLD / fits)               # per process
-    per_process = fewest
-    for more in range(fewest, 2 * fewest + 1):
-        if batch % (more * WORLD) == 0:
-            per_process = more
-            break
-    size = math.ceil(batch / per_process / WORLD)
-    size = min(size, batch // WORLD)        # so that each process gets one
-    return max(1, size)
 
 def step_fits(n, largest_part, states):
     """Whether a step with n images at once fits the memory of the GPU."""
@@ -901,23 +915,20 @@ class Log:
 
     def add(self, terms, share):
         """Losses of this share of a batch; what is not finite is left out of their means."""
-        values = torch.stack(list(terms.values()))         # (terms,)
-        good = values.isfinite()
-        rows = share * torch.stack([values.nan_to_num(0, 0, 0), good, ~good])  # (3, terms)
-        names = tuple(terms)
-        self.sums[names] = self.sums.get(names, 0) + rows
+        for name, value in terms.items():
+            good = value.isfinite()
+            row = share * torch.stack([value.nan_to_num(0, 0, 0), good, ~good])        # (3,)
+            self.sums[name] = self.sums.get(name, 0) + row
 
     def totals(self):
         """-> of each loss, by name: its sum, the share of good values, the share of bad ones."""
         found = {}
-        for names, rows in self.sums.items():
-            rows = rows.clone()
+        for name, row in self.sums.items():
+            row = row.clone()
             if WORLD > 1:
                 with vmae.collective():
-                    dist.all_reduce(rows)
-            for name, column in zip(names, rows.T.tolist()):
-                old = found.get(name, (0, 0, 0))
-                found[name] = [a + b for a, b in zip(old, column)]
+                    dist.all_reduce(row)
+            found[name] = row.tolist()
         return found
 
     def check_skipped(self, step):

@@ -118,20 +118,20 @@ class Gaussian:
         logvar = self.logvar.float()
         return 0.5 * (squared_error * (-logvar).exp() + logvar + math.log(2 * math.pi))
 
-    def kl(self, mean="free"):
+    def kl(self, prior_mean="free"):
         """L_reg = E[KL(q(z|x_v) || p(z))], the loss that smooths the latent space. Section 4.1.
 
-        mean="zero", Eq. (1): the prior is N(0, 1), so
+        prior_mean="zero", Eq. (1): the prior is N(0, 1), so
             KL = 1/2 sum_d (mu^2 + sigma^2 - 1 - log sigma^2)
-        mean="free", Section 4.4: the same without mu^2. Only the variance is pulled, towards 1.
-            The means may lie anywhere, because stage two learns where they lie.
+        prior_mean="free", Section 4.4: the same without mu^2. Only the variance is pulled, towards
+            1. The means may lie anywhere, because stage two learns where they lie.
 
         Sum over the channels of a token, mean over tokens and batch: a scalar, in nats per token.
-        With mean="free" L_reg acts on sigma, the noise around one latent, and does not limit the
+        With a free mean L_reg acts on sigma, the noise around one latent, and does not limit the
         scale of mu over the data. ldm.normalise sets that scale, before stage two."""
         logvar = self.logvar.float()
         kl = logvar.exp() - 1 - logvar                                     # (B, d, V)
-        if mean == "zero":
+        if prior_mean == "zero":
             kl = kl + self.mu.float() ** 2
         return 0.5 * kl.sum(1).mean()
 
@@ -190,17 +190,12 @@ def loss_VMAE(x, p, q, mask, P, lambda_M=0.1, lambda_P=0.0, lambda_reg=1e-4, kl_
 
 # ---- The transformer --------------------------------------------------------------------------
 
-def sincos_positions(D, grid, trained_grid=None):
-    """Fixed 2-D sin-cos positions (1, N, D): half of D for the column, half for the row.
+def sincos_positions(D, coordinate):
+    """Fixed 2-D sin-cos positions (1, N, D): half of D for the column, half for the row. coordinate
+    (grid,): where the patches of a row, or of a column, lie, in patches: 0, 1, 2...
 
-    Frequencies 10000^(-k / (D/4)), sines before cosines (Vaswani 2017; MAE, He 2022). If the model
-    was trained on another grid, coordinates are measured in patches of that grid, so that the new
-    patches lie between the places that the model knows."""
+    Frequencies 10000^(-k / (D/4)), sines before cosines (Vaswani 2017; MAE, He 2022)."""
     omega = 10000.0 ** -(torch.arange(D // 4, dtype=torch.float64) / (D // 4))     # (D/4,)
-    trained_grid = trained_grid or grid
-    spacing = trained_grid / grid           # between two new patches
-    coordinate = (torch.arange(grid, dtype=torch.float64) + 0.5) * spacing - 0.5   # (grid,)
-    coordinate = coordinate.clamp(0, trained_grid - 1)
     row, column = torch.meshgrid(coordinate, coordinate, indexing="ij")    # (grid, grid) each
     column = column.reshape(-1, 1) * omega                                 # (N, D/4)
     row = row.reshape(-1, 1) * omega                                       # (N, D/4)
@@ -297,7 +292,7 @@ class VMAE(nn.Module):
         self.patch_size = patch_size
         self.latent_dim = latent_dim
         self.grid = img_size // patch_size                 # h = w
-        self.register_buffer("pos_embed", sincos_positions(D, self.grid))
+        self.register_buffer("pos_embed", sincos_positions(D, torch.arange(self.grid)))
         self.patch_embed = PatchEmbed(patch_size, D)
         self.blocks = nn.ModuleList(Block(D, num_heads) for _ in range(depth))
         self.norm = nn.LayerNorm(D, eps=1e-6)
@@ -715,14 +710,18 @@ def build(model_args):
     return VMAE(**model_args)
 
 def resize_positions(weights, model):
-    """Weights trained at another image size -> the same with positions for `model`'s grid, whose
-    coordinates have the same range as in training. (On faces of twice the training size: 35.0 dB;
+    """Weights trained at another image size -> the same with positions for `model`'s grid. They are
+    measured in patches of the old grid and stay inside it, so that new patches lie between the
+    places that the model knows. (On faces of twice the training size: 35.0 dB;
     23.6 dB if coordinates go on beyond that range. The authors resize the old table bilinearly,
     which also gives 35.0 dB.)"""
     old = weights.get("pos_embed")
     if old is None or old.shape[1] == model.grid**2:       # a convolution has no positions
         return weights
-    new = sincos_positions(old.shape[2], model.grid, math.isqrt(old.shape[1]))
+    old_grid = math.isqrt(old.shape[1])
+    spacing = old_grid / model.grid         # between two new patches
+    coordinate = (torch.arange(model.grid, dtype=torch.float64) + 0.5) * spacing - 0.5     # (grid,)
+    new = sincos_positions(old.shape[2], coordinate.clamp(0, old_grid - 1))
     return {**weights, "pos_embed": new, "decoder_pos_embed": new}
 
 def drop_variance(model):
