@@ -290,33 +290,7 @@ def files_up_to(size):
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
-# ---- What a reader relies on ------------------------------------------------------------------
-
-# A file shows first what one opens it for. Threads that wait for each other spin, and torch reads
-# how long when it is loaded, so vmae.py sets this and has to be imported before torch.
-
-def place(thing):
-    """The numbers of the first and of the last line of a function or a class."""
-    lines, first = inspect.getsourcelines(thing)
-    return first, first + len(lines) - 1
-
-def test_the_method_comes_first_and_what_all_scripts_share_comes_last():
-    order = [vmae.patchify, vmae.random_mask, Gaussian, vmae.loss_R, vmae.loss_M, vmae.loss_P,
-             vmae.loss_VMAE, VMAE, vmae.ConvAutoencoder, vmae.discriminator, vmae.load_lpips,
-             vmae.import_lpips, InputError, vmae.load_vmae, Cache, ImageFolder, Faces, vmae.start,
-             vmae.cli]
-    assert sorted(order, key=place) == order
-    assert place(vmae.random_mask)[0] <= 100
-    assert place(vmae.loss_VMAE)[1] <= 200
-    assert place(VMAE)[1] <= 400
-    lines = source("vmae.py").splitlines()
-    banner = lines.index("#   Shared by all scripts; skip on a first reading") + 1
-    assert place(vmae.import_lpips)[1] < banner < place(InputError)[0]
-
-def test_the_training_loop_is_the_first_function_of_a_trainer():
-    for name in ("train_vmae.py", "train_ldm.py"):
-        functions = re.findall(r"^def (\w+)", source(name), re.MULTILINE)
-        assert functions[0] == "main", name
+# ---- Threads ----------------------------------------------------------------------------------
 
 def test_waiting_threads_spin_little_unless_the_user_decides():
     head = source("vmae.py").split("\nimport numpy")[0]
@@ -327,11 +301,6 @@ def test_waiting_threads_spin_little_unless_the_user_decides():
         with mock.patch.dict(os.environ, given, clear=True):
             exec(head, {})
             assert os.environ.get("GOMP_SPINCOUNT") == spin
-
-def test_every_file_imports_vmae_before_torch_which_reads_that_setting():
-    for name in ("ldm.py", "train_vmae.py", "train_ldm.py", "sample.py", "evaluate.py"):
-        imports = re.findall(r"^(?:import|from) (vmae|torch)\b", source(name), re.MULTILINE)
-        assert imports[0] == "vmae", name
 
 # ---- Patches and masks ------------------------------------------------------------------------
 
@@ -2148,11 +2117,6 @@ def test_processes_that_see_another_checkpoint_are_told():
         message = raises(InputError, train_vmae.load_states, SimpleNamespace(out="run"), None, {})
     assert "process 0 finds step 5" in message and "finds 0" in message
 
-def test_a_leftover_of_torchrun_is_named():
-    with (patch(vmae, "WORLD", 2), mock.patch.dict(os.environ)):
-        os.environ.pop("MASTER_ADDR", None)
-        assert "unset WORLD_SIZE" in raises(InputError, vmae.start, "cpu")
-
 # ---- Options: defaults, then the preset, then the checkpoint, then what is given --------------
 
 # Each layer covers the one before. What a help text says of a default is compared with what the
@@ -2409,14 +2373,6 @@ def test_objective_and_schedule_are_those_of_init_otherwise_v_and_cosine():
         assert schedule.objective == args.objective == objective
         assert entries["schedule"] == dict(kind=kind, objective=objective)
 
-def test_no_option_names_another_default_than_these_tests_look_at():
-    both = set("data val flip model batch micro steps optimizer lr save-every out seed device precision "
-               "compile".split())
-    one = set("size preset arch mask whole noise lambda-m lambda-reg lambda-p lambda-adv kl-mean"
-              .split())
-    assert set(help_of(train_vmae)) == both | one
-    assert set(help_of(train_ldm)) == both | {"vmae", "objective", "schedule", "drop"}
-
 # ---- Measured at each save --------------------------------------------------------------------
 
 # Measuring draws from generators of its own, so a run is the same however often it is measured.
@@ -2530,18 +2486,6 @@ def test_a_compiled_run_of_stage_two_trains_alike():
     blocks, _ = compiles.call_args.args
     assert [type(block) for block in blocks] == [ldm.Block] * 2
     same(load("runs/ldm/last.pt"), load("compiled/last.pt"), 1e-4)
-
-def test_compiling_in_place_is_what_a_block_then_does():
-    calls = []
-
-    def compiler(function, **options):
-        calls.append(options)
-        return function
-
-    block = VMAE(**TINY_VMAE).blocks[0]
-    with patch(torch, "compile", compiler):
-        assert vmae.compile_blocks([block]) is True
-    assert calls == [{}, {"dynamic": False}]               # the trial, and one graph per shape
 
 def test_without_a_compiler_a_line_says_so_unless_it_was_asked_for():
     blocks = VMAE(**TINY_VMAE).blocks
@@ -3778,31 +3722,17 @@ def is_full(main, line, size, word):
     assert word in last and "File too large" in last, last
     assert not list(Path().rglob("*.tmp")), line
 
-def test_a_full_disk_is_one_line_at_every_write_of_a_training_and_loses_nothing():
+def test_a_full_disk_is_one_line_and_loses_nothing():
     both_stages()
     before = {path: path.read_bytes() for path in Path("runs").rglob("*.pt")}
     assert len(before) == 2
-    one = f"{TINY_RUN} --steps 4 --resume"
-    two = "--steps 4 --resume"
     with patch(train_ldm, "measure", return_value={}):
-        is_full(train_vmae.main, one, 2000, "preview_000004.png")
-        is_full(train_vmae.main, one, 15000, "curves.png")
-        is_full(train_vmae.main, one, 100000, "last.pt")
-        is_full(train_vmae.main, f"{TINY_RUN} --out new", 9000, "images_")
-        is_full(train_ldm.main, two, 100000, "last.pt")
+        is_full(train_vmae.main, f"{TINY_RUN} --steps 4 --resume", 100000, "last.pt")
         is_full(train_ldm.main, "--out two", 20000, "moments_")
     for path, content in before.items():
         assert path.read_bytes() == content
-
-def test_a_full_disk_is_one_line_at_every_write_of_samples_and_tables():
-    both_stages()
-    few = "--n 2 --steps 1"
-    is_full(sample.main, few, 9, "samples.json")
-    is_full(sample.main, few, 600, "samples/sample_00000")
     is_full(sample.main, "--n 200 --batch 200 --steps 1 --npz", 120000, "samples.npz")
     is_full(evaluate.main, "reconstruct --out table", 9, "reconstruct.json")
-    is_full(evaluate.main, "reconstruct --out table", 500, "reconstruct.png")
-    is_full(evaluate.main, "curves runs/vmae --out table", 500, "curves.png")
 
 def test_a_folder_that_cannot_be_made_is_named_before_the_work():
     both_stages()
@@ -4331,30 +4261,6 @@ def test_other_errors_of_torch_are_not_taken_for_the_user_s():
     with patch(vmae, "loss_VMAE", side_effect=RuntimeError("shapes differ")):
         assert raises(RuntimeError, runs, train_vmae.main, TINY_RUN) == "shapes differ"
 
-no_compiler = patch(torch, "compile", side_effect=RuntimeError("No C++ compiler. Then\nmany lines"))
-
-def test_without_a_compiler_a_training_that_asks_for_it_ends_in_one_line():
-    both_stages()
-    lines = {train_vmae.main: f"{TINY_RUN} --out one", train_ldm.main: f"{TINY_LDM} --out two"}
-    for main, line in lines.items():
-        with no_compiler:
-            last = last_line_of(main, f"{line} --compile")
-        assert "error: --compile: torch.compile does not work here (No C++ compiler)" in last
-        assert last.endswith("; leave it out")
-
-def test_without_a_compiler_a_training_that_compiles_by_default_goes_on():
-    save_images("data", 8)
-
-    def as_on_cuda(args, given, device, known):
-        args.compile = True                                # the default there
-        fill_in(args, given, device, known)
-        args.model = "small"                               # of tiny ones no block is compiled
-
-    fill_in = train_vmae.fill_in
-    with no_compiler, patch(train_vmae, "fill_in", as_on_cuda):
-        text = runs(train_vmae.main, f"{TINY_RUN} --lambda-p 0")
-    assert "torch.compile does not work here (No C++ compiler), so the network is slower" in text
-
 # A process that believes to be number 1 of 1 would train for hours and save nothing.
 def test_a_leftover_of_a_launcher_is_one_line():
     for rank, world, said in ((1, 1, "RANK=1 is set, but there are 1 processes; unset RANK"),
@@ -4748,48 +4654,6 @@ def test_run_folders_stand_for_their_last_checkpoint():
     assert "no such checkpoint" in raises(InputError, vmae.load_vmae, "data")
     os.chdir("runs/ldm")
     vmae.load_vmae(".")
-
-# ---- Checkpoints of earlier versions ----------------------------------------------------------
-
-# The options that commit 8696cc7 saved in its checkpoints: of both stages, of either.
-OLD_BOTH = set("data val model batch micro steps lr save_every out seed device precision resume "
-               "compile init".split())
-OLD_ONE = OLD_BOTH | set("size preset arch tune mask whole noise lambda_m lambda_reg lambda_p "
-                         "lambda_adv kl_mean vgg_weights no_cache adv_start".split())
-OLD_TWO = OLD_BOTH | set("vmae no_classes stats objective schedule drop".split())
-
-def old_options(train_args, names):
-    """The options of a run without those that are new."""
-    assert names <= train_args.keys()
-    return {name: train_args[name] for name in names}
-
-def old_runs():
-    """Both stages, as if commit 8696cc7 had trained them."""
-    both_stages()
-    one = load("runs/vmae/last.pt")
-    one["train_args"] = old_options(one["train_args"], OLD_ONE)
-    torch.save(one, "runs/vmae/last.pt")
-    two = load("runs/ldm/last.pt")
-    two["train_args"] = old_options(two["train_args"], OLD_TWO)
-    two["vmae"]["train_args"] = one["train_args"]
-    torch.save(two, "runs/ldm/last.pt")
-
-def test_checkpoints_of_an_earlier_version_load_draw_and_are_measured():
-    old_runs()
-    vmae.load_vmae("runs/vmae")
-    runs(sample.main, "--n 2 --steps 1")
-    rows = measured("reconstruct", "--ckpt runs/vmae runs/ldm --n 2")
-    assert rows[0]["PSNR"] == rows[1]["PSNR"]
-    measured("neighbours", "--n 2")
-    runs(train_ldm.main, f"{TINY_LDM} --out new")
-    assert load("new/last.pt")["train_args"]["flip"] is True               # as it was then
-
-def test_runs_of_an_earlier_version_go_on():
-    old_runs()
-    runs(train_vmae.main, "--resume --steps 3")
-    runs(train_ldm.main, "--resume --steps 3")
-    assert load("runs/vmae/last.pt")["step"] == load("runs/ldm/last.pt")["step"] == 3
-    assert load("runs/ldm/last.pt")["train_args"]["flip"] is True
 
 # ---- The scripts, as a user types them --------------------------------------------------------
 
