@@ -1639,8 +1639,8 @@ def test_a_step_of_muon_is_that_of_its_equations():
         for w, its in zip(W, g):
             w.grad = its
         opt.step()
-        M = 0.95 * M + 0.05 * g
-        direction = train_vmae.orthogonalise(0.95 * M + 0.05 * g)
+        M = 0.9 * M + 0.1 * g
+        direction = train_vmae.orthogonalise(0.9 * M + 0.1 * g)
         for i in range(2):
             before[i] = (1 - 0.5 * 0.1) * before[i] - 0.6 * 0.1 * 6**0.5 * direction[i]
             close(W[i], before[i], 1e-5)
