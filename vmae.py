@@ -1253,6 +1253,7 @@ class ImageFolder(Images):
         self.folder = folder or Folder(root)
         self.classes = self.folder.classes
         self.draft = False                  # how to decode, see read_image
+        self.cache = None                   # of the decoded images, see keep_pixels
         paths = set(self.folder.files)
         if split == "train":
             paths = paths - self.held_out()
@@ -1296,6 +1297,8 @@ class ImageFolder(Images):
     def batch(self, indices):
         """B indices -> x uint8 (B, 3, size, size), y (B,). Decoded in threads: Pillow releases
         Python's lock, and processes would need shared memory and copies."""
+        if self.cache is not None:
+            return self.cache.batch(indices)
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             images = list(pool.map(self.read, indices))
         x = torch.stack([pixels for pixels, _ in images])
@@ -1308,16 +1311,16 @@ class ImageFolder(Images):
         return ascii((self.size, self.folder.root, self.classes, listing))
 
     def keep_pixels(self, run, allowed=True):
-        """Decode all images once and keep them in the run folder -> a Cache. If that is not
-        allowed, or takes over nine tenths of the free disk -> self, which decodes JPEGs as drafts
-        from now on."""
+        """Decode all images once, into a Cache in the run folder, which `batch` reads from now on.
+        If that is not allowed, or would take over nine tenths of the free disk, `batch` goes on
+        decoding, JPEGs as drafts."""
         cache = Cache(run, "images", self.made_of(), len(self), (3, self.size, self.size), np.uint8)
         if allowed and from_first(lambda: cache.fits(0.9)):
-            return cache.open("decoding", self.batches(torch.arange(len(self))))
+            self.cache = cache.open("decoding", self.batches(torch.arange(len(self))))
+            return
         say(f"decoding images when they are needed; a copy of all {len(self)} would take "
             f"{cache.bytes / 1e6:,.1f} MB in {run}")
         self.draft = True
-        return self
 
 # ---- Images: the built-in faces ---------------------------------------------------------------
 
