@@ -1458,7 +1458,7 @@ def fid_note(net, n):
 
 def save_rows(rows, names, path):
     """Save rows of uint8 images of one size as one PNG, and print the names of the rows."""
-    vmae.save_grid([vmae.to_float(row) for row in rows], path)
+    vmae.save_grid(rows, path)
     print(f"\n{path}, the rows: {', '.join(names)}")
 
 # ---- The command line -------------------------------------------------------------------------

@@ -4630,6 +4630,11 @@ shown = picture([x, vmae.decode(z)])
     expected = vmae.read_image("data/000.png", 16).permute(1, 2, 0)
     close(upper, expected, 0)
 
+def test_pictures_of_pixels_and_of_floats_are_the_same():
+    rows = torch.from_numpy(random_pixels((3, 3, 16, 16))).split(2)
+    of_floats = vmae.picture([vmae.to_float(row) for row in rows])
+    assert np.array_equal(np.array(vmae.picture(rows)), np.array(of_floats))
+
 def test_wrong_shapes_types_and_ranges_are_named_by_encode():
     pixels = torch.from_numpy(random_pixels((2, 3, 16, 16)))
     x = vmae.to_float(pixels)

@@ -1587,14 +1587,19 @@ def psnr(a, b):
     return 10 * torch.log10(255**2 / mse)   # (N,)
 
 def picture(rows):
-    """Rows of images in [-1, 1], each (K, 3, H, W) -> one picture of Pillow's, which a notebook
-    shows; short rows end in white, images below 64 px are enlarged."""
-    cells = nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=1.0)
-    cells = to_uint8(F.pad(cells, (0, 2, 0, 2), value=1.0)).cpu()          # a white gap of 2
+    """Rows of images, uint8 or in [-1, 1], each (K, 3, H, W) -> one picture of Pillow's, which a
+    notebook shows; short rows end in white, images below 64 px are enlarged."""
+    pixels = []
+    for row in rows:
+        if row.is_floating_point():
+            row = to_uint8(row)
+        pixels.append(row.cpu())
+    cells = nn.utils.rnn.pad_sequence(pixels, batch_first=True, padding_value=255)
+    cells = F.pad(cells, (0, 2, 0, 2), value=255)          # a white gap of 2
     grid = cells.permute(0, 3, 1, 4, 2)                                    # (R, H+2, K, W+2, 3)
     grid = grid.flatten(2, 3).flatten(0, 1)                                # (R(H+2), K(W+2), 3)
     image = Image.fromarray(grid[:-2, :-2].numpy())        # without the last gaps
-    return ImageOps.scale(image, max(1, 64 // rows[0].shape[-1]), Image.NEAREST)
+    return ImageOps.scale(image, max(1, 64 // pixels[0].shape[-1]), Image.NEAREST)
 
 def save_grid(rows, path):
     """Save rows of images, as `picture` takes them, as one PNG."""
