@@ -1243,18 +1243,18 @@ class Mixed(nn.Module):
     """Branches that read the same input; their outputs are joined along the channels.
 
     branches: for each a list of convolutions that run one after the other, (published name,
-    channels, kernel height, kernel width). If the pool halves the size, so does the last of each
-    list. One branch more is the pool, with a 1 x 1 convolution to c_pool channels, or alone if that
-    is 0."""
+    channels, kernel height, kernel width). One branch more is the pool, with a 1 x 1 convolution to
+    c_pool channels, or alone if that is 0. stride: of the last convolution of each branch; 2 for a
+    pool that halves the size."""
 
-    def __init__(self, c_in, pool, c_pool, branches):
+    def __init__(self, c_in, pool, c_pool, branches, stride=1):
         super().__init__()
         self.branches = []                  # of each branch the names of its convolutions
         for convolutions in branches:
             names = [name for name, _, _, _ in convolutions]
             c = c_in                        # channels of the next one's input
             for name, c_out, height, width in convolutions:
-                if name == names[-1] and pool.stride == 2:
+                if name == names[-1] and stride == 2:
                     conv = ConvBN(c, c_out, height, width, stride=2, padding="valid")
                 else:
                     conv = ConvBN(c, c_out, height, width)
@@ -1344,7 +1344,7 @@ class InceptionV3(nn.Module):
         self.Mixed_6a = Mixed(288, halve, 0, [             # 35 x 35 -> 17 x 17
             [("branch3x3", 384, 3, 3)],
             [("branch3x3dbl_1", 64, 1, 1), ("branch3x3dbl_2", 96, 3, 3),
-             ("branch3x3dbl_3", 96, 3, 3)]])
+             ("branch3x3dbl_3", 96, 3, 3)]], stride=2)
         self.Mixed_6b = mixed_6(128, average)
         self.Mixed_6c = mixed_6(160, average)
         self.Mixed_6d = mixed_6(160, average)
@@ -1352,7 +1352,7 @@ class InceptionV3(nn.Module):
         self.Mixed_7a = Mixed(768, halve, 0, [             # 17 x 17 -> 8 x 8
             [("branch3x3_1", 192, 1, 1), ("branch3x3_2", 320, 3, 3)],
             [("branch7x7x3_1", 192, 1, 1), ("branch7x7x3_2", 192, 1, 7),
-             ("branch7x7x3_3", 192, 7, 1), ("branch7x7x3_4", 192, 3, 3)]])
+             ("branch7x7x3_3", 192, 7, 1), ("branch7x7x3_4", 192, 3, 3)]], stride=2)
         self.Mixed_7b = MixedFork(1280, average)
         self.Mixed_7c = MixedFork(2048, nn.MaxPool2d(3, 1, 1))     # a maximum, as in 2015
         self.fc = nn.Linear(2048, 1008)
