@@ -158,15 +158,11 @@ def loss_M(p, x, mask, P):
 def loss_P(lpips_net, x, x_hat):
     """L_P = E[sum_l w_l ||psi_l(x) - psi_l(x_hat)||^2], LPIPS on VGG features. Section 4.3.
 
-    x, x_hat: (B, 3, H, W) in [-1, 1]; whole images are compared, as in the authors' code. The
-    features may be in bfloat16 (under autocast), the distance is in float32. lpips_net: from
-    load_lpips."""
-    with torch.no_grad():                                  # x is data, and VGG is frozen
-        psi = lpips_net.net(lpips_net.scaling_layer(x))    # the features of five layers
-    psi_hat = lpips_net.net(lpips_net.scaling_layer(x_hat))
+    The mean of `layer_distances` over images and places, a scalar. Whole images are compared, as in
+    the authors' code. Arguments as for `layer_distances`."""
     loss = 0.0
-    for layer, distance in enumerate(lpips_net.distances):
-        loss = loss + distance(psi[layer], psi_hat[layer])
+    for distance in layer_distances(lpips_net, x, x_hat):
+        loss = loss + distance.mean()
     return loss
 
 def loss_VMAE(x, p, q, mask, P, lambda_M=0.1, lambda_P=0.0, lambda_reg=1e-4, kl_mean="free",
@@ -563,6 +559,28 @@ LPIPS_MIN = 16                              # pixels per side, as VGG halves the
 VGG_URL = "https://download.pytorch.org/models/vgg16-397923af.pth"
 VGG_LAST = "features.28.weight"             # its last convolution, by which we know the network
 
+def layer_distances(lpips_net, x, x_hat):
+    """What L_P and the metric LPIPS are means of: w_l ||psi_l(x) - psi_l(x_hat)||^2 at each place,
+    a list of (B, h, w), one for each of five layers l of VGG, in float32.
+
+    x, x_hat: (B, 3, H, W) in [-1, 1], at least LPIPS_MIN pixels per side; gradients reach x_hat
+    alone. The features may be in bfloat16 (under autocast). lpips_net: from load_lpips."""
+    with torch.no_grad():                                  # x is data, and VGG is frozen
+        psi = lpips_net.net(lpips_net.scaling_layer(x))    # the features of five layers
+    psi_hat = lpips_net.net(lpips_net.scaling_layer(x_hat))
+    found = []
+    for layer, distance in enumerate(lpips_net.distances):
+        found.append(distance(psi[layer], psi_hat[layer]))                 # (B, h, w)
+    return found
+
+def lpips(lpips_net, x, x_hat):
+    """LPIPS of each image, (B,), as the lpips package computes it: the sum over the layers of the
+    means over the places. Zhang 2018, Eq. 1. Arguments as for `layer_distances`."""
+    values = 0.0
+    for distance in layer_distances(lpips_net, x, x_hat):
+        values = values + distance.mean((1, 2))            # (B,)
+    return values
+
 class LayerDistance(nn.Module):
     """One layer's term of L_P: the features of two images have unit length at each place, and
     their squared difference is weighted by channel, w_l (Zhang 2018, Eq. 1)."""
@@ -572,11 +590,11 @@ class LayerDistance(nn.Module):
         self.register_buffer("w", w)                       # (1, C, 1, 1)
 
     def forward(self, psi, psi_hat):
-        """(B, C, h, w) twice -> a scalar, the mean over places and images, in float32."""
+        """(B, C, h, w) twice -> the distance at each place, (B, h, w), in float32."""
         with torch.autocast(psi.device.type, enabled=False):
             psi = F.normalize(psi.float(), dim=1, eps=1e-10)
             psi_hat = F.normalize(psi_hat.float(), dim=1, eps=1e-10)
-            return (self.w * (psi - psi_hat) ** 2).sum(1).mean()
+            return (self.w * (psi - psi_hat) ** 2).sum(1)
 
 def load_lpips(vgg_weights=None):
     """The LPIPS distance of Zhang et al. 2018, frozen, in eval mode so that its dropout is off.
