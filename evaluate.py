@@ -34,8 +34,7 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-import ldm
-import sample
+from ldm import SAMPLERS, load_ldm, stage_and_data
 from vmae import InputError, psnr
 
 # ---- Table 1: reconstruction ------------------------------------------------------------------
@@ -43,37 +42,33 @@ from vmae import InputError, psnr
 def reconstruct(args):
     """Table 1: held-out images x against x_hat = decode(z), where z is the mode of q(z|x) and
     nothing is masked. The metrics are those of `scores`."""
-    lpips_net = find_lpips(args)            # None without its weights
+    autoencoders = [Autoencoder(path, args) for path in args.ckpt]
+    held_out = HeldOut(autoencoders, args)
+    lpips_net = find_lpips(args, held_out.size)            # None without its weights
     inception = find_inception(args)
-    held_out = HeldOut(args)
+    real = held_out.features(inception)                    # of the originals
     rows = []
     shown = []
-    real = None                             # the originals' features, once they are known
-    for path in args.ckpt:
-        run = Run(path, args)
-        held_out.open(run)
-        lpips_net = if_large_enough(lpips_net, run)
-        pairs = ((x, run.reconstruct(x)) for x in held_out.batches())
-        row, real = scores(pairs, args.device, lpips_net, inception, real)
-        rows.append({"checkpoint": path, "N": len(held_out), **row})
-        shown.append(run.reconstruct(held_out.first(16)).cpu())
+    for ae in autoencoders:
+        pairs = ((x, ae.reconstruct(x)) for x in held_out.batches())
+        row = scores(pairs, args.device, lpips_net, real)
+        rows.append({"checkpoint": ae.path, "N": len(held_out), **row})
+        shown.append(ae.reconstruct(held_out.first(16)).cpu())
     title = "Reconstruction of held-out images (Table 1)"
     report(args, title + fid_note(inception, len(held_out)), rows)
     save_rows([held_out.first(16), *shown], ["originals", *args.ckpt],
               f"{args.out}/reconstruct.png")
 
-def scores(pairs, device, lpips_net=None, inception=None, real=None):
-    """Batches of uint8 (x, x_hat), (B, 3, S, S) each -> (the metrics of Table 1, the Features of
-    the originals x). A later call with the same x takes these as `real`, and saves the work.
+def scores(pairs, device, lpips_net=None, real=None):
+    """Batches of uint8 (x, x_hat), (B, 3, S, S) each -> the metrics of Table 1.
 
     L1 = mean |x - x_hat| with pixels in [0, 1], PSNR in dB, SSIM, and LPIPS (Zhang 2018, on VGG) if
-    lpips_net is given: means over the images. rFID, if inception is given: the FID of all x_hat
-    against all x."""
+    lpips_net is given: means over the images. rFID, if `real` is given, the Features of the
+    originals: the FID of all x_hat against all x."""
     device = torch.device(device)
-    originals_are_new = real is None
-    if originals_are_new:
-        real = Features(inception)
-    fake = Features(inception)
+    fake = None
+    if real is not None:
+        fake = Features(real.net)
     values = {"L1": [], "PSNR": [], "SSIM": []}            # of each batch (B,), one per image
     if lpips_net is not None:
         values["LPIPS"] = []
@@ -84,18 +79,16 @@ def scores(pairs, device, lpips_net=None, inception=None, real=None):
         values["PSNR"].append(psnr(x, x_hat))
         values["SSIM"].append(ssim(x, x_hat))
         if lpips_net is not None:
-            distance = lpips_net(vmae.to_float(x.to(device)), vmae.to_float(x_hat.to(device)))
-            values["LPIPS"].append(distance.flatten())     # from (B, 1, 1, 1)
-        if inception is not None:
+            values["LPIPS"].append(vmae.lpips(lpips_net, vmae.to_float(x.to(device)),
+                                              vmae.to_float(x_hat.to(device))))
+        if fake is not None:
             fake.add(x_hat)
-            if originals_are_new:
-                real.add(x)
     row = {}
     for name, parts in values.items():
         row[name] = torch.cat(parts).cpu().double().mean().item()
-    if inception is not None:
+    if fake is not None:
         row["rFID"] = frechet_distance(*real.pool.moments(), *fake.pool.moments())
-    return row, real
+    return row
 
 # ---- Table 2: generation ----------------------------------------------------------------------
 
@@ -125,10 +118,9 @@ def generation(fake, real, args, inception, pairs=0, size=None):
     None: what the checkpoint `fake` was trained on. size: by default that of the fakes."""
     drawn_here = os.path.isfile(fake) and not fake.endswith(".npz")
     if real is None and drawn_here:
-        _, _, ckpt = ldm.load_ldm(fake)
-        refuse_program(ckpt["train_args"]["data"], "name images to compare with by --real")
-        real = ckpt["train_args"]["data"] or "faces"
-        refuse_program(real, "name a folder or a .npz with --real")
+        _, data = stage_and_data(fake)
+        refuse_program(data, "name images to compare with by --real")
+        real = data or "faces"
     if real is None:
         raise InputError('--real: name a folder, a .npz or "faces" to compare with')
     # Both sides are opened before the work begins, so that what cannot be read is named at once.
@@ -188,39 +180,37 @@ def smoothness(args):
     decoded from z' = `perturb`(z, eps) and compared with the originals, as in Table 1. `lost` is
     the PSNR, in dB, that they lose against the first --eps. The plot shows rFID, as the paper's, or
     PSNR without Inception's weights."""
-    lpips_net = find_lpips(args)
+    autoencoders = [Autoencoder(path, args) for path in args.ckpt]
+    held_out = HeldOut(autoencoders, args)
+    lpips_net = find_lpips(args, held_out.size)
     inception = find_inception(args)
     axis = "PSNR" if inception is None else "rFID"         # of the plot
-    held_out = HeldOut(args)
+    real = held_out.features(inception)                    # of the originals
+    x, _ = held_out.whole()                                # (N, 3, S, S)
     rows = []
     shown = []
-    curves = {}
-    real = None                             # the originals' features, once they are known
-    for path in args.ckpt:
-        run = Run(path, args)
-        held_out.open(run)
-        lpips_net = if_large_enough(lpips_net, run)
-        x, _ = held_out.whole()                            # (N, 3, S, S)
-        z = run.encode(x)                                  # (N, d, h, w)
+    plotted = {}
+    for ae in autoencoders:
+        z = ae.encode(x)                                   # (N, d, h, w)
         strip = [x[:1]]
         own_rows = []
         for eps in args.eps:
-            x_hat = run.decode(perturb(z, eps))            # (N, 3, S, S)
+            x_hat = ae.decode(perturb(z, eps))             # (N, 3, S, S)
             pairs = zip(x.split(args.batch), x_hat.split(args.batch))
-            row, real = scores(pairs, args.device, lpips_net, inception, real)
-            own_rows.append({"checkpoint": path, "eps": eps, **row})
+            row = scores(pairs, args.device, lpips_net, real)
+            own_rows.append({"checkpoint": ae.path, "eps": eps, **row})
             strip.append(x_hat[:1])
-        curves[path] = []
+        plotted[ae.path] = []
         for row in own_rows:
             row["lost"] = own_rows[0]["PSNR"] - row["PSNR"]
-            curves[path].append((row["eps"], row[axis]))
+            plotted[ae.path].append((row["eps"], row[axis]))
         rows.extend(own_rows)
         shown.append(torch.cat(strip))
     title = f"Reconstruction from z + eps std N(0, 1), {len(held_out)} images (Fig. 6)"
     report(args, title + fid_note(inception, len(held_out)), rows)
     # In each row first the original, then one picture for each eps.
     save_rows(shown, args.ckpt, f"{args.out}/smoothness_strip.png")
-    vmae.plot(f"{args.out}/smoothness.png", curves, "eps, in standard deviations of a channel",
+    vmae.plot(f"{args.out}/smoothness.png", plotted, "eps, in standard deviations of a channel",
               axis)
 
 def perturb(z, eps):
@@ -237,23 +227,23 @@ def separability(args):
     show? `separation` defines the numbers sigma^2 and rho, and `face_levels` the groups of
     tokens of held-out built-in faces. A folder with classes, --data or that of training, adds its
     classes as objects. The picture shows two principal components of the tokens."""
-    held_out = HeldOut(args)
+    autoencoders = [Autoencoder(path, args) for path in args.ckpt]
+    on_folders = [ae for ae in autoencoders if args.data or ae.data]
+    if on_folders:
+        x, y = HeldOut(on_folders, args).whole()           # (N, 3, S, S), (N,)
     rows = []
     clouds = []
-    for path in args.ckpt:
-        run = Run(path, args)
-        levels = face_levels(run)
+    for ae in autoencoders:
+        levels = face_levels(ae)
         for level, tokens in levels.items():
-            rows.append({"checkpoint": path, "level": f"faces, {level}", **separation(*tokens)})
-        folder = args.data or run.trained["data"]
-        if folder:
-            held_out.open(run)
-            x, y = held_out.whole()                        # (N, 3, S, S), (N,)
+            rows.append({"checkpoint": ae.path, "level": f"faces, {level}", **separation(*tokens)})
+        if ae in on_folders:
             if len(y.unique()) > 1:
-                tokens = class_tokens(run.encode(x), y)
-                rows.append({"checkpoint": path, "level": "classes, object", **separation(*tokens)})
+                tokens = class_tokens(ae.encode(x), y)
+                rows.append({"checkpoint": ae.path, "level": "classes, object",
+                             **separation(*tokens)})
             else:
-                print(f"skipped the classes of {folder}: fewer than two")
+                print(f"skipped the classes of {args.data or ae.data}: fewer than two")
         z, part, _ = levels["part"]
         xy = principal_components(z)                       # (M, 2)
         clouds.append({name: xy[part == k][:1500].tolist() for k, name in enumerate(vmae.PARTS)})
@@ -300,21 +290,21 @@ def linear_probe(z, group, image):
     accuracy = member[~fit].T @ hit / tried                # (G,)
     return accuracy[tried > 0].mean().item()
 
-def face_levels(run):
+def face_levels(ae):
     """Tokens of held-out built-in faces, grouped by the paper's levels: {level: (z (M, d), group
     (M,), image (M,))}, as `separation` takes them.
 
     A token belongs to the part that covers more than half of its patch; if there is none it is left
     out. object: the tokens of the head, by kind. part: all tokens, by part. pattern: the tokens of
     the skin, by pattern."""
-    data = vmae.Faces(run.model.img_size, "val")
-    n = min(run.args.n, len(data))
+    data = vmae.Faces(ae.model.img_size, "val")
+    n = min(ae.args.n, len(data))
     found = {"z": [], "part": [], "kind": [], "pattern": [], "image": []}
-    for indices in torch.arange(n).split(run.args.batch):
+    for indices in torch.arange(n).split(ae.args.batch):
         x, kind, pattern, part = data.render(indices)
-        z = run.encode(vmae.to_uint8(x)).permute(0, 2, 3, 1)               # (B, h, w, d)
+        z = ae.encode(vmae.to_uint8(x)).permute(0, 2, 3, 1)                # (B, h, w, d)
         cover = F.one_hot(part, len(vmae.PARTS)).permute(0, 3, 1, 2).float()   # (B, 5, S, S)
-        share, token_part = F.avg_pool2d(cover, run.model.patch_size).max(1)   # (B, h, w) each
+        share, token_part = F.avg_pool2d(cover, ae.model.patch_size).max(1)    # (B, h, w) each
         clear = share > 0.5                 # the others show an edge
         found["z"].append(z[clear])
         found["part"].append(token_part[clear])
@@ -448,36 +438,33 @@ def compare(args):
     perception   their LPIPS, low is good; or SSIM without VGG's weights
     generation   of --n samples, if all runs are of stage two; low is good: on the built-in faces
                  the distance of `faces`, otherwise gFID, if Inception's weights can be had"""
-    lpips_net = find_lpips(args)
     inception = find_inception(args)
     names = args.runs or runs_of_stage_one()
     if len(set(names)) < 2:
         raise InputError("Fig. 2 needs two runs; train a second preset, or name them")
     drawn = what_they_draw(names)
+    autoencoders = [Autoencoder(vmae.checkpoint_path(name), args) for name in names]
+    held_out = HeldOut(autoencoders, args)
+    lpips_net = find_lpips(args, held_out.size)
+    perception = "SSIM" if lpips_net is None else "LPIPS"
     if drawn == "faces":
         face_metrics = FaceMetrics(args.device)
-    held_out = HeldOut(args)
+    x, _ = held_out.whole()                                # (N, 3, S, S)
     rows = []
-    for name in names:
-        path = vmae.checkpoint_path(name)
-        run = Run(path, args)
-        held_out.open(run)
-        lpips_net = if_large_enough(lpips_net, run)
-        perception = "SSIM" if lpips_net is None else "LPIPS"
-        x, _ = held_out.whole()                            # (N, 3, S, S)
-        z = run.encode(x)                                  # (N, d, h, w)
-        x_hat = run.decode(z)                              # (N, 3, S, S)
-        moved = run.decode(perturb(z, 0.1))
+    for name, ae in zip(names, autoencoders):
+        z = ae.encode(x)                                   # (N, d, h, w)
+        x_hat = ae.decode(z)                               # (N, 3, S, S)
+        moved = ae.decode(perturb(z, 0.1))
         pairs = zip(x.split(args.batch), x_hat.split(args.batch))
-        metrics, _ = scores(pairs, args.device, lpips_net)
+        metrics = scores(pairs, args.device, lpips_net)
         row = {"run": name, "smoothness, dB": psnr(x_hat, moved).mean().item(),
-               "compression, sigma^2": separation(*face_levels(run)["part"])["sigma^2"],
+               "compression, sigma^2": separation(*face_levels(ae)["part"])["sigma^2"],
                "pixels, dB": metrics["PSNR"], f"perception, {perception}": metrics[perception]}
         if drawn == "faces":
-            samples = draw_samples(path, args, args.cfg)
+            samples = draw_samples(load_generator(ae.path, args), args, args.cfg)
             row["generation, distance"] = face_metrics.row("samples", samples)["distance"]
         elif drawn == "photographs" and inception is not None:
-            generated, _, _ = generation(path, None, args, inception)
+            generated, _, _ = generation(ae.path, None, args, inception)
             row["generation, gFID"] = generated["gFID"]
         rows.append(row)
     axes = list(rows[0])[1:]                # without "run"
@@ -495,7 +482,8 @@ def runs_of_stage_one():
     """The run folders in runs/ that hold a stage one, sorted."""
     found = []
     for path in sorted(Path("runs").glob("*/last.pt")):
-        if "vmae" not in vmae.read_checkpoint(path):
+        stage, _ = stage_and_data(path)
+        if stage == 1:
             found.append(str(path.parent))
     return found
 
@@ -503,10 +491,9 @@ def what_they_draw(runs):
     """"faces" or "photographs" if all runs are of stage two, by what they were trained on;
     "nothing" if one of them is of stage one, or was trained on the images of a Python file."""
     folders = []
-    for path in runs:                       # one in memory at a time
-        ckpt = vmae.read_checkpoint(path)
-        folder = ckpt.get("train_args", {}).get("data")    # None for the built-in faces
-        if "vmae" not in ckpt or is_program(folder):
+    for path in runs:
+        stage, folder = stage_and_data(path)               # None for the built-in faces
+        if stage == 1 or is_program(folder):
             return "nothing"
         folders.append(folder)
     if any(folders):
@@ -539,8 +526,8 @@ def radar(path, axes, shapes):
     for name, angle, place in zip(axes, angles(n), ring([1.12] * n)):
         side = {-1: "r", 0: "m", 1: "l"}[round(math.cos(angle))]           # away from the middle
         texts.append((place, name, side + "m"))
-    curves = {name: ring(values) for name, values in shapes.items()}
-    vmae.save_picture(vmae.draw_chart(880, grid, texts, curves), path)
+    rings = {name: ring(values) for name, values in shapes.items()}
+    vmae.save_picture(vmae.draw_chart(880, grid, texts, rings), path)
 
 def angles(n):
     """The directions of n axes, in radians, from the top on and clockwise, as y points down; the
@@ -566,21 +553,21 @@ def faces(args):
     faces. precision, recall: against as many of these as there are images. Each machine trains its
     own judge, and rounding sets these apart: the same samples were at 34.5 and at 37.1. Compare
     distances by one runs/judge_*.pt only."""
+    stages = {}
     for path in args.ckpt:                  # before the judge is trained
-        data = vmae.read_checkpoint(path).get("train_args", {}).get("data")
+        stages[path], data = stage_and_data(path)
         if data:                            # None for the built-in faces
             raise InputError(f"{path}: was trained on {data}, not on the faces")
     face_metrics = FaceMetrics(args.device)
     rows = []
     for path in args.ckpt:
-        ckpt = vmae.read_checkpoint(path)
-        run = Run(path, args)
-        x, kinds = held_out_faces(run.model.img_size, args.n)
+        ae = Autoencoder(path, args)
+        x, kinds = held_out_faces(ae.model.img_size, args.n)
         # What is judged: a name, batches of uint8 (B, 3, S, S), the kinds that should be in them.
         sets = [("held out", x.split(args.batch), kinds),
-                ("reconstructed", map(run.reconstruct, x.split(args.batch)), kinds)]
-        if "classes" in ckpt:               # a stage two
-            sets += sampled_faces(path, args, ckpt["classes"])
+                ("reconstructed", map(ae.reconstruct, x.split(args.batch)), kinds)]
+        if stages[path] == 2:
+            sets += sampled_faces(load_generator(path, args), args)
         for name, batches, wanted in sets:
             rows.append({"checkpoint": path, **face_metrics.row(name, batches, wanted)})
     report(args, "Built-in faces, by the judge; no FID", rows)
@@ -590,15 +577,15 @@ def held_out_faces(size, n):
     data = vmae.Faces(size, "val")
     return data.batch(torch.arange(min(n, len(data))))
 
-def sampled_faces(path, args, classes):
+def sampled_faces(ldm, args):
     """The samples that `faces` judges: a list of (name, batches, the kinds that were asked for).
     What does not fit the checkpoint is refused here, before the first is drawn."""
     weights = args.cfg
     wanted = torch.arange(args.n) % len(vmae.OBJECTS)      # the classes in turn, as they are drawn
-    if not classes:                         # then there is no guidance, and no kind is asked for
+    if not ldm.classes:                     # then there is no guidance, and no kind is asked for
         weights = [1.0]
         wanted = None
-    return [(f"samples, w = {w}", draw_samples(path, args, w), wanted) for w in weights]
+    return [(f"samples, w = {w}", draw_samples(ldm, args, w), wanted) for w in weights]
 
 # ---- Memorised images -------------------------------------------------------------------------
 
@@ -609,11 +596,10 @@ def neighbours(args):
     that are much nearer than held-out images are copies. Distances of pixels are RMS differences, 0
     to 255."""
     inception = find_inception(args)
-    _, _, ckpt = ldm.load_ldm(args.ckpt)
-    trained = ckpt["train_args"]
-    refuse_program(trained["data"], "neighbours measures folders and the built-in faces only")
-    samples = torch.cat(list(draw_samples(args.ckpt, args, args.cfg)))     # (n, 3, S, S)
-    train, val = vmae.open_images(trained["data"], samples.shape[-1], trained["val"])
+    ldm = load_generator(args.ckpt, args)
+    refuse_program(ldm.data, "neighbours measures folders and the built-in faces only")
+    samples = torch.cat(list(draw_samples(ldm, args, args.cfg)))           # (n, 3, S, S)
+    train, val = vmae.open_images(ldm.data, samples.shape[-1], ldm.val)
     fresh, _ = val.batch(val.some(args.n).tolist())                        # (at most n, 3, S, S)
     # One pass over the training images finds the neighbours of both.
     images = torch.cat([samples, fresh])                                   # (at most 2n, 3, S, S)
@@ -662,16 +648,19 @@ def curves(args):
 
 # ---- The runs, images and networks that the options name --------------------------------------
 
-class Run:
-    """The autoencoder of a checkpoint of either stage, or of published weights. Takes and returns
-    images as uint8 and works in batches, so that no whole set is in memory as floats."""
+class Autoencoder:
+    """The frozen autoencoder of a checkpoint of either stage, or of published weights. Takes and
+    returns images as uint8 and works in batches, so that no whole set is in memory as floats.
+
+    data, val: these options of its training, None for the built-in faces."""
 
     def __init__(self, path, args):
         ckpt = vmae.read_stage_one(path)
         self.path = path
         self.args = args
-        self.trained = ckpt["train_args"]
-        self.model = vmae.build_vmae(ckpt).to(args.device)                 # frozen
+        self.data = ckpt["train_args"]["data"]
+        self.val = ckpt["train_args"]["val"]
+        self.model = vmae.build_vmae(ckpt).to(args.device)
 
     def encode(self, images):
         """uint8 (N, 3, S, S) -> the mode of the posterior (N, d, h, w), on the CPU."""
@@ -706,40 +695,38 @@ def refuse_program(data, what_to_do):
         raise InputError(f"the checkpoint was trained on {data}, a program; {what_to_do}")
 
 class HeldOut:
-    """The images that all runs of a command are measured on, always the same: --n images of --data,
-    or of those that the first run held out in training."""
+    """The images that all autoencoders of a command are measured on, always the same: --n images of
+    --data, or of those that were held out in their training. InputError if these are others for one
+    of the autoencoders, because its numbers would not compare."""
 
-    def __init__(self, args):
+    def __init__(self, autoencoders, args):
         self.args = args
-        self.name = None                    # what the images are, once they are open
+        first = autoencoders[0]
+        for ae in autoencoders:
+            if self.name_for(ae) != self.name_for(first):
+                raise InputError(f"{ae.path}: would be measured on {self.name_for(ae)}, "
+                                 f"{first.path} on {self.name_for(first)}; such numbers do not "
+                                 f"compare")
+        self.size = first.model.img_size
+        self.images = self.opened(first.data, first.val)
+        self.indices = self.images.some(args.n)            # (at most n,)
 
-    def open(self, run):
-        """For the first run, open the images at its size. InputError if a later run would be
-        measured on others."""
-        size = run.model.img_size
-        data = run.trained["data"]
-        val = run.trained["val"]
-        folder = self.args.data or val or data or "the faces"
-        name = f"{folder} at {size} px"
-        if self.name is None:
-            self.name = name
-            self.images = self.opened(data, val, size)
-            self.indices = self.images.some(self.args.n)   # (at most n,)
-        if name != self.name:
-            raise InputError(f"{run.path}: would be measured on {name}, the runs before it on "
-                             f"{self.name}; such numbers do not compare")
+    def name_for(self, ae):
+        """What an autoencoder is to be measured on."""
+        folder = self.args.data or ae.val or ae.data or "the faces"
+        return f"{folder} at {ae.model.img_size} px"
 
-    def opened(self, data, val, size):
+    def opened(self, data, val):
         """The data set: all images of the folder --data, or those held out of data and val."""
         named = self.args.data
         if named and not named.endswith(".py"):
-            return vmae.ImageFolder(named, size)
+            return vmae.ImageFolder(named, self.size)
         if not named:
             refuse_program(data, "name it again with --data, so that it may run")
         else:
             data = named
             val = None
-        train, images = vmae.open_images(data, size, val)
+        train, images = vmae.open_images(data, self.size, val)
         if vmae.nothing_held_out(train, images):
             warnings.warn("nothing was held out, so images are measured that were trained on")
         return images
@@ -759,6 +746,14 @@ class HeldOut:
             images.append(x)
             classes.append(y)
         return torch.cat(images), torch.cat(classes)
+
+    def features(self, inception):
+        """The Features of the images, None if inception is None."""
+        if inception is None:
+            return None
+        found = Features(inception)
+        found.see(len(self), self.batches())
+        return found
 
     def first(self, n):
         """The first n of the images, for a picture: uint8 (n, 3, S, S)."""
@@ -781,20 +776,17 @@ def on_device(x, device):
     """x, moved to the device. While a GPU copies it, the CPU goes on."""
     return x.to(device, non_blocking=device.type == "cuda")
 
-def draw_samples(path, args, cfg):
-    """A stage-two checkpoint -> an iterator over batches of uint8 (B, 3, S, S), --n images in all:
-    those of sample.py with seed 0, --sampler, --steps and guidance cfg. InputError for what does
-    not fit the checkpoint, before the first batch."""
-    model, schedule, ckpt = ldm.load_ldm(path)             # the EMA weights
-    sampler, _ = sample.pick_sampler(args, schedule)
-    cfg = sample.guidance(cfg, ckpt["classes"])
-    labels = range(len(ckpt["classes"]))                   # in turn
-    model.to(args.device)
-    ae = vmae.build_vmae(ckpt["vmae"]).to(args.device)     # the autoencoder
-    if args.device.type == "cuda" and args.n * args.steps >= sample.WORTH_COMPILING:
-        vmae.compile_blocks(model.blocks)
-    draw = functools.partial(sample.draw, labels=labels, model=model, ae=ae, schedule=schedule,
-                             ckpt=ckpt, sampler=sampler, cfg=cfg, steps=args.steps)
+def load_generator(path, args):
+    """A checkpoint of stage two -> the LDM on the device, compiled where that pays."""
+    ldm = load_ldm(path).to(args.device)
+    ldm.compile_if_it_pays(args.n * args.steps)
+    return ldm
+
+def draw_samples(ldm, args, cfg):
+    """-> an iterator over batches of uint8 (B, 3, S, S), --n images in all: those of sample.py with
+    seed 0, --sampler, --steps and guidance cfg. InputError for what does not fit the checkpoint,
+    before the first batch."""
+    draw = functools.partial(ldm.draw, **ldm.plan(cfg, args.sampler, args.steps))
     return map(draw, torch.arange(args.n).split(args.batch))
 
 def open_source(source, args, size=None):
@@ -807,12 +799,12 @@ def open_source(source, args, size=None):
         images = open_npz(source, size)[:args.n]           # (N, 3, side, side)
         return images.shape[-1], len(images), prefetched(images.split(args.batch), args.device)
     if os.path.isfile(source):
-        _, _, ckpt = ldm.load_ldm(source)
-        drawn = ckpt["vmae"]["model_args"]["img_size"]
+        ldm = load_generator(source, args)
+        drawn = ldm.ae.img_size
         if size not in (None, drawn):
             raise InputError(f"--size {size}: {source} draws images of {drawn} pixels; leave "
                              f"--size out")
-        return drawn, args.n, draw_samples(source, args, args.cfg)
+        return drawn, args.n, draw_samples(ldm, args, args.cfg)
     if source == "faces":
         data = vmae.Faces(size or 32)
     else:
@@ -850,24 +842,19 @@ def read_npz(path, names):
     except Exception as error:              # zipfile, pickle and numpy have errors of their own
         raise InputError(f"{path}: not a .npz that can be used here ({error})") from None
 
-def find_lpips(args):
+def find_lpips(args, size):
     """LPIPS on the device, or None, which a line then says, if VGG's weights are neither here nor
-    may be downloaded."""
+    may be downloaded, or if the images, size pixels per side, are too small for it. InputError for
+    these if the user asked for it."""
+    too_small = f"LPIPS needs images of {vmae.LPIPS_MIN} pixels, these have {size}"
+    if size < vmae.LPIPS_MIN and args.vgg_weights is not None:
+        raise InputError(f"--vgg-weights: {too_small}; leave it out")
     if not can_load("VGG-16", vmae.VGG_URL, args.vgg_weights, "--vgg-weights", args):
         return None
+    if size < vmae.LPIPS_MIN:
+        print(f"skipped LPIPS: {too_small}")
+        return None
     return vmae.load_lpips(args.vgg_weights).to(args.device)
-
-def if_large_enough(lpips_net, run):
-    """lpips_net, or None, which a line then says, if the images of a run are too small for it.
-    InputError if the user asked for it."""
-    size = run.model.img_size
-    if lpips_net is None or size >= vmae.LPIPS_MIN:
-        return lpips_net
-    why = f"LPIPS needs images of {vmae.LPIPS_MIN} pixels, those of {run.path} have {size}"
-    if run.args.vgg_weights is not None:
-        raise InputError(f"--vgg-weights: {why}; leave it out")
-    print(f"skipped LPIPS: {why}")
-    return None
 
 def find_inception(args):
     """InceptionV3 on the device, or None, likewise."""
@@ -1243,18 +1230,18 @@ class Mixed(nn.Module):
     """Branches that read the same input; their outputs are joined along the channels.
 
     branches: for each a list of convolutions that run one after the other, (published name,
-    channels, kernel height, kernel width). If the pool halves the size, so does the last of each
-    list. One branch more is the pool, with a 1 x 1 convolution to c_pool channels, or alone if that
-    is 0."""
+    channels, kernel height, kernel width). One branch more is the pool, with a 1 x 1 convolution to
+    c_pool channels, or alone if that is 0. stride: of the last convolution of each branch; 2 for a
+    pool that halves the size."""
 
-    def __init__(self, c_in, pool, c_pool, branches):
+    def __init__(self, c_in, pool, c_pool, branches, stride=1):
         super().__init__()
         self.branches = []                  # of each branch the names of its convolutions
         for convolutions in branches:
             names = [name for name, _, _, _ in convolutions]
             c = c_in                        # channels of the next one's input
             for name, c_out, height, width in convolutions:
-                if name == names[-1] and pool.stride == 2:
+                if name == names[-1] and stride == 2:
                     conv = ConvBN(c, c_out, height, width, stride=2, padding="valid")
                 else:
                     conv = ConvBN(c, c_out, height, width)
@@ -1344,7 +1331,7 @@ class InceptionV3(nn.Module):
         self.Mixed_6a = Mixed(288, halve, 0, [             # 35 x 35 -> 17 x 17
             [("branch3x3", 384, 3, 3)],
             [("branch3x3dbl_1", 64, 1, 1), ("branch3x3dbl_2", 96, 3, 3),
-             ("branch3x3dbl_3", 96, 3, 3)]])
+             ("branch3x3dbl_3", 96, 3, 3)]], stride=2)
         self.Mixed_6b = mixed_6(128, average)
         self.Mixed_6c = mixed_6(160, average)
         self.Mixed_6d = mixed_6(160, average)
@@ -1352,7 +1339,7 @@ class InceptionV3(nn.Module):
         self.Mixed_7a = Mixed(768, halve, 0, [             # 17 x 17 -> 8 x 8
             [("branch3x3_1", 192, 1, 1), ("branch3x3_2", 320, 3, 3)],
             [("branch7x7x3_1", 192, 1, 1), ("branch7x7x3_2", 192, 1, 7),
-             ("branch7x7x3_3", 192, 7, 1), ("branch7x7x3_4", 192, 3, 3)]])
+             ("branch7x7x3_3", 192, 7, 1), ("branch7x7x3_4", 192, 3, 3)]], stride=2)
         self.Mixed_7b = MixedFork(1280, average)
         self.Mixed_7c = MixedFork(2048, nn.MaxPool2d(3, 1, 1))     # a maximum, as in 2015
         self.fc = nn.Linear(2048, 1008)
@@ -1458,7 +1445,7 @@ def fid_note(net, n):
 
 def save_rows(rows, names, path):
     """Save rows of uint8 images of one size as one PNG, and print the names of the rows."""
-    vmae.save_grid([vmae.to_float(row) for row in rows], path)
+    vmae.save_grid(rows, path)
     print(f"\n{path}, the rows: {', '.join(names)}")
 
 # ---- The command line -------------------------------------------------------------------------
@@ -1597,7 +1584,7 @@ def command_line():
         "samples, 1: none (default: 1 1.5)")
     add("--steps", type=vmae.count_type, default=50, help="network calls per image (default: "
         "%(default)s)")
-    add("--sampler", choices=ldm.SAMPLERS, help="from noise to latents (default: as sample.py)")
+    add("--sampler", choices=SAMPLERS, help="from noise to latents (default: as sample.py)")
     add_batch(command, n=512)
 
     command = add_command(commands, curves, "losses and held-out numbers of runs, in one picture")

@@ -3,10 +3,10 @@
     training:  z_0 --q_sample--> z_t --DiT--> eps_theta(z_t, t, tau_theta(y)), compared with eps
     sampling:  z_T --ddim_sample, which calls the DiT at each step--> z_0
 
-Section 3.2, in this order: latent normalisation, noise schedule, the loss L_LDM, rectified flow,
-guidance and samplers, the diffusion transformer with tau_theta, EMA, checkpoints. By default the
-network predicts v in place of eps (Schedule). Pixel diffusion, L_DM, would be the same code with an
-image x_0 in place of the latent z_0, without vmae.py and normalise.
+Section 3.2, in this order: latent normalisation, noise schedule, rectified flow, the loss L_LDM,
+guidance and samplers, the diffusion transformer with tau_theta, EMA, what images are drawn from,
+checkpoints. By default the network predicts v in place of eps (Schedule). Pixel diffusion, L_DM,
+would be the same code with an image x_0 in place of the latent z_0, without vmae.py and normalise.
 
 The letters are those of vmae.py, but a patch is P x P latent cells, so N = hw / P^2. In addition: T
 diffusion steps, t the time, alpha_bar the share of the signal in z_t's variance, y a class, cfg the
@@ -16,9 +16,11 @@ from it.
 import copy
 import math
 import re
+import unicodedata
 
-from vmae import (InputError, check_weights, fused_attention, last_line, read_checkpoint,
-                  sincos_positions)
+from vmae import (InputError, build_vmae, check_weights, compile_blocks, fused_attention,
+                  has_bfloat16, last_line, load_vmae, read_checkpoint, seeded, sincos_positions,
+                  to_uint8)
 import torch                                # after vmae, see there
 import torch.nn as nn
 import torch.nn.functional as F
@@ -35,9 +37,13 @@ def denormalise(z, mean, std):
     """The inverse of normalise, before the decoder."""
     return z * std.view(1, -1, 1, 1) + mean.view(1, -1, 1, 1)
 
-# ---- Noise schedule and the loss --------------------------------------------------------------
+# ---- From latents to noise: two paths, and the loss -------------------------------------------
 
-class Schedule:
+# Schedule and Flow have the same verbs: `times` draws the t that are trained, `q_sample` makes z_t,
+# `target` is what the network should answer to it, `steps` is what a sampler walks through. Both
+# name their objective, and the samplers that fit, the default first. `to` moves them to a device.
+
+class Schedule(nn.Module):
     """The variance-preserving (VP) path from latents to noise, for t = 0..T-1, which are Ho's 1..T:
 
         q(z_t | z_0) = N(sqrt(alpha_bar_t) z_0, (1 - alpha_bar_t) I)            (Ho 2020, Eq. 4)
@@ -47,11 +53,14 @@ class Schedule:
     kind: "linear", where beta rises from 1e-4 to .02 (Ho 2020), or "cosine" (Nichol & Dhariwal
     2021, Eq. 17), which spends fewer steps where almost all is noise.
     objective: what the network predicts. "eps": the noise, as in the paper's L_LDM. "v":
-    sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) z_0 (Salimans & Ho 2022). "flow": the velocity of
-    another path, see loss_flow. ValueError for other names."""
+    sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) z_0 (Salimans & Ho 2022). ValueError for other
+    names."""
+
+    samplers = ("ddim", "ddpm")
 
     def __init__(self, kind="cosine", T=1000, objective="v"):
-        if kind not in ("linear", "cosine") or objective not in ("eps", "v", "flow"):
+        super().__init__()
+        if kind not in ("linear", "cosine") or objective not in ("eps", "v"):
             raise ValueError(f"unknown schedule {kind!r} or objective {objective!r}")
         self.T = T
         self.objective = objective
@@ -65,12 +74,8 @@ class Schedule:
         # an error of .01 in eps becomes one of 200 in z_0. So the last one is at least Ho's, 4e-5,
         # where z_T is as good as N(0, 1) too.
         self.alpha_bar = (1 - beta.clamp(max=0.999)).cumprod(0).clamp(min=4e-5)    # (T,), float64
-        self.table = self.alpha_bar.float()                # a copy for training, see `to`
-
-    def to(self, device):
-        """Move the copy that training indexes with t to the device of the latents -> self."""
-        self.table = self.table.to(device)
-        return self
+        # A copy for training, on the device of the latents.
+        self.register_buffer("table", self.alpha_bar.float())
 
     def alpha_bar_at(self, t):
         """alpha_bar_t of each sample, t (B,) -> (B, 1, 1, 1)."""
@@ -80,6 +85,20 @@ class Schedule:
         """alpha_bar (B,) in (0, 1) -> the smallest t with alpha_bar_t <= alpha_bar, (B,)."""
         rising = -self.table                # as searchsorted needs it
         return torch.searchsorted(rising, -alpha_bar).clamp(max=self.T - 1)
+
+    def times(self, z_0, generator=None):
+        """A time t for each latent, (B,): uniform for eps, as in the paper and in Ho 2020; mostly
+        in the middle for v.
+
+        For v most times are around .6 of the way to noise, because shapes and patterns are decided
+        at medium noise. The distance of samples of the faces (evaluate.py faces) was 33 to 36 with
+        five distributions like this one, and 46 with a uniform t. With eps it is the other way
+        round, 454 and 78."""
+        if self.objective == "eps":
+            return torch.randint(self.T, (len(z_0),), generator=generator, device=z_0.device)
+        # u is the level of noise, on a path where alpha_bar = cos(u pi/2)^2.
+        u = logit_normal(z_0, 0.4, 0.7, generator)         # (B,)
+        return self.first_t((u * math.pi / 2).cos() ** 2)  # (B,), with as much noise
 
     def q_sample(self, z_0, t, eps):
         """z_t = sqrt(alpha_bar_t) z_0 + sqrt(1 - alpha_bar_t) eps, in one jump. Ho 2020, Eq. 4."""
@@ -112,52 +131,73 @@ class Schedule:
         """S of the T steps, evenly spaced and falling: a list of (t, alpha_bar_t, alpha_bar_next).
 
         For S = 4 and T = 1000, t is 999, 749, 499, 249. The last alpha_bar_next is 1, so sampling
-        ends on clean latents for every S. ValueError unless 1 <= S <= T, and for "flow"."""
-        if not 1 <= S <= self.T or self.objective == "flow":
-            raise ValueError(f"no {S} steps of {self.T} on the path of {self.objective!r}")
+        ends on clean latents for every S. InputError, a ValueError, unless 1 <= S <= T."""
+        if not 1 <= S <= self.T:
+            raise InputError(f"--steps {S}: give at least 1, and at most the {self.T} of training")
         ts = [round(self.T - i * self.T / S) - 1 for i in range(S)]        # T-1 down
         bars = [self.alpha_bar[t].item() for t in ts] + [1.0]
         return list(zip(ts, bars[:-1], bars[1:]))
 
+class Flow(nn.Module):
+    """Rectified flow (Liu 2023): the straight path, on which the network predicts the velocity.
+
+        z_t = t z_0 + (1 - t) eps,   dz_t / dt = z_0 - eps
+
+    Section 3.2 gives L_LDM, but the paper's generator was trained with this. Time runs as in the
+    authors' LightningDiT, so that its weights fit: t = 0 is noise and t = 1 the latent, the reverse
+    of Schedule."""
+
+    objective = "flow"
+    samplers = ("euler",)
+
+    def times(self, z_0, generator=None):
+        """A time t in (0, 1) for each latent, (B,): t = sigmoid(N(0, 1))."""
+        return logit_normal(z_0, 0, 1, generator)
+
+    def q_sample(self, z_0, t, eps):
+        """z_t = t z_0 + (1 - t) eps."""
+        share = t.view(-1, 1, 1, 1)                                        # (B, 1, 1, 1)
+        return share * z_0 + (1 - share) * eps                             # (B, d, h, w)
+
+    def target(self, z_0, t, eps):
+        """What the network should answer to z_t: the velocity, the same at all t."""
+        return z_0 - eps
+
+    def steps(self, S, shift=1.0):
+        """S steps from noise at t = 0 to latents at t = 1: a list of (t, t_next).
+
+            t_i = shift u / (1 + (shift - 1) u),   u = i / S
+
+        shift: below 1, the steps near the noise are smaller. InputError unless S >= 1."""
+        if S < 1:
+            raise InputError(f"--steps {S}: give at least 1")
+        u = torch.linspace(0, 1, S + 1, dtype=torch.float64)
+        ts = (shift * u / (1 + (shift - 1) * u)).tolist()
+        return list(zip(ts[:-1], ts[1:]))
+
+def make_path(objective="v", kind="cosine"):
+    """The path by the names of train_ldm.py's options --objective and --schedule, which are also
+    the entry `schedule` of a checkpoint. kind has no meaning for a flow."""
+    if objective == "flow":
+        return Flow()
+    return Schedule(kind, objective=objective)
+
 def logit_normal(z_0, mean, std, generator=None):
-    """A time in (0, 1) for each latent: sigmoid(N(mean, std^2)), (B,) (Esser 2024). Few are near 0
-    or 1, where z_t is nearly z_0 or nearly noise."""
+    """A number in (0, 1) for each latent: sigmoid(N(mean, std^2)), (B,) (Esser 2024). Few are near
+    0 or 1, where z_t is nearly z_0 or nearly noise."""
     return (mean + std * torch.randn(len(z_0), generator=generator, device=z_0.device)).sigmoid()
 
-def loss_LDM(model, schedule, z_0, y=None, generator=None):
-    """L_LDM = E || eps - eps_theta(z_t, t, tau_theta(y)) ||^2, Section 3.2; or the same with v.
+def loss_LDM(model, path, z_0, y=None, generator=None):
+    """L_LDM = E || eps - eps_theta(z_t, t, tau_theta(y)) ||^2, Section 3.2; or the same with v, or
+    with the velocity of a Flow, in place of eps.
 
-    z_0: normalised latents (B, d, h, w), on the device of the schedule; y: classes (B,) or None. t
-    is uniform for eps; for v most are in the middle. Returns the mean over everything, a scalar in
-    float32. generator: on z_0's device, for a repeatable loss."""
-    if schedule.objective == "flow":
-        return loss_flow(model, z_0, y, generator)
-    if schedule.objective == "eps":         # t is uniform, as in the paper and in Ho 2020
-        t = torch.randint(schedule.T, (len(z_0),), generator=generator, device=z_0.device)  # (B,)
-    else:
-        # Most times are around .6 of the way to noise, because shapes and patterns are decided at
-        # medium noise. The distance of samples of the faces (evaluate.py faces) was 33 to 36 with
-        # five distributions like this one, and 46 with a uniform t. With eps it is the other way
-        # round, 454 and 78. u is the level of noise, on a path where alpha_bar = cos(u pi/2)^2.
-        u = logit_normal(z_0, 0.4, 0.7, generator)         # (B,)
-        t = schedule.first_t((u * math.pi / 2).cos() ** 2)     # (B,), with as much noise
+    path: a Schedule or a Flow; z_0: normalised latents (B, d, h, w), on its device; y: classes (B,)
+    or None. Returns the mean over everything, a scalar in float32. generator: on z_0's device, for
+    a repeatable loss."""
+    t = path.times(z_0, generator)                                         # (B,)
     eps = torch.randn(z_0.shape, generator=generator, device=z_0.device)   # (B, d, h, w)
-    output = model(schedule.q_sample(z_0, t, eps), t, y).float()           # (B, d, h, w)
-    return F.mse_loss(output, schedule.target(z_0, t, eps))
-
-def loss_flow(model, z_0, y=None, generator=None):
-    """Rectified flow (Liu 2023): E || (z_0 - eps) - v_theta(z_t, t, tau_theta(y)) ||^2 with
-
-        z_t = t z_0 + (1 - t) eps,   t = sigmoid(N(0, 1))      (logit-normal t: Esser 2024)
-
-    Section 3.2 gives L_LDM, but the paper's generator was trained with this loss. Time runs as in
-    the authors' LightningDiT, so that its weights fit: t = 0 is noise and t = 1 the latent, the
-    reverse of Schedule. Arguments as loss_LDM's."""
-    t = logit_normal(z_0, 0, 1, generator)                                 # (B,), in (0, 1)
-    eps = torch.randn(z_0.shape, generator=generator, device=z_0.device)   # (B, d, h, w)
-    share = t.view(-1, 1, 1, 1)                                            # (B, 1, 1, 1)
-    velocity = model(share * z_0 + (1 - share) * eps, t, y).float()        # (B, d, h, w)
-    return F.mse_loss(velocity, z_0 - eps)
+    output = model(path.q_sample(z_0, t, eps), t, y).float()               # (B, d, h, w)
+    return F.mse_loss(output, path.target(z_0, t, eps))
 
 # ---- Guidance and samplers. model: (z_t, t, y) -> output; for cfg != 1 it needs a y_embedder --
 
@@ -186,7 +226,7 @@ def ddpm_sample(model, schedule, z_T, y=None, steps=None, cfg=1.0, noise=torch.r
 
     z_T (B, d, h, w) ~ N(0, 1); y (B,) or None; steps: 1 to T (default T); cfg: see guided; noise(z)
     draws N(0, 1) in z's shape; record: a list that receives the estimate of z_0 at each step; clip:
-    see Schedule.z0_eps. Returns z_0. ValueError for a wrong number of steps."""
+    see Schedule.z0_eps. Returns z_0. InputError for a wrong number of steps."""
     z = z_T
     for t, bar, bar_next in schedule.steps(schedule.T if steps is None else steps):
         z_0, eps = schedule.z0_eps(z, guided(model, z, t, y, cfg), bar, clip)
@@ -220,22 +260,19 @@ def ddim_sample(model, schedule, z_T, y=None, steps=50, cfg=1.0, noise=torch.ran
     return z
 
 @torch.no_grad()
-def euler_sample(model, schedule, z_T, y=None, steps=50, cfg=1.0, noise=None, record=None,
+def euler_sample(model, flow, z_T, y=None, steps=50, cfg=1.0, noise=None, record=None,
                  shift=1.0, interval=0.0):
-    """Rectified flow's sampler: dz/dt = v_theta(z, t, y) from noise at t = 0 to latents at t = 1,
+    """A Flow's sampler: dz/dt = v_theta(z, t, y) from noise at t = 0 to latents at t = 1. From each
+    of the times of Flow.steps to the next, t',
 
-        z <- z + (t' - t) v_theta(z, t, y),    t_i = shift u / (1 + (shift - 1) u),  u = i / steps
+        z <- z + (t' - t) v_theta(z, t, y)
 
     in `steps` evaluations (the authors' loop makes one fewer). Its error is of first order in
-    1 / steps. shift: below 1, the steps near the noise are smaller. interval: guide from this t on
-    only, because guidance near the noise costs variety (Kynkaanniemi 2024). noise: not used, the
-    path is deterministic. Others as ddpm_sample's."""
-    if schedule.objective != "flow" or steps < 1:
-        raise ValueError(f"no Euler sampling of {schedule.objective!r} in {steps} steps")
+    1 / steps. shift: see Flow.steps. interval: guide from this t on only, because guidance near the
+    noise costs variety (Kynkaanniemi 2024). noise: not used, the path is deterministic. Others as
+    ddpm_sample's."""
     z = z_T
-    u = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
-    times = (shift * u / (1 + (shift - 1) * u)).tolist()
-    for t, t_next in zip(times, times[1:]):
+    for t, t_next in flow.steps(steps, shift):
         weight = cfg if t >= interval else 1.0
         v = guided(model, z, t, y, weight)                                 # (B, d, h, w)
         if record is not None:
@@ -243,13 +280,9 @@ def euler_sample(model, schedule, z_T, y=None, steps=50, cfg=1.0, noise=None, re
         z = z + (t_next - t) * v            # Euler's step
     return z
 
-# The samplers by name, and for each objective those that can sample it, the default first.
+# The samplers by name, and the names of the options that only some of them have.
 SAMPLERS = {"ddim": ddim_sample, "ddpm": ddpm_sample, "euler": euler_sample}
-FITTING = {"eps": ("ddim", "ddpm"), "v": ("ddim", "ddpm"), "flow": ("euler",)}
-
-def default_sampler(schedule):
-    """The sampler to use unless another is asked for."""
-    return SAMPLERS[FITTING[schedule.objective][0]]
+OPTIONS = {"ddim": ("clip", "eta"), "ddpm": ("clip",), "euler": ("shift", "interval")}
 
 # ---- Diffusion transformer: DiT (Peebles 2023) with the parts of LightningDiT (Yao 2025) ------
 
@@ -385,7 +418,7 @@ class FinalLayer(nn.Module):
         return self.linear(modulate(self.norm_final(x), shift, scale))     # (B, N, P*P*d)
 
 class DiT(nn.Module):
-    """eps_theta(z_t, t, tau_theta(y)), or v, or the velocity of the flow, by Schedule's objective.
+    """eps_theta(z_t, t, tau_theta(y)), or v, or the velocity of a Flow, by the path's objective.
     num_classes = 0 makes an unconditional model.
     input_size: side of the latent grid; patch_size: side of a token in latent cells; in_channels:
     d. ValueError if the patch does not divide the grid."""
@@ -449,7 +482,7 @@ def dit_args(size, grid, latent_dim, num_classes):
         args["patch_size"] = 1
     return args
 
-# ---- EMA, checkpoints -------------------------------------------------------------------------
+# ---- EMA --------------------------------------------------------------------------------------
 
 class EMA:
     """Moving average of the weights in training; it samples better than the last weights. After n
@@ -469,6 +502,105 @@ class EMA:
         torch._foreach_lerp_(list(self.model.parameters()), list(model.parameters()), 1 - decay)
         for mine, theirs in zip(self.model.buffers(), model.buffers()):
             mine.copy_(theirs)
+
+# ---- What images are drawn from ---------------------------------------------------------------
+
+# Compiling takes some 15 s. It pays from about this many calls of the network for one image on.
+WORTH_COMPILING = 100_000
+
+class LDM(nn.Module):
+    """All that images are drawn from, in training, by sample.py, by evaluate.py, in a notebook.
+
+    model: a DiT with the EMA weights; path: the Schedule or Flow that it was trained on; mean, std
+    (d,): see normalise; ae: the autoencoder of stage one; classes: their names, an empty list if
+    there are none; data, val: the options of train_ldm.py, None for the built-in faces. ldm.to(...)
+    moves it to a device."""
+
+    def __init__(self, model, path, mean, std, ae, classes, data=None, val=None):
+        super().__init__()
+        self.model = model
+        self.path = path
+        self.register_buffer("mean", mean)
+        self.register_buffer("std", std)
+        self.ae = ae
+        self.classes = classes
+        self.data = data
+        self.val = val
+
+    def plan(self, cfg=None, sampler=None, steps=50, **options):
+        """What is asked for -> a dict of all options of `draw`, with the defaults in place of None.
+        InputError for what does not fit.
+
+        cfg: the weight of guidance. By default it is 1.5 with classes, as then nearly all samples
+        show the class that was asked for, and colours still vary; otherwise 1, none. sampler: a key
+        of SAMPLERS, by default DDIM, or Euler for a flow; steps: calls of the network per image;
+        options: those of the sampler, see OPTIONS; its own defaults are left to it."""
+        if cfg is None:
+            cfg = 1.5 if self.classes else 1.0
+        if cfg != 1 and not self.classes:
+            raise InputError(f"--cfg {cfg}: this checkpoint is unconditional, leave --cfg out")
+        fitting = self.path.samplers
+        if sampler is None:
+            sampler = fitting[0]
+        if sampler not in fitting:
+            raise InputError(f"--sampler {sampler}: this checkpoint was trained for the objective "
+                             f"{self.path.objective}; choose from {', '.join(fitting)}")
+        self.path.steps(steps)              # InputError if there are not so many
+        how = dict(cfg=cfg, sampler=sampler, steps=steps)
+        for name, value in options.items():
+            if value is None:
+                continue
+            if name not in OPTIONS[sampler]:
+                raise InputError(f"--{name}: the sampler {sampler} has no such option; leave it "
+                                 f"out")
+            how[name] = value
+        return how
+
+    @torch.no_grad()
+    def draw(self, index, labels=None, seed=0, record=None, **options):
+        """Images number index, B whole numbers -> uint8 (B, 3, H, W) on the CPU.
+
+        An image depends on seed and on its number alone. labels: image i gets label number
+        i % len(labels); by default all classes in turn, and none if the list is empty. record: see
+        ddpm_sample; options: cfg, sampler, steps and others, see `plan`."""
+        how = self.plan(**options)
+        sampler = SAMPLERS[how.pop("sampler")]
+        index = torch.as_tensor(index)
+        device = self.mean.device
+        if labels is None:
+            labels = range(len(self.classes))
+        y = None
+        if len(labels) > 0:
+            y = torch.tensor(labels)[index % len(labels)].to(device)       # (B,)
+        # One generator per image, on the CPU: batch and device change an image by rounding only.
+        generators = [seeded(seed, i) for i in index.tolist()]
+        shape = (self.ae.latent_dim, self.ae.grid, self.ae.grid)
+
+        def noise(_=None):                  # the samplers pass z, for its shape
+            return torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
+
+        # On a CPU in float32: the rounding of bfloat16 would make an image depend on its batch.
+        low_precision = device.type == "cuda" and has_bfloat16(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=low_precision):
+            z_0 = sampler(self.model, self.path, noise(), y, noise=noise, record=record, **how)
+            return to_uint8(self.decode(z_0)).cpu()                        # (B, 3, H, W)
+
+    def decode(self, z_0):
+        """Normalised latents z_0 (B, d, h, w) -> images (B, 3, H, W), about [-1, 1]."""
+        return self.ae.decode(denormalise(z_0, self.mean, self.std))
+
+    def compile_if_it_pays(self, calls):
+        """On CUDA, compile the blocks of the network, if this pays for so many calls: the number
+        of images times that of steps."""
+        if self.mean.device.type == "cuda" and calls >= WORTH_COMPILING:
+            compile_blocks(self.model.blocks)
+
+def composed(names):
+    """Names of classes in one form: macOS stores an accent as a character of its own, others do
+    not."""
+    return [unicodedata.normalize("NFC", name) for name in names]
+
+# ---- Checkpoints ------------------------------------------------------------------------------
 
 def published_dit(path, ckpt):
     """A checkpoint of the authors' LightningDiT -> a dict as in ours, without latent_mean,
@@ -506,13 +638,13 @@ def add_statistics(ckpt, stats):
     except Exception:                       # of many kinds: no such entry, no numbers, too many
         raise InputError(f"{stats}: holds no mean and std of the {d} latent channels") from None
 
-def load_ldm(path, stats=None):
+def read_stage_two(path, stats=None):
     """A stage-two checkpoint, ours or the authors', or a run folder -> (DiT with the EMA weights,
-    Schedule, dict).
+    frozen, in eval mode; the dict of the checkpoint).
 
-    The dict also holds latent_mean, latent_std, classes and, if it is ours, `vmae`, the whole stage
-    one. stats: the authors' file of latent statistics, see add_statistics. InputError, in one
-    sentence, for anything else."""
+    The dict holds model_args, ema, schedule (see make_path), latent_mean, latent_std, classes and,
+    if it is ours, train_args and `vmae`, the whole stage one. stats: the authors' file of latent
+    statistics, see add_statistics. InputError, in one sentence, for anything else."""
     ckpt = read_checkpoint(path)
     if not {"model_args", "ema", "latent_mean", "latent_std", "vmae"} <= set(ckpt):
         ckpt = published_dit(path, ckpt)
@@ -524,8 +656,55 @@ def load_ldm(path, stats=None):
     try:
         model = DiT(**ckpt["model_args"])
         model.load_state_dict(ckpt["ema"])
-        schedule = Schedule(**ckpt["schedule"])
+        make_path(**ckpt["schedule"])
     except Exception as error:
         raise InputError(f"{path}: its weights do not fit its model_args "
                          f"({last_line(error)})") from None
-    return model.eval(), schedule, ckpt
+    return model.eval().requires_grad_(False), ckpt
+
+def load_ldm(path, stats=None, vmae=None):
+    """A stage-two checkpoint, ours or the authors', or a run folder -> LDM, on the CPU.
+
+    stats: the authors' file of latent statistics. vmae: a checkpoint of stage one, whose decoder
+    takes the place of that in the checkpoint; published weights hold none, and need it. InputError,
+    in one sentence, for anything else."""
+    model, ckpt = read_stage_two(path, stats)
+    if vmae is not None:
+        ae = load_vmae(vmae)
+        check_latents(path, ckpt, vmae, ae)
+    elif "vmae" in ckpt:
+        ae = build_vmae(ckpt["vmae"])
+    else:
+        raise InputError(f"{path}: published weights hold no stage one; name it with --vmae")
+    trained = ckpt.get("train_args", {})    # published weights have none
+    return LDM(model, make_path(**ckpt["schedule"]), ckpt["latent_mean"], ckpt["latent_std"], ae,
+               ckpt["classes"], trained.get("data"), trained.get("val"))
+
+@torch.no_grad()
+def check_latents(path, ckpt, vmae_path, ae):
+    """InputError unless the latents of the autoencoder `ae` are those of the stage-two checkpoint:
+    of the same shape and, if stage one is in the checkpoint, from an encoder that encodes alike.
+    The decoder may be another."""
+    d = ckpt["model_args"]["in_channels"]
+    side = ckpt["model_args"]["input_size"]
+    if (ae.latent_dim, ae.grid) != (d, side):
+        raise InputError(f"--vmae {vmae_path}: its latents have {ae.latent_dim} channels on a "
+                         f"side of {ae.grid}, those of {path} have {d} on {side}")
+    if "vmae" not in ckpt:
+        return
+    device = ae.logvar_x.device
+    inside = build_vmae(ckpt["vmae"]).to(device)
+    # Both encode one image, a ramp of all grey levels; equal encoders differ by rounding only.
+    x = torch.linspace(-1, 1, 3 * ae.img_size**2, device=device).view(1, 3, ae.img_size, -1)
+    if not torch.allclose(ae.encode(x).mu, inside.encode(x).mu, atol=1e-3):
+        raise InputError(f"--vmae {vmae_path}: has another encoder than the stage one inside "
+                         f"{path}, and so other latents; name that one, or leave --vmae out")
+
+def stage_and_data(path):
+    """A checkpoint -> its stage, 1 or 2, and the option --data of its training, None for the
+    built-in faces. Published weights count as stage 1, without data."""
+    ckpt = read_checkpoint(path)
+    data = ckpt.get("train_args", {}).get("data")
+    if "vmae" in ckpt:
+        return 2, data
+    return 1, data

@@ -13,7 +13,6 @@ import functools
 import json
 import os
 import re
-import unicodedata
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -24,35 +23,26 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-import ldm
+from ldm import SAMPLERS, composed, load_ldm
 from vmae import RANK, WORLD, InputError
-
-# Options that belong to some of the samplers.
-OWN = {"ddim": ("clip", "eta"), "ddpm": ("clip",), "euler": ("shift", "interval")}
-# Compiling takes some 15 s. It pays from about this many calls of the network for one image on.
-WORTH_COMPILING = 100_000
 
 def main():
     args = read_options()
-    model, schedule, ckpt = ldm.load_ldm(args.ckpt, args.stats)            # the EMA weights
-    sampler, own = pick_sampler(args, schedule)            # by default DDIM, or Euler
-    labels = pick_labels(args.label, ckpt["classes"])      # none without classes
-    cfg = guidance(args.cfg, ckpt["classes"])
+    ldm = load_ldm(args.ckpt, args.stats, args.vmae)       # all that images are drawn from
+    how = ldm.plan(args.cfg, args.sampler, args.steps, clip=args.clip, eta=args.eta,
+                   shift=args.shift, interval=args.interval)
+    labels = pick_labels(args.label, ldm.classes)          # none without classes
     device = vmae.start(args.device)
     if args.batch is None:
         args.batch = 256 if device.type == "cuda" else 64
-    model.to(device)
-    ae = stage_one(args, ckpt).to(device)                  # the autoencoder
-    say_what_is_drawn(labels, cfg, ckpt["classes"])
-    if device.type == "cuda" and args.n * args.steps / WORLD >= WORTH_COMPILING:
-        vmae.compile_blocks(model.blocks)
+    ldm.to(device)
+    ldm.compile_if_it_pays(args.n * args.steps / WORLD)
+    say_what_is_drawn(labels, how["cfg"], ldm.classes)
 
-    draw_batch = functools.partial(draw, labels=labels, model=model, ae=ae, schedule=schedule,
-                                   ckpt=ckpt, sampler=sampler, seed=args.seed, cfg=cfg,
-                                   steps=args.steps, **own)
+    draw = functools.partial(ldm.draw, labels=labels, seed=args.seed, **how)
     out = Path(args.out)
     files = [out / f"sample_{i:06d}.png" for i in range(args.n)]
-    settings = dict(cfg=cfg, labels=labels, sampler=sampler.__name__)
+    settings = dict(how, labels=labels, seed=args.seed, batch=args.batch)
     finished = vmae.from_first(lambda: open_folder(out, args, settings, files))
     # Whole batches, also after an interruption: rounding depends a little on how many images are
     # drawn at once, so the files are then the same for any number of processes.
@@ -60,50 +50,32 @@ def main():
     for part in torch.arange(args.n).split(args.batch):
         if not finished.issuperset(files[i] for i in part):
             parts.append(part)
+    # The first images stay in memory, for grid.png; for samples.npz as many as 1 GiB holds.
+    most = 64
+    if args.npz:
+        most = max(64, 2**30 // (3 * ldm.ae.img_size**2))
+    in_memory = {}                          # {number: image (H, W, 3)}
     with ThreadPoolExecutor() as pool:      # PNGs are written while the next batch is drawn
         written = []
         for part in tqdm(parts[RANK::WORLD], "sampling", dynamic_ncols=True, disable=RANK > 0):
-            images = draw_batch(part).permute(0, 2, 3, 1).numpy()          # (B, H, W, 3)
+            images = draw(part).permute(0, 2, 3, 1).numpy()                # (B, H, W, 3)
             wait(written)                   # at most one batch is waiting to be written
-            written = [pool.submit(write_png, files[i], image) for i, image in zip(part, images)]
+            written = []
+            for i, image in zip(part.tolist(), images):
+                written.append(pool.submit(write_png, files[i], image))
+                if i < most:
+                    in_memory[i] = image
         wait(written)
     vmae.wait_for_all()
     if RANK > 0:                            # process 0 does the rest
         return
-    first = torch.from_numpy(np.stack([Image.open(file) for file in files[:64]]))  # (64, H, W, 3)
-    vmae.save_grid(vmae.to_float(first.permute(0, 3, 1, 2)).split(8), out / "grid.png")
+    first = np.stack(list(all_images(files[:64], in_memory)))              # (at most 64, H, W, 3)
+    vmae.save_grid(torch.from_numpy(first).permute(0, 3, 1, 2).split(8), out / "grid.png")
     if args.npz:                            # for evaluate.py fid, or ADM's
-        save_npz(files, ae.img_size, out / "samples.npz")
+        save_npz(files, in_memory, first.shape[1:], out / "samples.npz")
     if args.trajectory:
-        save_trajectory(draw_batch, args, ae, ckpt, out / "trajectory.png")
+        save_trajectory(draw, args, ldm, out / "trajectory.png")
     print(f"{args.n} images in {out}, an overview in {out}/grid.png")
-
-@torch.no_grad()
-def draw(index, labels, model, ae, schedule, ckpt, sampler, seed=0, cfg=1.0, **options):
-    """Image numbers index (B,) -> uint8 (B, 3, H, W) on the CPU. labels: image i gets label number
-    i % len(labels), none if empty. ae: the autoencoder; options: steps, those of the sampler."""
-    shape = (ae.latent_dim, ae.grid, ae.grid)
-    device = model.pos_embed.device
-    # One generator per image, on the CPU: batch and device then change an image by rounding only.
-    generators = [vmae.seeded(seed, i) for i in index.tolist()]
-    y = None
-    if labels:
-        y = torch.tensor(labels)[index % len(labels)].to(device)           # (B,)
-
-    def noise(_=None):                      # the samplers pass z, for its shape
-        return torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
-
-    # On a CPU in float32: the rounding of bfloat16 would make an image depend on its batch.
-    low_precision = device.type == "cuda" and vmae.has_bfloat16(device)
-    with torch.autocast(device.type, torch.bfloat16, enabled=low_precision):
-        z_0 = sampler(model, schedule, noise(), y, cfg=cfg, noise=noise, **options)
-        return vmae.to_uint8(decode(z_0, ae, ckpt)).cpu()                  # (B, 3, H, W)
-
-def decode(z_0, ae, ckpt):
-    """Normalised latents z_0 (B, d, h, w) -> images (B, 3, H, W), about [-1, 1]."""
-    mean = ckpt["latent_mean"].to(z_0)                     # (d,)
-    std = ckpt["latent_std"].to(z_0)                       # (d,)
-    return ae.decode(ldm.denormalise(z_0, mean, std))
 
 # ---- What is drawn ----------------------------------------------------------------------------
 
@@ -120,7 +92,7 @@ def read_options():
     add("--stats", help="file of latent statistics that comes with the authors' weights")
     add("--steps", type=vmae.count_type, default=50, help="network calls per image (default: "
         "%(default)s)")
-    add("--sampler", choices=ldm.SAMPLERS, help="from noise to latents (default: eps ddim, v ddim, "
+    add("--sampler", choices=SAMPLERS, help="from noise to latents (default: eps ddim, v ddim, "
         "flow euler)")
     add("--cfg", type=vmae.weight_type, help="weight of guidance, 1: none (default: 1.5 with "
         "classes, else 1)")
@@ -169,10 +141,6 @@ def pick_labels(label, classes):
     raise InputError(f"--class {label}: unknown; choose from {some}{numbers}, or null, the null "
                      f"class")
 
-def composed(names):
-    """Names in one form: macOS stores an accent as a character of its own, others do not."""
-    return [unicodedata.normalize("NFC", name) for name in names]
-
 def say_what_is_drawn(labels, cfg, classes):
     """Print the classes by name, and the weight of guidance."""
     if not classes:
@@ -185,76 +153,16 @@ def say_what_is_drawn(labels, cfg, classes):
         what = f"the class {classes[labels[0]]}, number {labels[0]}"
     vmae.say(f"drawing {what}, guidance {cfg:g}")
 
-def guidance(cfg, classes):
-    """--cfg -> the weight of guidance. With 1.5 nearly all samples show the class that was asked
-    for, and colours still vary. InputError for guidance without classes."""
-    if cfg is None:
-        return 1.5 if classes else 1.0
-    if cfg != 1 and not classes:
-        raise InputError(f"--cfg {cfg}: this checkpoint is unconditional, leave --cfg out")
-    return cfg
-
-def pick_sampler(args, schedule):
-    """--sampler -> (function, those of its own options that were given). InputError if the sampler
-    does not fit the checkpoint's objective, or an option does not fit the sampler."""
-    fitting = ldm.FITTING[schedule.objective]              # the default comes first
-    name = args.sampler or fitting[0]
-    if name not in fitting:
-        raise InputError(f"--sampler {name}: this checkpoint was trained for the objective "
-                         f"{schedule.objective}; choose from {', '.join(fitting)}")
-    if args.steps > schedule.T and schedule.objective != "flow":
-        raise InputError(f"--steps {args.steps}: give at most the {schedule.T} of training")
-    own = {}
-    for option in ("clip", "eta", "shift", "interval"):
-        value = getattr(args, option, None)                # evaluate.py has none of these
-        if value is None:
-            continue
-        if option not in OWN[name]:
-            raise InputError(f"--{option}: the sampler {name} has no such option; leave it out")
-        own[option] = value
-    return ldm.SAMPLERS[name], own
-
-def stage_one(args, ckpt):
-    """The autoencoder of --vmae, or the one inside the checkpoint."""
-    if args.vmae is None and "vmae" not in ckpt:
-        raise InputError(f"{args.ckpt}: published weights hold no stage one; name it with --vmae")
-    if args.vmae is None:
-        return vmae.build_vmae(ckpt["vmae"])
-    ae = vmae.load_vmae(args.vmae)
-    check_latents(args.ckpt, ckpt, args.vmae, ae)
-    return ae
-
-@torch.no_grad()
-def check_latents(path, ckpt, vmae_path, ae):
-    """InputError unless the latents of the autoencoder `ae` are those of the stage-two checkpoint:
-    of the same shape and, if stage one is in the checkpoint, from an encoder that encodes alike.
-    The decoder may be another."""
-    d = ckpt["model_args"]["in_channels"]
-    side = ckpt["model_args"]["input_size"]
-    if (ae.latent_dim, ae.grid) != (d, side):
-        raise InputError(f"--vmae {vmae_path}: its latents have {ae.latent_dim} channels on a "
-                         f"side of {ae.grid}, those of {path} have {d} on {side}")
-    if "vmae" not in ckpt:
-        return
-    device = ae.logvar_x.device
-    inside = vmae.build_vmae(ckpt["vmae"]).to(device)
-    # Both encode one image, a ramp of all grey levels; equal encoders differ by rounding only.
-    x = torch.linspace(-1, 1, 3 * ae.img_size**2, device=device).view(1, 3, ae.img_size, -1)
-    if not torch.allclose(ae.encode(x).mu, inside.encode(x).mu, atol=1e-3):
-        raise InputError(f"--vmae {vmae_path}: has another encoder than the stage one inside "
-                         f"{path}, and so other latents; name that one, or leave --vmae out")
-
 # ---- What is written --------------------------------------------------------------------------
 
 def open_folder(out, args, settings, files):
     """Make the folder `out` -> those of `files` that this same command drew before it was
     interrupted. Images of another command are deleted, and so are the files made from them. Only a
-    folder with samples.json is cleared."""
+    folder with samples.json is cleared. settings: what decides the images, beside the files of
+    weights, which are added here."""
     for path in (args.ckpt, args.vmae, args.stats):
         if path is not None:
             settings[os.path.abspath(path)] = os.path.getsize(path), os.stat(path).st_mtime_ns
-    for name in ("seed", "steps", "batch", "clip", "eta", "shift", "interval"):
-        settings[name] = getattr(args, name)
     note = out / "samples.json"
     settings = json.dumps(settings)
     kept = set()
@@ -294,21 +202,31 @@ def wait(written):
     for future in written:
         future.result()
 
-def save_npz(files, size, path):
-    """The PNGs as arr_0, uint8 (N, H, W, 3), in a .npz. One image is in memory at a time."""
-    header = dict(descr="|u1", fortran_order=False, shape=(len(files), size, size, 3))
+def all_images(files, in_memory):
+    """Yield all images in turn, uint8 (H, W, 3): those that this process has just drawn and that
+    are still in memory, {number: image}, from there; the others from their files, one by one."""
+    for i, file in enumerate(files):
+        if i in in_memory:
+            yield in_memory[i]
+        else:
+            yield np.asarray(Image.open(file))
+
+def save_npz(files, in_memory, shape, path):
+    """All images as arr_0, uint8 (N, H, W, 3), in a .npz. files, in_memory: see all_images; shape:
+    (H, W, 3)."""
+    header = dict(descr="|u1", fortran_order=False, shape=(len(files), *shape))
     with (vmae.whole_file(path) as whole, zipfile.ZipFile(whole, "w") as archive,
           archive.open("arr_0.npy", "w", force_zip64=True) as array):
         np.lib.format.write_array_header_1_0(array, header)
-        for file in files:
-            array.write(Image.open(file).tobytes())
+        for image in all_images(files, in_memory):
+            array.write(image.tobytes())
 
-def save_trajectory(draw_batch, args, ae, ckpt, path):
+def save_trajectory(draw, args, ldm, path):
     """The estimates of x at ten of the steps, for the first 8 images, one per row."""
     record = []
-    draw_batch(torch.arange(min(8, args.n)), record=record)
+    draw(range(min(8, args.n)), record=record)
     at = np.linspace(0, args.steps - 1, min(10, args.steps)).round().astype(int)
-    estimates = [decode(record[k], ae, ckpt) for k in at]                  # (8, 3, H, W) each
+    estimates = [ldm.decode(record[k]) for k in at]                        # (8, 3, H, W) each
     vmae.save_grid(torch.stack(estimates, 1), path)                        # (8, 10, 3, H, W)
 
 if __name__ == "__main__":

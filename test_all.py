@@ -463,6 +463,7 @@ def test_lpips_reads_vgg_from_a_file_is_frozen_and_equals_its_package():
     x = random_images(2, 32).requires_grad_()
     of_package = net(x, -x).mean()
     close(vmae.loss_P(net, x, -x), of_package, 1e-6)
+    close(vmae.lpips(net, x, -x), net(x, -x).flatten(), 1e-6)      # of each image, as evaluate.py's
     assert vmae.loss_P(net, x, x) == 0
     with torch.autocast("cpu", torch.bfloat16):            # features in bfloat16, distance not
         low = vmae.loss_P(net, x, -x)
@@ -1016,30 +1017,32 @@ def test_a_folder_is_decoded_once_and_again_when_a_file_changes():
     save_images("data", 30)
     data = ImageFolder("data", 16, "train")
     every = range(len(data))
-    cache = data.keep_pixels("run")
-    x, y = cache.batch(every)
-    with patch(vmae, "read_image", side_effect=AssertionError):            # nothing is decoded
-        cache_of_next_run = ImageFolder("data", 16, "train").keep_pixels("run")
-        again, _ = cache_of_next_run.batch(every)
-    assert torch.equal(x, again)
-    for i in every:
-        close(vmae.to_float(x[i]), data[i][0], 0)
-        assert y[i] == data[i][1]
+    x, y = data.batch(every)
+    data.keep_pixels("run")
+    for kept in (data, ImageFolder("data", 16, "train")):  # that of the next run is the second
+        with patch(vmae, "read_image", side_effect=AssertionError):        # nothing is decoded
+            kept.keep_pixels("run")
+            again, labels = kept.batch(every)
+        assert torch.equal(x, again)
+        assert torch.equal(y, labels)
+    [before] = os.listdir("run")
     os.utime(Path("data", data.paths[0]), (1, 1))
-    other = ImageFolder("data", 16, "train").keep_pixels("run")
-    assert other.path != cache.path
-    assert os.listdir("run") == [other.path.name]
+    ImageFolder("data", 16, "train").keep_pixels("run")
+    [after] = os.listdir("run")                            # the file of before is gone
+    assert after != before
 
 def test_without_a_cache_images_are_decoded_as_drafts():
     save_images("data", 10)
     data = ImageFolder("data", 16)
-    assert data.keep_pixels("run", allowed=False) is data
+    data.keep_pixels("run", allowed=False)
     assert data.draft
+    assert data.cache is None
     data = ImageFolder("data", 16)
     almost_full = SimpleNamespace(free=10)
     with patch(shutil, "disk_usage", return_value=almost_full):
-        assert data.keep_pixels("run") is data
+        data.keep_pixels("run")
     assert data.draft
+    assert data.cache is None
     assert os.listdir("run") == []
 
 def test_files_that_break_while_they_are_decoded_are_named_and_counted():
@@ -1047,9 +1050,10 @@ def test_files_that_break_while_they_are_decoded_are_named_and_counted():
     for name in ("050.png", "120.png"):                    # 1 %
         whole = Path("data", name).read_bytes()
         Path("data", name).write_bytes(whole[:600])
-    cache, text = warned(ImageFolder("data", 16).keep_pixels, "run")
+    data = ImageFolder("data", 16)
+    _, text = warned(data.keep_pixels, "run")
     assert "050.png" in text and "120.png" in text and "2 so far" in text
-    x, _ = cache.batch([50, 51])
+    x, _ = data.batch([50, 51])
     assert torch.equal(x[0], x[1])
     os.utime("data/000.png", (1, 1))
     with patch(vmae, "read_image", side_effect=OSError("damaged")):
@@ -1089,6 +1093,7 @@ def test_schedules_fall_from_signal_to_noise():
             assert 3e-5 < bar[-1] < 1e-3
     raises(ValueError, ldm.Schedule, "quadratic")          # there is none
     raises(ValueError, ldm.Schedule, "cosine", 1000, "x")
+    raises(ValueError, ldm.Schedule, "cosine", 1000, "flow")       # has a path of its own
 
 def test_schedules_are_those_of_ho_and_of_nichol():
     bar = ldm.Schedule("linear").alpha_bar
@@ -1143,22 +1148,16 @@ def test_clipping_keeps_z_t():
         together = math.sqrt(bar) * z_0 + math.sqrt(1 - bar) * eps         # Ho 2020, Eq. 4
         close(together, z_t, 1e-5)
 
-def optimal(schedule, m, s):
+def optimal(path, m, s):
     """The best possible network for latents ~ N(m, s^2): E[z_0 | z_t] in closed form."""
     def model(z_t, t, y):
-        """On the path z_t = a z_0 + b eps, which is straight in rectified flow."""
-        if schedule.objective == "flow":
-            a = t.view(-1, 1, 1, 1)
-            b = 1 - a
-        else:
-            bar = schedule.alpha_bar_at(t)
-            a = bar.sqrt()
-            b = (1 - bar).sqrt()
+        """On a path z_t = a z_0 + b eps. Both are read off from what becomes of 1 and 0."""
+        one = torch.ones(len(z_t), 1, 1, 1, dtype=z_t.dtype)
+        a = path.q_sample(one, t, 0 * one)
+        b = path.q_sample(0 * one, t, one)
         variance = a**2 * s**2 + b**2                      # of z_t
         z_0 = m + a * s**2 / variance * (z_t - a * m)
-        eps = (z_t - a * z_0) / b
-        answers = {"eps": eps, "v": a * eps - b * z_0, "flow": z_0 - eps}
-        return answers[schedule.objective]
+        return path.target(z_0, t, (z_t - a * z_0) / b)
 
     return model
 
@@ -1169,36 +1168,55 @@ def silent(z_t, t, y):
 def test_loss_of_the_true_answer_is_zero_and_of_silence_one():
     z_0 = torch.full((64, 2, 4, 4), 0.7)
     for objective in ("eps", "v", "flow"):
-        schedule = ldm.Schedule(objective=objective)
-        model = optimal(schedule, 0.7, 0)
-        close(ldm.loss_LDM(model, schedule, z_0), 0, 1e-3)
-    schedule = ldm.Schedule(objective="eps")
-    close(ldm.loss_LDM(silent, schedule, z_0), 1, 0.1)     # E eps^2
+        path = ldm.make_path(objective)
+        model = optimal(path, 0.7, 0)
+        close(ldm.loss_LDM(model, path, z_0), 0, 1e-3)
+    close(ldm.loss_LDM(silent, ldm.Schedule(objective="eps"), z_0), 1, 0.1)    # E eps^2
+    close(ldm.loss_LDM(silent, ldm.Flow(), z_0), 1 + 0.7**2, 0.1)  # E (z_0 - eps)^2
 
 def test_loss_of_the_best_flow_is_the_variance_it_cannot_know():
     m = 0.7
     s = 0.5
-    schedule = ldm.Schedule(objective="flow")
+    flow = ldm.Flow()
     z_0 = m + s * torch.randn(20000, 1, 1, 1)
     t = torch.randn(200000).sigmoid()                      # Esser 2024
     unknown = s**2 / (t**2 * s**2 + (1 - t) ** 2)          # the variance of z_0 - eps, given z_t
-    loss = ldm.loss_LDM(optimal(schedule, m, s), schedule, z_0)
+    loss = ldm.loss_LDM(optimal(flow, m, s), flow, z_0)
     close(loss, unknown.mean(), 0.03)
 
 def times_drawn(kind, objective):
-    """40,000 of the times that loss_LDM draws, sorted."""
-    drawn = []
-
-    def model(z_t, t, y):
-        drawn.append(t)
-        return z_t
-
+    """40,000 of the times that are trained, sorted."""
     schedule = ldm.Schedule(kind, objective=objective)
-    z_0 = torch.zeros(40000, 1, 1, 1)
-    ldm.loss_LDM(model, schedule, z_0, None, vmae.seeded(0))
-    t = drawn[0].sort().values
+    t = schedule.times(torch.zeros(40000, 1, 1, 1), vmae.seeded(0)).sort().values
     assert 0 <= t[0] and t[-1] < 1000
     return t
+
+def test_every_path_has_the_same_verbs():
+    z_0 = torch.randn(5, 2, 3, 3)
+    eps = torch.randn(5, 2, 3, 3)
+    for objective in ("eps", "v", "flow"):
+        path = ldm.make_path(objective)
+        assert path.objective == objective
+        t = path.times(z_0)
+        assert t.shape == (5,)
+        z_t = path.q_sample(z_0, t, eps)
+        assert z_t.shape == path.target(z_0, t, eps).shape == z_0.shape
+        assert len(path.steps(7)) == 7
+        for S in (0, -1):
+            raises(ValueError, path.steps, S)
+        assert set(path.samplers) <= set(ldm.SAMPLERS)
+
+def test_the_loss_trains_the_times_of_its_path():
+    for path in (ldm.Schedule(objective="eps"), ldm.Schedule(), ldm.Flow()):
+        drawn = []
+
+        def model(z_t, t, y):
+            drawn.append(t)
+            return z_t
+
+        z_0 = torch.randn(9, 2, 3, 3)
+        ldm.loss_LDM(model, path, z_0, None, vmae.seeded(0))
+        assert torch.equal(drawn[0], path.times(z_0, vmae.seeded(0)))
 
 def test_times_are_uniform_for_eps():
     for kind in ("linear", "cosine"):
@@ -1279,12 +1297,12 @@ def test_ddim_with_eta_one_is_ddpm():
 
 def test_samplers_record_the_estimate_of_z_0_at_each_step():
     z_T = torch.randn(2, 3, 4, 4)
-    for objective, names in ldm.FITTING.items():
-        schedule = ldm.Schedule(objective=objective)
-        model = optimal(schedule, 0.3, 0.8)
-        for name in names:
+    for objective in ("eps", "v", "flow"):
+        path = ldm.make_path(objective)
+        model = optimal(path, 0.3, 0.8)
+        for name in path.samplers:
             record = []
-            z = ldm.SAMPLERS[name](model, schedule, z_T, steps=7, record=record)
+            z = ldm.SAMPLERS[name](model, path, z_T, steps=7, record=record)
             assert len(record) == 7
             close(record[0], 0.3, 0.05)                    # of pure noise: hardly but the mean
             close(record[-1], z, 1e-5)                     # the last estimate is the result
@@ -1296,7 +1314,7 @@ def test_clip_bounds_the_estimates_of_ddim_and_ddpm():
     schedule = ldm.Schedule()
     model = optimal(schedule, 5.0, 1.0)                    # most of z_0 is above 2
     z_T = torch.randn(2, 3, 4, 4)
-    for name in ldm.FITTING["v"]:
+    for name in schedule.samplers:
         record = []
         ldm.SAMPLERS[name](model, schedule, z_T, steps=5, record=record, clip=2.0)
         assert torch.stack(record).abs().max() == 2
@@ -1304,20 +1322,19 @@ def test_clip_bounds_the_estimates_of_ddim_and_ddpm():
 def test_euler_is_first_order_on_a_gaussian():
     m = 0.7
     s = 0.5
-    schedule = ldm.Schedule(objective="flow")
-    velocity = optimal(schedule, m, s)
+    flow = ldm.Flow()
+    velocity = optimal(flow, m, s)
     z_T = torch.randn(4, 2, 8, 8).double()
     for shift in (1.0, 0.3):                               # .3 is LightningDiT's
         errors = []
         for S in (50, 100, 200):
-            z = ldm.euler_sample(velocity, schedule, z_T, steps=S, shift=shift)
+            z = ldm.euler_sample(velocity, flow, z_T, steps=S, shift=shift)
             error = z - (m + s * z_T)                      # where the exact path ends
             errors.append(error.abs().max().item())
         assert 1.7 < errors[0] / errors[1] < 2.3, errors   # halved
         assert 1.7 < errors[1] / errors[2] < 2.3, errors
 
 def test_euler_makes_as_many_steps_as_asked_for_at_shifted_times():
-    schedule = ldm.Schedule(objective="flow")
     middles = {1.0: 0.5, 0.3: 0.3 * 0.5 / (1 - 0.7 * 0.5)}
     for shift, middle in middles.items():
         times = []
@@ -1327,19 +1344,28 @@ def test_euler_makes_as_many_steps_as_asked_for_at_shifted_times():
             return torch.zeros_like(z)
 
         z_T = torch.zeros(1, 2, 2, 2)
-        ldm.euler_sample(velocity, schedule, z_T, steps=250, shift=shift)
+        ldm.euler_sample(velocity, ldm.Flow(), z_T, steps=250, shift=shift)
         assert len(times) == 250
         assert times[0] == 0 and times == sorted(times)
         close(times[125], middle, 1e-6)
 
-def test_each_objective_has_its_samplers():
-    z_T = torch.zeros(1, 2, 2, 2)
-    diffusion = ldm.Schedule()
-    flow = ldm.Schedule(objective="flow")
-    raises(ValueError, ldm.euler_sample, silent, diffusion, z_T)
-    raises(ValueError, ldm.ddim_sample, silent, flow, z_T)
-    assert ldm.default_sampler(diffusion) is ldm.ddim_sample
-    assert ldm.default_sampler(flow) is ldm.euler_sample
+def test_each_path_has_its_samplers_and_each_sampler_its_options():
+    diffusion = drawable(ldm.Schedule())
+    flow = drawable(ldm.Flow())
+    assert diffusion.plan() == dict(cfg=1.5, sampler="ddim", steps=50)     # with classes
+    assert flow.plan(1, shift=0.3) == dict(cfg=1, sampler="euler", steps=50, shift=0.3)
+    assert diffusion.plan(2, "ddpm", 9, clip=3, eta=None) == dict(cfg=2, sampler="ddpm", steps=9,
+                                                                  clip=3)
+    assert drawable(ldm.Flow(), classes=()).plan()["cfg"] == 1
+    for drawn_from, said, options in (
+            (diffusion, "choose from ddim, ddpm", dict(sampler="euler")),
+            (flow, "choose from euler", dict(sampler="ddim")),
+            (diffusion, "the sampler ddpm has no such option", dict(sampler="ddpm", eta=1)),
+            (diffusion, "at most the 1000", dict(steps=1001)),
+            (flow, "at least 1", dict(steps=0)),
+            (drawable(ldm.Flow(), classes=()), "unconditional", dict(cfg=2))):
+        assert said in raises(InputError, drawn_from.plan, **options)
+        assert said in raises(InputError, drawn_from.draw, range(2), **options)
 
 # ---- Diffusion transformer, guidance, EMA, normalisation --------------------------------------
 
@@ -1350,6 +1376,11 @@ def tiny_dit(num_classes=0, patch_size=1):
     for p in model.parameters():
         p.data += 0.1 * torch.randn_like(p)
     return model.eval().requires_grad_(False)
+
+def drawable(path, classes=("left", "right", "front")):
+    """What images are drawn from: random networks of both stages on this path."""
+    ae = VMAE(**TINY_VMAE).eval().requires_grad_(False)    # its latents are 4 x 4 x 4
+    return ldm.LDM(tiny_dit(len(classes)), path, torch.zeros(4), torch.ones(4), ae, list(classes))
 
 def test_dit_starts_at_zero():
     model = ldm.DiT(4, 2, 4, 32, 1, 4, 2)
@@ -1414,10 +1445,9 @@ def test_euler_guides_from_its_interval_on():
         batches.append(len(output))
 
     model.register_forward_hook(count)
-    schedule = ldm.Schedule(objective="flow")
     z_T = torch.randn(2, 4, 4, 4)
     y = torch.tensor([0, 2])
-    ldm.euler_sample(model, schedule, z_T, y, steps=4, cfg=2.0, interval=0.5)
+    ldm.euler_sample(model, ldm.Flow(), z_T, y, steps=4, cfg=2.0, interval=0.5)
     assert batches == [2, 2, 4, 4]                         # two passes in one from t = 1/2 on
 
 def test_labels_are_dropped_at_the_share_asked_for():
@@ -2415,14 +2445,14 @@ def test_without_a_mask_there_is_no_PSNR_of_masked_patches():
     assert "PSNR_val" in line
     assert "PSNR_m_val" not in line
 
-real_draw = sample.draw
+real_draw = ldm.LDM.draw
 
 def quick_draw(*args, **options):
-    """sample.draw in two steps instead of 50."""
+    """LDM.draw in two steps instead of 50."""
     options["steps"] = 2
     return real_draw(*args, **options)
 
-@patch(sample, "draw", quick_draw)
+@patch(ldm.LDM, "draw", quick_draw)
 def test_measuring_held_out_images_leaves_stage_two_alone():
     both_stages()
     for objective in ("eps", "v", "flow"):
@@ -2658,9 +2688,9 @@ def published_dit():
 
 def test_dit_equals_the_authors():
     v = published_dit()
-    model, schedule, ckpt = ldm.load_ldm("dit.pt", "stats.pt")
+    model, ckpt = ldm.read_stage_two("dit.pt", "stats.pt")
     close(model(v["x"], v["t"], v["y"]), v["out"], 1e-4)
-    assert schedule.objective == "flow"
+    assert ckpt["schedule"]["objective"] == "flow"
     assert model.y_embedder.num_classes == 3
     close(ckpt["latent_mean"], LATENT_MEAN.flatten(), 0)
     close(ckpt["latent_std"], LATENT_STD.flatten(), 0)
@@ -2698,11 +2728,11 @@ def test_a_published_generator_can_be_trained_on():
     known = "--init dit.pt --stats stats.pt --vmae first"
     text = runs(train_ldm.main, f"{known} --steps 1 --batch 2 --lr 1e-9")
     assert "its 3 classes are not the 0 here" in text      # data/ has none
-    model, schedule, ckpt = ldm.load_ldm("runs/ldm")
+    found = ldm.load_ldm("runs/ldm")
     name = "blocks.0.attn.qkv.weight"
-    close(model.state_dict()[name], v["state_dict"][name], 1e-6)
-    assert schedule.objective == "flow"
-    assert ckpt["latent_std"].tolist() == [2.0] * 16
+    close(found.model.state_dict()[name], v["state_dict"][name], 1e-6)
+    assert found.path.objective == "flow"
+    assert found.std.tolist() == [2.0] * 16
 
 # A network with more weights than ours computes something else, without any error.
 def test_a_published_generator_with_other_weights_is_refused():
@@ -2943,34 +2973,30 @@ def tiny_net(path, resize, fast):
 
 tiny_inception = patch(evaluate, "load_inception", tiny_net)
 
-def largest_difference(x, x_hat):
-    """In place of LPIPS, which takes [-1, 1]: (B, 3, H, W) twice -> (B, 1, 1, 1)."""
-    return (x - x_hat).abs().amax((1, 2, 3), keepdim=True)
-
 def test_scores_are_means_over_images():
     a = torch.from_numpy(random_pixels((10, 3, 16, 16)))
     b = torch.from_numpy(random_pixels((10, 3, 16, 16), seed=1))
     pairs = zip(a.split(4), b.split(4))                    # the last has two
-    row, _ = evaluate.scores(pairs, "cpu", largest_difference)
+    row = evaluate.scores(pairs, "cpu", TinyLpips())
     error = (a.double() - b.double()).abs()                # (10, 3, 16, 16)
     close(row["L1"], error.mean() / 255, 1e-9)
     close(row["PSNR"], evaluate.psnr(a, b).mean(), 1e-9)
     close(row["SSIM"], evaluate.ssim(a, b).mean(), 1e-9)
-    close(row["LPIPS"], error.amax((1, 2, 3)).mean() / 127.5, 1e-5)
+    of_all = vmae.loss_P(TinyLpips(), vmae.to_float(a), vmae.to_float(b))
+    close(row["LPIPS"], of_all, 1e-6)
     assert "rFID" not in row                               # without Inception
 
 def test_scores_have_the_FID_of_all_reconstructions_against_all_originals():
     a = torch.from_numpy(random_pixels((10, 3, 16, 16)))
     b = torch.from_numpy(random_pixels((10, 3, 16, 16), seed=1))
     pairs = zip(a.split(4), b.split(4))
-    row, real = evaluate.scores(pairs, "cpu", inception=TinyNet())
+    real = evaluate.Features(TinyNet())
+    real.see(10, a.split(4))
+    row = evaluate.scores(pairs, "cpu", real=real)
     of_a = mean_and_covariance(a.double().mean((2, 3)).numpy())            # colours, as TinyNet
     of_b = mean_and_covariance(b.double().mean((2, 3)).numpy())
     expected = evaluate.frechet_distance(*of_a, *of_b)
     close(row["rFID"], expected, 1e-4)
-    other = 0 * a                                          # the originals are not looked at again
-    again, _ = evaluate.scores([(other, b)], "cpu", inception=TinyNet(), real=real)
-    close(again["rFID"], row["rFID"], 1e-4)
 
 def features_of(images, sharpness, pairs=0):
     """What evaluate.Features keeps of images, (N, D), which are their own features; the logits are
@@ -3020,9 +3046,9 @@ def test_levels_of_the_faces_are_what_was_drawn():
     def encode(x):                                         # z is the colour of a patch
         return F.avg_pool2d(x.float(), 4)
 
-    run = SimpleNamespace(args=SimpleNamespace(n=24, batch=10), encode=encode,
-                          model=SimpleNamespace(img_size=32, patch_size=4))
-    levels = evaluate.face_levels(run)
+    ae = SimpleNamespace(args=SimpleNamespace(n=24, batch=10), encode=encode,
+                         model=SimpleNamespace(img_size=32, patch_size=4))
+    levels = evaluate.face_levels(ae)
     assert list(levels) == ["object", "part", "pattern"]   # the paper's
     of_head, kind, image = levels["object"]
     z, part, _ = levels["part"]
@@ -3045,11 +3071,10 @@ def test_noise_on_the_latent_has_the_scale_of_its_channel():
 
 # With an autoencoder that does nothing, PSNR is that of the noise alone, which is known.
 class PixelsAsLatents:
-    """A Run whose latent is the image, scaled to [-1, 1]."""
+    """An Autoencoder whose latent is the image, scaled to [-1, 1]."""
 
     def __init__(self, path, args):
         self.path = path
-        self.model = VMAE(**TINY_VMAE)
 
     def encode(self, images):
         return vmae.to_float(images)
@@ -3060,10 +3085,11 @@ class PixelsAsLatents:
 def test_noise_on_the_latent_reaches_the_table_of_smoothness():
     x = torch.randint(96, 161, (40, 3, 16, 16), dtype=torch.uint8)
     Path("pixels").touch()
-    with (patch(evaluate, "Run", PixelsAsLatents),
-          patch(evaluate.HeldOut, "open"),
-          patch(evaluate.HeldOut, "__len__", return_value=40),
-          patch(evaluate.HeldOut, "whole", return_value=(x, None))):
+    held_out = mock.MagicMock(size=16)
+    held_out.whole.return_value = (x, None)
+    held_out.features.return_value = None                  # there is no Inception
+    with (patch(evaluate, "Autoencoder", PixelsAsLatents),
+          patch(evaluate, "HeldOut", return_value=held_out)):
         rows = measured("smoothness", "--ckpt pixels --eps 0.2 0.5")
     assert [row["eps"] for row in rows] == [0.2, 0.5]
     for row in rows:
@@ -3219,7 +3245,7 @@ def sampling_options(**others):
 
 def test_samples_that_are_measured_are_those_of_sample_py():
     both_stages()
-    first = next(evaluate.draw_samples("runs/ldm", sampling_options(), 1.0))
+    first = next(evaluate.draw_samples(ldm.load_ldm("runs/ldm"), sampling_options(), 1.0))
     runs(sample.main, "--n 4 --cfg 1 --npz")
     of_sample_py = np.load("samples/samples.npz")["arr_0"].transpose(0, 3, 1, 2)
     close(first, of_sample_py.astype(float), 1)            # rounding of another batch
@@ -3236,16 +3262,15 @@ def test_samples_that_are_measured_are_of_all_classes_in_turn_with_the_guidance_
     args = sampling_options()
     args.sampler = "ddpm"
     with mock.patch.dict(ldm.SAMPLERS, ddpm=sampler):
-        list(evaluate.draw_samples("runs/ldm", args, 3.0))
+        list(evaluate.draw_samples(ldm.load_ldm("runs/ldm"), args, 3.0))
     assert labels == [0, 1, 0, 1, 0, 1, 0, 1, 0]
 
 # ---- Evaluation: the judge of the built-in faces ----------------------------------------------
 
 class PerfectAutoencoder:
-    """A Run of an autoencoder that loses nothing."""
+    """An Autoencoder that loses nothing."""
 
     def __init__(self, path, args):
-        self.trained = {"data": None}
         self.model = SimpleNamespace(img_size=32)
 
     def reconstruct(self, images):
@@ -3257,12 +3282,16 @@ def judged(drawn, options="", classes=vmae.OBJECTS):
     for name in drawn:
         Path(name).touch()
 
-    def draw_samples(path, args, cfg):
-        return drawn[path].split(32)
+    def load_generator(path, args):
+        return SimpleNamespace(classes=list(classes), images=drawn[path])
 
-    with (patch(evaluate, "Run", PerfectAutoencoder),
+    def draw_samples(generator, args, cfg):
+        return generator.images.split(32)
+
+    with (patch(evaluate, "Autoencoder", PerfectAutoencoder),
+          patch(evaluate, "load_generator", load_generator),
           patch(evaluate, "draw_samples", draw_samples),
-          patch(vmae, "read_checkpoint", return_value={"classes": list(classes)})):
+          patch(evaluate, "stage_and_data", return_value=(2, None))):
         return measured("faces", f"--ckpt {' '.join(drawn)} --n 64 {options}")
 
 def faces_in_turn():
@@ -4220,9 +4249,9 @@ def test_small_images_are_measured_without_LPIPS():
     lines = {"reconstruct": f"--ckpt {both}",
              "smoothness": f"--ckpt {both} --eps 0 1",
              "compare": both}
-    with patch(evaluate, "find_lpips", return_value=largest_difference):   # as from a cache
+    with patch(evaluate, "can_load", lambda what, *others: what == "VGG-16"):  # as from a cache
         for name, line in lines.items():
-            rows = measured(name, line, "skipped LPIPS: LPIPS needs images of 16 pixels, those of")
+            rows = measured(name, line, "skipped LPIPS: LPIPS needs images of 16 pixels, these")
             assert not any("LPIPS" in column for column in rows[0])
             asked_for = f"{name} {line} --vgg-weights vgg.pth --out new"
             refuses(evaluate.main, {asked_for: "--vgg-weights: LPIPS needs images of 16 pixels"})
@@ -4244,7 +4273,7 @@ def test_out_of_memory_is_one_line_wherever_it_happens():
     of_numpy = patch(vmae.Cache, "batch", side_effect=MemoryError("Unable to allocate 5 GiB"))
     of_torch = patch(vmae, "loss_VMAE", no_memory_for_this)
     of_mps = patch(ldm, "loss_LDM", side_effect=RuntimeError("MPS backend out of memory"))
-    of_drawing = patch(sample, "draw", no_memory_for_this)
+    of_drawing = patch(ldm.LDM, "draw", no_memory_for_this)
     of_measuring = patch(evaluate, "scores", no_memory_for_this)
     for trouble, main, line in (
             (of_numpy, train_vmae.main, f"{TINY_RUN} --out one"),
@@ -4627,6 +4656,11 @@ shown = picture([x, vmae.decode(z)])
     expected = vmae.read_image("data/000.png", 16).permute(1, 2, 0)
     close(upper, expected, 0)
 
+def test_pictures_of_pixels_and_of_floats_are_the_same():
+    rows = torch.from_numpy(random_pixels((3, 3, 16, 16))).split(2)
+    of_floats = vmae.picture([vmae.to_float(row) for row in rows])
+    assert np.array_equal(np.array(vmae.picture(rows)), np.array(of_floats))
+
 def test_wrong_shapes_types_and_ranges_are_named_by_encode():
     pixels = torch.from_numpy(random_pixels((2, 3, 16, 16)))
     x = vmae.to_float(pixels)
@@ -4648,9 +4682,11 @@ def test_run_folders_stand_for_their_last_checkpoint():
     both_stages()
     same(vmae.load_vmae("runs/vmae").state_dict(), vmae.load_vmae("runs/vmae/last.pt").state_dict())
     same(vmae.load_vmae("runs/ldm").state_dict(), vmae.load_vmae("runs/vmae").state_dict())
-    model, schedule, ckpt = ldm.load_ldm("runs/ldm")
-    assert schedule.T == 1000
-    assert ckpt["classes"] == ["left", "right"]
+    found = ldm.load_ldm("runs/ldm")
+    same(found.ae.state_dict(), vmae.load_vmae("runs/vmae").state_dict())
+    assert found.path.T == 1000
+    assert found.classes == ["left", "right"]
+    assert (found.data, found.val) == (os.path.abspath("data"), None)
     assert "no such checkpoint" in raises(InputError, vmae.load_vmae, "data")
     os.chdir("runs/ldm")
     vmae.load_vmae(".")
@@ -4675,7 +4711,9 @@ def test_the_whole_chain_leaves_what_readme_says():
 
 def test_samples_are_the_same_as_png_as_npz_and_in_the_overview():
     both_stages()
-    runs(sample.main, "--n 9 --steps 4 --npz --trajectory")
+    line = "--n 9 --steps 4 --npz --trajectory"
+    with patch(Image, "open", side_effect=AssertionError):     # what was just written is not read
+        runs(sample.main, line)
     images = np.load("samples/samples.npz")["arr_0"]
     assert images.shape == (9, 16, 16, 3)
     assert images.dtype == np.uint8
@@ -4685,11 +4723,21 @@ def test_samples_are_the_same_as_png_as_npz_and_in_the_overview():
     assert np.array_equal(grid[72:136:4, :64:4], images[8])
     assert (grid[72:, 64:] == 255).all()
     assert Image.open("samples/trajectory.png").size == (4 * (4 * 18 - 2), 4 * (8 * 18 - 2))
+    runs(sample.main, line)                                # now all PNGs are there, and are read
+    assert np.array_equal(np.load("samples/samples.npz")["arr_0"], images)
+    assert np.array_equal(np.array(Image.open("samples/grid.png")), grid)
+
+def test_a_notebook_draws_the_images_of_sample_py():
+    both_stages()
+    x = ldm.load_ldm("runs/ldm").draw(range(8), steps=3)
+    runs(sample.main, "--n 8 --steps 3")
+    for i, image in enumerate(x.permute(0, 2, 3, 1).numpy()):
+        assert np.array_equal(np.array(Image.open(f"samples/sample_{i:06d}.png")), image)
 
 def test_the_average_of_the_weights_is_what_samples():
     both_stages()
-    model, schedule, ckpt = ldm.load_ldm("runs/ldm")
-    assert schedule.T == 1000
+    model = ldm.load_ldm("runs/ldm").model
+    ckpt = load("runs/ldm/last.pt")
     assert model.y_embedder.num_classes == 2
     name = "final_layer.linear.weight"
     assert torch.equal(model.state_dict()[name], ckpt["ema"][name])
@@ -4766,7 +4814,7 @@ def with_files(words):
 @tiny_inception
 @few_faces
 @patch(evaluate, "JUDGED", 64)
-@patch(sample, "draw", quick_draw)
+@patch(ldm.LDM, "draw", quick_draw)
 @mock.patch.dict(ldm.sizes, small=TINY_DIT, base=TINY_DIT)
 def test_every_command_of_the_readme_runs():
     published_files()
@@ -4898,14 +4946,14 @@ def test_an_image_depends_on_the_seed_and_its_number_alone():
 def interrupted_after(batches):
     """Patch: sample.py is killed when it has drawn so many batches."""
     limit = iter(range(batches))
-    draw = sample.draw
+    draw = ldm.LDM.draw
 
     def draw_a_few(*args, **options):
         if next(limit, None) is None:
             sys.exit("killed")
         return draw(*args, **options)
 
-    return patch(sample, "draw", draw_a_few)
+    return patch(ldm.LDM, "draw", draw_a_few)
 
 def test_an_interrupted_command_goes_on_and_another_one_begins_anew():
     both_stages()
@@ -5230,8 +5278,8 @@ def test_cuda_compiled_and_replayed_steps_learn_the_same():
         assert records.call_count == 1
     for stage in ("vmae", "ldm"):
         alike(losses_of(f"{stage}--compile"), losses_of(f"{stage}--no-compile"))
-    compiled = ldm.load_ldm("ldm--compile")[0]
-    eager = ldm.load_ldm("ldm--no-compile")[0]
+    compiled = ldm.load_ldm("ldm--compile").model
+    eager = ldm.load_ldm("ldm--no-compile").model
     close_weights(compiled, eager, 0.01)                   # 20 steps of up to 3e-3 change .03
 
 @on_cuda

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 
 import ldm
-import sample
 from train_vmae import (COMMON, Log, Stop, absolute_checkpoint, choose_micro,
                         common_parser, end_if_complete, finish, learning_rate, load_states,
                         make_fast, matmul_precision, optimiser_step, optimisers,
@@ -49,7 +48,7 @@ def main():
     stage_one = resumed["vmae"] if resumed else vmae.read_stage_one(args.vmae)
     init = None
     if args.init and resumed is None:
-        _, _, init = ldm.load_ldm(args.init, args.stats)
+        _, init = ldm.read_stage_two(args.init, args.stats)
     fill_in(args, given, device, stage_one["train_args"], init)
 
     # What is trained, and what a checkpoint holds of it.
@@ -57,9 +56,9 @@ def main():
     data, val = vmae.open_images(args.data, ae.img_size, args.val, args.out)   # at its size
     classes = names_of_classes(args, given, data, resumed)
     torch.manual_seed(args.seed)            # the same weights in every process
-    model, schedule, entries = new_model(args, ae, classes, resumed, init)
+    model, path, entries = new_model(args, ae, classes, resumed, init)
     model.to(device)
-    schedule.to(device)
+    path.to(device)
     ema = ldm.EMA(model)
     autocast = matmul_precision(args, device)
     opts = optimisers(model, args)          # AdamW, and Muon beside it
@@ -76,6 +75,7 @@ def main():
     entries["vmae"] = stage_one
     mean = entries["latent_mean"].to(device)               # (d,)
     std = entries["latent_std"].to(device)                 # (d,)
+    averaged = ldm.LDM(ema.model, path, mean, std, ae, classes)    # what is sampled at each save
     generator = torch.Generator(device)     # of all that is random in a micro-batch
 
     def micro_batch(moments, y):
@@ -86,10 +86,10 @@ def main():
         z_0 = ldm.normalise(z, mean, std)                                  # (B, d, h, w)
         y = model.y_embedder.drop(y, args.drop, generator) if classes else None        # (B,)
         with autocast():
-            loss = ldm.loss_LDM(model, schedule, z_0, y, generator)        # a scalar, float32
+            loss = ldm.loss_LDM(model, path, z_0, y, generator)            # a scalar, float32
         share = len(z) / args.batch
         (share * loss).backward()
-        return {f"L_{schedule.objective}": loss.detach()}                  # L_eps, L_v or L_flow
+        return {f"L_{path.objective}": loss.detach()}      # L_eps, L_v or L_flow
 
     def largest_part(n):
         zeros = torch.zeros(n, 2 * ae.latent_dim, ae.grid, ae.grid, dtype=torch.half, device=device)
@@ -123,8 +123,7 @@ def main():
             log.check_skipped(done)                        # ends a run that goes wrong
             line = {"step": done, "lr": lr, **log.means(done)}
             if saving and RANK == 0:
-                line |= measure(ema.model, ae, schedule, entries, held_out,
-                                f"{args.out}/preview_{done:06d}.png")
+                line |= measure(averaged, held_out, f"{args.out}/preview_{done:06d}.png")
             log.write(line)
         if saving:
             log.draw_curves()
@@ -190,17 +189,16 @@ def held_out_latents(val, classes, ae, mean, std):
     return z_0, y.to(device)
 
 @torch.no_grad()
-def measure(model, ae, schedule, ckpt, held_out, path):
+def measure(averaged, held_out, file):
     """-> {"L_..._val": the loss of the EMA weights on held-out latents, always with the same times
-    and noise}. Saves a preview: the first 32 images that sample.py would draw, 8 per row."""
+    and noise}. Saves a preview: the first 32 images that sample.py would draw, 8 per row. averaged:
+    the LDM with the EMA weights."""
     z_0, y = held_out
     generator = torch.Generator(z_0.device).manual_seed(0)
-    loss = ldm.loss_LDM(model, schedule, z_0, y, generator)
-    x = sample.draw(torch.arange(32), range(len(ckpt["classes"])), model, ae, schedule, ckpt,
-                    ldm.default_sampler(schedule), steps=50,
-                    cfg=sample.guidance(None, ckpt["classes"]))
-    vmae.save_grid(vmae.to_float(x).split(8), path)
-    return {f"L_{schedule.objective}_val": round(loss.item(), 5)}
+    loss = ldm.loss_LDM(averaged.model, averaged.path, z_0, y, generator)
+    x = averaged.draw(range(32))                           # uint8 (32, 3, H, W)
+    vmae.save_grid(x.split(8), file)
+    return {f"L_{averaged.path.objective}_val": round(loss.item(), 5)}
 
 # ---- Options of stage two, and what they build ------------------------------------------------
 
@@ -265,14 +263,14 @@ def names_of_classes(args, given, data, resumed):
     if args.no_classes:
         classes = []
     say_idle(given, {"drop": not classes})
-    if resumed is not None and sample.composed(resumed["classes"]) != sample.composed(classes):
+    if resumed is not None and ldm.composed(resumed["classes"]) != ldm.composed(classes):
         raise InputError(f"{args.data}: has the classes {classes}, the run in {args.out} has "
                          f"{resumed['classes']}; name them as they were, or give another --out")
     return classes
 
 def new_model(args, ae, classes, resumed, init):
-    """-> (DiT, Schedule, what a checkpoint holds beside their states). The weights are random, or
-    those of --init; main loads those of the run that goes on, `resumed`."""
+    """-> (DiT, its path, a Schedule or a Flow, what a checkpoint holds beside their states). The
+    weights are random, or those of --init; main loads those of the run that goes on, `resumed`."""
     start_from = resumed
     if init is not None:
         start_from = adapted(init, args, ae, classes)
@@ -293,17 +291,17 @@ def new_model(args, ae, classes, resumed, init):
     for name in ("latent_mean", "latent_std"):
         if name in start_from:
             entries[name] = start_from[name]
-    return model, ldm.Schedule(**schedule), entries
+    return model, ldm.make_path(**schedule), entries
 
 def adapted(ckpt, args, ae, classes):
     """The checkpoint of --init -> the same with the number of classes of this run's data.
     InputError if its latents or its schedule are others."""
     old = ckpt["model_args"]
-    sample.check_latents(args.init, ckpt, args.vmae, ae)
+    ldm.check_latents(args.init, ckpt, args.vmae, ae)
     kind = ckpt["schedule"].get("kind", args.schedule)     # the authors' rectified flow has none
     if args.schedule not in (None, kind):
         raise InputError(f"--schedule {args.schedule}: --init has {kind}; leave --schedule out")
-    same_names = sample.composed(ckpt["classes"]) == sample.composed(classes)
+    same_names = ldm.composed(ckpt["classes"]) == ldm.composed(classes)
     if len(classes) != old["num_classes"] or ("vmae" in ckpt and not same_names):
         vmae.say(f"{args.init}: its {old['num_classes']} classes are not the {len(classes)} here; "
                  f"the table of labels starts anew")

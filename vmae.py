@@ -158,15 +158,11 @@ def loss_M(p, x, mask, P):
 def loss_P(lpips_net, x, x_hat):
     """L_P = E[sum_l w_l ||psi_l(x) - psi_l(x_hat)||^2], LPIPS on VGG features. Section 4.3.
 
-    x, x_hat: (B, 3, H, W) in [-1, 1]; whole images are compared, as in the authors' code. The
-    features may be in bfloat16 (under autocast), the distance is in float32. lpips_net: from
-    load_lpips."""
-    with torch.no_grad():                                  # x is data, and VGG is frozen
-        psi = lpips_net.net(lpips_net.scaling_layer(x))    # the features of five layers
-    psi_hat = lpips_net.net(lpips_net.scaling_layer(x_hat))
+    The mean of `layer_distances` over images and places, a scalar. Whole images are compared, as in
+    the authors' code. Arguments as for `layer_distances`."""
     loss = 0.0
-    for layer, distance in enumerate(lpips_net.distances):
-        loss = loss + distance(psi[layer], psi_hat[layer])
+    for distance in layer_distances(lpips_net, x, x_hat):
+        loss = loss + distance.mean()
     return loss
 
 def loss_VMAE(x, p, q, mask, P, lambda_M=0.1, lambda_P=0.0, lambda_reg=1e-4, kl_mean="free",
@@ -563,6 +559,28 @@ LPIPS_MIN = 16                              # pixels per side, as VGG halves the
 VGG_URL = "https://download.pytorch.org/models/vgg16-397923af.pth"
 VGG_LAST = "features.28.weight"             # its last convolution, by which we know the network
 
+def layer_distances(lpips_net, x, x_hat):
+    """What L_P and the metric LPIPS are means of: w_l ||psi_l(x) - psi_l(x_hat)||^2 at each place,
+    a list of (B, h, w), one for each of five layers l of VGG, in float32.
+
+    x, x_hat: (B, 3, H, W) in [-1, 1], at least LPIPS_MIN pixels per side; gradients reach x_hat
+    alone. The features may be in bfloat16 (under autocast). lpips_net: from load_lpips."""
+    with torch.no_grad():                                  # x is data, and VGG is frozen
+        psi = lpips_net.net(lpips_net.scaling_layer(x))    # the features of five layers
+    psi_hat = lpips_net.net(lpips_net.scaling_layer(x_hat))
+    found = []
+    for layer, distance in enumerate(lpips_net.distances):
+        found.append(distance(psi[layer], psi_hat[layer]))                 # (B, h, w)
+    return found
+
+def lpips(lpips_net, x, x_hat):
+    """LPIPS of each image, (B,), as the lpips package computes it: the sum over the layers of the
+    means over the places. Zhang 2018, Eq. 1. Arguments as for `layer_distances`."""
+    values = 0.0
+    for distance in layer_distances(lpips_net, x, x_hat):
+        values = values + distance.mean((1, 2))            # (B,)
+    return values
+
 class LayerDistance(nn.Module):
     """One layer's term of L_P: the features of two images have unit length at each place, and
     their squared difference is weighted by channel, w_l (Zhang 2018, Eq. 1)."""
@@ -572,11 +590,11 @@ class LayerDistance(nn.Module):
         self.register_buffer("w", w)                       # (1, C, 1, 1)
 
     def forward(self, psi, psi_hat):
-        """(B, C, h, w) twice -> a scalar, the mean over places and images, in float32."""
+        """(B, C, h, w) twice -> the distance at each place, (B, h, w), in float32."""
         with torch.autocast(psi.device.type, enabled=False):
             psi = F.normalize(psi.float(), dim=1, eps=1e-10)
             psi_hat = F.normalize(psi_hat.float(), dim=1, eps=1e-10)
-            return (self.w * (psi - psi_hat) ** 2).sum(1).mean()
+            return (self.w * (psi - psi_hat) ** 2).sum(1)
 
 def load_lpips(vgg_weights=None):
     """The LPIPS distance of Zhang et al. 2018, frozen, in eval mode so that its dropout is off.
@@ -1253,6 +1271,7 @@ class ImageFolder(Images):
         self.folder = folder or Folder(root)
         self.classes = self.folder.classes
         self.draft = False                  # how to decode, see read_image
+        self.cache = None                   # of the decoded images, see keep_pixels
         paths = set(self.folder.files)
         if split == "train":
             paths = paths - self.held_out()
@@ -1296,6 +1315,8 @@ class ImageFolder(Images):
     def batch(self, indices):
         """B indices -> x uint8 (B, 3, size, size), y (B,). Decoded in threads: Pillow releases
         Python's lock, and processes would need shared memory and copies."""
+        if self.cache is not None:
+            return self.cache.batch(indices)
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             images = list(pool.map(self.read, indices))
         x = torch.stack([pixels for pixels, _ in images])
@@ -1308,16 +1329,16 @@ class ImageFolder(Images):
         return ascii((self.size, self.folder.root, self.classes, listing))
 
     def keep_pixels(self, run, allowed=True):
-        """Decode all images once and keep them in the run folder -> a Cache. If that is not
-        allowed, or takes over nine tenths of the free disk -> self, which decodes JPEGs as drafts
-        from now on."""
+        """Decode all images once, into a Cache in the run folder, which `batch` reads from now on.
+        If that is not allowed, or would take over nine tenths of the free disk, `batch` goes on
+        decoding, JPEGs as drafts."""
         cache = Cache(run, "images", self.made_of(), len(self), (3, self.size, self.size), np.uint8)
         if allowed and from_first(lambda: cache.fits(0.9)):
-            return cache.open("decoding", self.batches(torch.arange(len(self))))
+            self.cache = cache.open("decoding", self.batches(torch.arange(len(self))))
+            return
         say(f"decoding images when they are needed; a copy of all {len(self)} would take "
             f"{cache.bytes / 1e6:,.1f} MB in {run}")
         self.draft = True
-        return self
 
 # ---- Images: the built-in faces ---------------------------------------------------------------
 
@@ -1584,14 +1605,19 @@ def psnr(a, b):
     return 10 * torch.log10(255**2 / mse)   # (N,)
 
 def picture(rows):
-    """Rows of images in [-1, 1], each (K, 3, H, W) -> one picture of Pillow's, which a notebook
-    shows; short rows end in white, images below 64 px are enlarged."""
-    cells = nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=1.0)
-    cells = to_uint8(F.pad(cells, (0, 2, 0, 2), value=1.0)).cpu()          # a white gap of 2
+    """Rows of images, uint8 or in [-1, 1], each (K, 3, H, W) -> one picture of Pillow's, which a
+    notebook shows; short rows end in white, images below 64 px are enlarged."""
+    pixels = []
+    for row in rows:
+        if row.is_floating_point():
+            row = to_uint8(row)
+        pixels.append(row.cpu())
+    cells = nn.utils.rnn.pad_sequence(pixels, batch_first=True, padding_value=255)
+    cells = F.pad(cells, (0, 2, 0, 2), value=255)          # a white gap of 2
     grid = cells.permute(0, 3, 1, 4, 2)                                    # (R, H+2, K, W+2, 3)
     grid = grid.flatten(2, 3).flatten(0, 1)                                # (R(H+2), K(W+2), 3)
     image = Image.fromarray(grid[:-2, :-2].numpy())        # without the last gaps
-    return ImageOps.scale(image, max(1, 64 // rows[0].shape[-1]), Image.NEAREST)
+    return ImageOps.scale(image, max(1, 64 // pixels[0].shape[-1]), Image.NEAREST)
 
 def save_grid(rows, path):
     """Save rows of images, as `picture` takes them, as one PNG."""
