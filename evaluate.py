@@ -600,6 +600,8 @@ def neighbours(args):
     refuse_program(ldm.data, "neighbours measures folders and the built-in faces only")
     samples = torch.cat(list(draw_samples(ldm, args, args.cfg)))           # (n, 3, S, S)
     train, val = vmae.open_images(ldm.data, samples.shape[-1], ldm.val)
+    if isinstance(train, vmae.ImageFolder):
+        train.take_pixels(ldm.run)
     fresh, _ = val.batch(val.some(args.n).tolist())                        # (at most n, 3, S, S)
     # One pass over the training images finds the neighbours of both.
     images = torch.cat([samples, fresh])                                   # (at most 2n, 3, S, S)

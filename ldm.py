@@ -15,6 +15,7 @@ from it.
 """
 import copy
 import math
+import os
 import re
 import unicodedata
 
@@ -513,10 +514,10 @@ class LDM(nn.Module):
 
     model: a DiT with the EMA weights; path: the Schedule or Flow that it was trained on; mean, std
     (d,): see normalise; ae: the autoencoder of stage one; classes: their names, an empty list if
-    there are none; data, val: the options of train_ldm.py, None for the built-in faces. ldm.to(...)
-    moves it to a device."""
+    there are none; data, val: the options of train_ldm.py, None for the built-in faces; run: the
+    run folder of stage one. ldm.to(...) moves it to a device."""
 
-    def __init__(self, model, path, mean, std, ae, classes, data=None, val=None):
+    def __init__(self, model, path, mean, std, ae, classes, data=None, val=None, run="."):
         super().__init__()
         self.model = model
         self.path = path
@@ -526,6 +527,7 @@ class LDM(nn.Module):
         self.classes = classes
         self.data = data
         self.val = val
+        self.run = run
 
     def plan(self, cfg=None, sampler=None, steps=50, **options):
         """What is asked for -> a dict of all options of `draw`, with the defaults in place of None.
@@ -677,8 +679,9 @@ def load_ldm(path, stats=None, vmae=None):
     else:
         raise InputError(f"{path}: published weights hold no stage one; name it with --vmae")
     trained = ckpt.get("train_args", {})    # published weights have none
+    run = os.path.dirname(ckpt.get("vmae", {}).get("path", ""))
     return LDM(model, make_path(**ckpt["schedule"]), ckpt["latent_mean"], ckpt["latent_std"], ae,
-               ckpt["classes"], trained.get("data"), trained.get("val"))
+               ckpt["classes"], trained.get("data"), trained.get("val"), run)
 
 @torch.no_grad()
 def check_latents(path, ckpt, vmae_path, ae):

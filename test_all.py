@@ -1031,6 +1031,21 @@ def test_a_folder_is_decoded_once_and_again_when_a_file_changes():
     [after] = os.listdir("run")                            # the file of before is gone
     assert after != before
 
+def test_what_stage_one_has_decoded_is_not_decoded_again():
+    save_images("data", 60)
+    trained()
+    held_out = set(ImageFolder("data", 16, "val").paths)
+    for main, line in ((train_ldm.main, TINY_LDM), (evaluate.main, "neighbours --n 2")):
+        with patch(vmae, "read_image", wraps=vmae.read_image) as read:
+            text = runs(main, line)
+        assert "where they are decoded" in text
+        assert {Path(call.args[0]).name for call in read.call_args_list} <= held_out
+    shutil.copy("runs/vmae/last.pt", "stage_one.pt")
+    shutil.rmtree("runs/vmae")                             # then they are decoded
+    text = runs(train_ldm.main, f"{TINY_LDM} --vmae stage_one.pt --out again")
+    assert "where they are decoded" not in text
+    same(load("runs/ldm/last.pt")["ema"], load("again/last.pt")["ema"])
+
 def test_without_a_cache_images_are_decoded_as_drafts():
     save_images("data", 10)
     data = ImageFolder("data", 16)

@@ -8,6 +8,7 @@ Each image and its mirror image are encoded once, into moments_*.npy in --out, w
 Also writes last.pt, log.jsonl, curves.png and preview_*.png, samples of the EMA weights.
 """
 import hashlib
+import os
 import time
 
 import vmae                                 # before torch, see there
@@ -54,6 +55,8 @@ def main():
     # What is trained, and what a checkpoint holds of it.
     ae = vmae.build_vmae(stage_one).to(device)             # the autoencoder, frozen
     data, val = vmae.open_images(args.data, ae.img_size, args.val, args.out)   # at its size
+    if isinstance(data, vmae.ImageFolder):
+        data.take_pixels(os.path.dirname(stage_one["path"]))
     classes = names_of_classes(args, given, data, resumed)
     torch.manual_seed(args.seed)            # the same weights in every process
     model, path, entries = new_model(args, ae, classes, resumed, init)

@@ -1054,7 +1054,6 @@ class Cache:
         self.record = np.dtype([("x", dtype, shape), ("y", np.int64)])
         self.bytes = n * self.record.itemsize
         self.folder = folder
-        os.makedirs(folder, exist_ok=True)
         self.kind = kind
         self.path = Path(folder, f"{kind}_{hashlib.sha256(made_of.encode()).hexdigest()[:16]}.npy")
 
@@ -1063,6 +1062,7 @@ class Cache:
 
     def fits(self, fraction=1.0):
         """Whether the file is there, or this fraction of the free disk has room for it."""
+        os.makedirs(self.folder, exist_ok=True)
         return self.path.exists() or self.bytes <= fraction * shutil.disk_usage(self.folder).free
 
     def open(self, verb, batches):
@@ -1070,6 +1070,7 @@ class Cache:
         the file is not there yet; verb: what that is called, for the bar. InputError if the disk
         has no room, or if the file is damaged."""
         if RANK == 0 and not self.path.exists():
+            os.makedirs(self.folder, exist_ok=True)
             self.delete_others()
             self.write(verb, batches)
         wait_for_all()
@@ -1328,11 +1329,23 @@ class ImageFolder(Images):
         listing = [(path, *self.folder.files[path][:2]) for path in self.paths]
         return ascii((self.size, self.folder.root, self.classes, listing))
 
+    def cache_in(self, run):
+        """The Cache in a run folder that these images have there, or would have."""
+        return Cache(run, "images", self.made_of(), len(self), (3, self.size, self.size), np.uint8)
+
+    def take_pixels(self, run):
+        """If an earlier run, such as stage one, has kept these very images, `batch` reads them from
+        there now on, in place of decoding them again."""
+        cache = self.cache_in(run)
+        if from_first(cache.path.exists):
+            say(f"pixels of the images: from {cache.path}, where they are decoded")
+            self.cache = cache.open("decoding", None)
+
     def keep_pixels(self, run, allowed=True):
         """Decode all images once, into a Cache in the run folder, which `batch` reads from now on.
         If that is not allowed, or would take over nine tenths of the free disk, `batch` goes on
         decoding, JPEGs as drafts."""
-        cache = Cache(run, "images", self.made_of(), len(self), (3, self.size, self.size), np.uint8)
+        cache = self.cache_in(run)
         if allowed and from_first(lambda: cache.fits(0.9)):
             self.cache = cache.open("decoding", self.batches(torch.arange(len(self))))
             return
