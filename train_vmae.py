@@ -64,9 +64,9 @@ DEFAULTS = dict(preset="vmae", size=None, init=None, tune=None, adv_start=None, 
 #   tiny vit, 500 steps, lr 4e-3    momentum .95: 30.1, .9: 30.7, .85: 30.7. With .95: a step 5/3 as
 #                                   long 30.0; all matrices but the last by Muon 29.9; a third of
 #                                   the weight decay 30.0; four iterations in orthogonalise 29.3
-#   tiny conv (ae), 300 steps       lr 1.5e-3: Muon 21.6, AdamW 18.8; lr 4e-3: Muon CM4, AdamW CA4
+#   tiny conv (ae), 300 steps       lr 1.5e-3: Muon 21.6, AdamW 18.8; lr 4e-3: Muon 21.4, AdamW 17.1
 #   small vit, photographs, 64 px   lr 1e-3: Muon 34.0 after 1,200 steps, AdamW 33.8 after 6,000
-#   small conv, photographs, 64 px  80 steps, lr 1e-3: Muon CSM, AdamW CSA
+#   small conv                      not tried: as tiny
 RECIPES = {
     ("tiny", "vit", "cpu"): dict(optimizer="muon", batch=16, steps=1200, lr=4e-3),
     ("tiny", "vit", "cuda"): dict(optimizer="adamw", batch=128, steps=6000, lr=4e-3),  # 35.7 dB
