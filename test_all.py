@@ -205,7 +205,7 @@ def runs(main, line="", status=0):
 def refuses(main, table, start=""):
     """Run commands with the options in `table`, each of which has to stop with one line that holds
     the words beside it, and to write nothing."""
-    news = r"\s*$|skipped|.*(tensors read|%\|)"            # the last are bars of progress
+    news = r"\s*$|device:|skipped|.*(tensors read|%\|)"    # the last are bars of progress
     before = set(Path().rglob("*"))
     for options, words in table.items():
         text = runs(main, f"{start} {options}", status=1)
@@ -2142,6 +2142,38 @@ def test_a_second_ctrl_c_ends_a_run_at_once():
     assert stop.received
     assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL
 
+def test_a_closed_terminal_saves_first_unless_nohup_asks_to_go_on():
+    before = signal.getsignal(signal.SIGHUP)
+    try:
+        stop = train_vmae.Stop()
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert stop.received
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        stop = train_vmae.Stop()
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert not stop.received
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+def test_a_run_that_gets_more_steps_says_what_its_learning_rate_does():
+    save_images("data", 12)
+    trained()
+    text = runs(train_vmae.main, "--resume --steps 4 --lr 0.01 --precision float32")
+    assert "--steps 4: the run was planned for 2; its learning rate goes on from 0.005" in text
+    assert "planned" not in runs(train_vmae.main, "--resume --steps 4")    # complete
+
+def test_held_out_classes_meet_those_of_training_by_name():
+    save_images("data/b", 12)
+    save_images("data/c", 12, seed=1)
+    save_images("val/a", 3, seed=2)
+    save_images("val/b", 3, seed=3)
+    trained("--val val")
+    with patch(ldm, "loss_LDM", wraps=ldm.loss_LDM) as loss:
+        text = runs(train_ldm.main, TINY_LDM)
+    assert "held out: images of a, which training does not know" in text
+    labels = loss.call_args.args[3]                        # of the last call, which measures
+    assert sorted(labels.tolist()) == [0, 0, 0, 2, 2, 2]   # of b; the null class
+
 @patch(train_vmae, "WORLD", 2)
 def test_under_torchrun_every_signal_is_only_noted():
     stop = train_vmae.Stop()
@@ -2333,7 +2365,11 @@ def test_auto_takes_the_gpu_if_there_is_one():
         assert vmae.start("auto") == CPU
     with (patch(torch.cuda, "is_available", return_value=True),
           patch(torch, "zeros", side_effect=RuntimeError)):
-        assert "--device cuda: torch finds no such" in raises(InputError, vmae.start, "auto")
+        text = raises(InputError, vmae.start, "auto")      # nobody has given --device
+        assert text.startswith("torch cannot use the device cuda (") and "--device cpu" in text
+    for given, said in (("auto", "device: cpu, as torch finds no GPU"), ("cpu", "device: cpu\n")):
+        with patch(torch.cuda, "is_available", return_value=False):
+            assert printed(vmae.start, given).startswith(said)
 
 def recipe_of(args):
     """The options that recipes are made of."""
@@ -4308,10 +4344,29 @@ def test_other_errors_of_torch_are_not_taken_for_the_user_s():
 # A process that believes to be number 1 of 1 would train for hours and save nothing.
 def test_a_leftover_of_a_launcher_is_one_line():
     for rank, world, said in ((1, 1, "RANK=1 is set, but there are 1 processes; unset RANK"),
-                              (0, 2, "WORLD_SIZE=2 is set, but torchrun did not start")):
+                              (0, 2, "WORLD_SIZE=2 is set, but MASTER_ADDR is not")):
         with (patch(vmae, "RANK", rank), patch(vmae, "WORLD", world), mock.patch.dict(os.environ)):
             os.environ.pop("MASTER_ADDR", None)
             assert said in raises(InputError, vmae.start, "cpu")
+    for name, value in (("RANK", ""), ("WORLD_SIZE", "two"), ("MASTER_PORT", "")):
+        with mock.patch.dict(os.environ, {name: value}):
+            assert vmae.from_launcher(name, 7) == 7        # no traceback while vmae.py is imported
+            assert f"{name}={value} is set, which is no" in raises(InputError, vmae.start, "cpu")
+
+def test_processes_that_cannot_meet_are_one_line_and_those_that_wait_say_so():
+    place = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT="1", LOCAL_RANK="0")
+    taken = RuntimeError("The port is taken. Then\nmany lines")
+    with (patch(vmae, "WORLD", 2), mock.patch.dict(os.environ, place),
+          patch(torch.distributed, "init_process_group", side_effect=taken)):
+        text = raises(InputError, vmae.start, "cpu")
+    assert "cannot meet the others at 127.0.0.1:1 (The port is taken)" in text
+    with (patch(vmae, "WORLD", 2), mock.patch.dict(os.environ, place),
+          patch(threading, "Timer") as timer,
+          patch(torch.distributed, "init_process_group")):
+        vmae.start("cpu")
+    _, _, [text] = timer.call_args.args
+    assert text == "process 0 waits at 127.0.0.1:1 for the others of 2 processes"
+    assert names_of_calls(timer.return_value) == ["start", "cancel"]
 
 # ---- Other people's checkpoints ---------------------------------------------------------------
 
@@ -5156,7 +5211,7 @@ def test_options_out_of_range_are_one_line():
         "--lr inf": "--lr",
         "--whole 7": "--whole",
         "--lambda-m -1": "--lambda-m",
-        "--device abacus": "--device abacus: torch finds no such device",
+        "--device abacus": "--device abacus: torch cannot use the device abacus (Expected one of",
         "--device meta": "--device meta",
         "--nonsense": "--nonsense"}, "--data data --size 16")
     refuses(evaluate.main, {

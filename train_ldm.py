@@ -188,9 +188,19 @@ def held_out_latents(val, classes, ae, mean, std):
     for part in x.split(8):
         latents.append(ae.encode(vmae.to_float(part.to(device))).sample(generator))
     z_0 = ldm.normalise(torch.cat(latents), mean, std)
-    if not classes or val.classes != classes:              # the folder --val may have others
+    if not classes:
         return z_0, None
-    return z_0, y.to(device)
+    # The folder --val may have other classes, or the same in another order: they meet by name.
+    theirs = ldm.composed(val.classes)
+    ours = ldm.composed(classes)
+    strangers = [name for name in theirs if name not in ours]
+    if strangers or not theirs:
+        vmae.say(f"held out: images of {', '.join(strangers) or 'no class'}, which training does "
+                 f"not know, are measured without a label")
+    label_of = []
+    for name in theirs or [""]:
+        label_of.append(ours.index(name) if name in ours else len(ours))   # the null class
+    return z_0, torch.tensor(label_of)[y].to(device)
 
 @torch.no_grad()
 def measure(averaged, held_out, file):

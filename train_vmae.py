@@ -619,10 +619,18 @@ def resolve(defaults, given, ckpt):
     return args
 
 def end_if_complete(args, ckpt):
-    """End the script if the run that is to go on has made all its steps."""
-    if ckpt is not None and ckpt["step"] >= args.steps:
+    """End the script if the run that is to go on has made all its steps. If it gets another number
+    of steps, say what that does to the learning rate."""
+    if ckpt is None:
+        return
+    if ckpt["step"] >= args.steps:
         vmae.say(f"{ckpt['path']}: complete, at step {ckpt['step']} of {args.steps}")
         sys.exit()
+    planned = ckpt["train_args"]["steps"]
+    if args.steps != planned:
+        now = learning_rate(ckpt["step"], args.steps, args.lr)
+        vmae.say(f"--steps {args.steps}: the run was planned for {planned}; its learning rate goes "
+                 f"on from {now:.2g}, as in a run of {args.steps} steps, and falls to 0 at the end")
 
 def say_idle(given, idle):
     """Name the options that were given although they have no effect. idle: {name: whether}."""
@@ -872,13 +880,16 @@ def finish(args, done):
         sys.exit(1)
 
 class Stop:
-    """Notes SIGTERM and Ctrl-C, so that the run ends after a whole step. A second one ends it at
-    once; under torchrun, torchrun does that."""
+    """Notes SIGTERM, Ctrl-C and a terminal that is closed, so that the run ends after a whole step.
+    A second one ends it at once; under torchrun, torchrun does that."""
 
     def __init__(self):
         self.received = False
         signal.signal(signal.SIGINT, self.note)
         signal.signal(signal.SIGTERM, self.note)
+        if hasattr(signal, "SIGHUP"):       # Windows has none
+            if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:          # as under nohup
+                signal.signal(signal.SIGHUP, self.note)
 
     def note(self, number, frame):
         self.received = True

@@ -22,6 +22,7 @@ import re
 import runpy
 import shutil
 import sys
+import threading
 import timeit
 import warnings
 import zlib
@@ -666,8 +667,15 @@ def printable(path):
 
 # ---- Processes: one per GPU under torchrun, which sets these two; otherwise process 0 of 1 ------
 
-RANK = int(os.environ.get("RANK", 0))
-WORLD = int(os.environ.get("WORLD_SIZE", 1))
+def from_launcher(name, default):
+    """A number that torchrun sets in the environment. `start` refuses what is none."""
+    text = os.environ.get(name, "")
+    if text.isdecimal():
+        return int(text)
+    return default
+
+RANK = from_launcher("RANK", 0)
+WORLD = from_launcher("WORLD_SIZE", 1)
 
 def say(text):
     """Print, in process 0 only."""
@@ -1764,13 +1772,13 @@ def save_curves(runs, path):
 # ---- Devices, and the command line ------------------------------------------------------------
 
 def start(name):
-    """--device -> torch.device, which is tried out. Nothing here touches CUDA if the user asks for
-    the CPU. Under torchrun the process takes one GPU, and joins the group of all processes."""
+    """--device -> torch.device, which is tried out, and said. Nothing here touches CUDA if the user
+    asks for the CPU. Under torchrun the process takes one GPU, and joins the group of all processes.
+    """
+    asked = name
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if WORLD > 1 and "MASTER_ADDR" not in os.environ:
-        raise InputError(f"WORLD_SIZE={WORLD} is set, but torchrun did not start this process; "
-                         f"unset WORLD_SIZE, or start it with torchrun")
+    check_launcher()
     if RANK >= WORLD:                       # such a process would write nothing
         raise InputError(f"RANK={RANK} is set, but there are {WORLD} processes; unset RANK, or "
                          f"start this with torchrun")
@@ -1784,18 +1792,53 @@ def start(name):
     try:
         probe = torch.zeros(1, device=name)
         probe.item()                        # "meta" has tensors, but no numbers in them
-    except (RuntimeError, AssertionError, ImportError):
-        raise InputError(f"--device {name}: torch finds no such device, try cpu") from None
+    except (RuntimeError, AssertionError, ImportError) as error:
+        why = f"torch cannot use the device {name} ({first_sentence(error)})"
+        if asked == "auto":
+            raise InputError(f"{why}; give --device cpu to do without it") from None
+        raise InputError(f"--device {name}: {why}; try cpu") from None
     device = probe.device
     if device.type == "cuda":
         torch.cuda.set_device(device)
+        say(f"device: {device}, {torch.cuda.get_device_name(device)}")
+    elif asked == "auto":
+        say(f"device: {device}, as torch finds no GPU of NVIDIA; {torch.get_num_threads()} threads")
+    else:
+        say(f"device: {device}")
     if WORLD > 1 and not dist.is_initialized():
-        backend = "gloo"                    # Windows has no NCCL
-        if device.type == "cuda" and dist.is_nccl_available():
-            backend = "cpu:gloo,cuda:nccl"
-        # If one process ends, torchrun ends all; until then they may wait for hours.
-        dist.init_process_group(backend, timeout=timedelta(days=7))
+        meet(device)
     return device
+
+def check_launcher():
+    """InputError for variables of a launcher that do not belong together, or are no numbers."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"):
+        value = os.environ.get(name, "0")
+        if not value.isdecimal():
+            raise InputError(f"{name}={value} is set, which is no number; unset it, or start this "
+                             f"with torchrun")
+    for name in ("MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK"):
+        if WORLD > 1 and name not in os.environ:
+            raise InputError(f"WORLD_SIZE={WORLD} is set, but {name} is not, so torchrun did not "
+                             f"start this process; unset WORLD_SIZE, or start it with torchrun")
+
+def meet(device):
+    """Join the group of all processes. Who waits for the others for long says so."""
+    backend = "gloo"                        # Windows has no NCCL
+    if device.type == "cuda" and dist.is_nccl_available():
+        backend = "cpu:gloo,cuda:nccl"
+    place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    text = f"process {RANK} waits at {place} for the others of {WORLD} processes"
+    waiting = threading.Timer(15, print, [text])
+    waiting.daemon = True
+    waiting.start()
+    try:                                    # if one ends, torchrun ends all: they may wait for hours
+        dist.init_process_group(backend, timeout=timedelta(days=7))
+    except (RuntimeError, ValueError) as error:
+        raise InputError(f"process {RANK} cannot meet the others at {place} "
+                         f"({first_sentence(error)}); see MASTER_ADDR, MASTER_PORT and "
+                         f"GLOO_SOCKET_IFNAME") from None
+    finally:
+        waiting.cancel()
 
 def seed_of(*numbers):
     """One seed from several numbers, such as --seed, the step and the index of the micro-batch.
