@@ -205,7 +205,7 @@ def runs(main, line="", status=0):
 def refuses(main, table, start=""):
     """Run commands with the options in `table`, each of which has to stop with one line that holds
     the words beside it, and to write nothing."""
-    news = r"\s*$|device:|skipped|.*(tensors read|%\|)"    # the last are bars of progress
+    news = r"\s*$|device:|pixels of|skipped|--steps .* planned|.*(tensors read|%\|)"  # %|: bars
     before = set(Path().rglob("*"))
     for options, words in table.items():
         text = runs(main, f"{start} {options}", status=1)
