@@ -156,32 +156,34 @@ def say_what_is_drawn(labels, cfg, classes):
 # ---- What is written --------------------------------------------------------------------------
 
 def open_folder(out, args, settings, files):
-    """Make the folder `out` -> those of `files` that this same command drew before it was
-    interrupted. Images of another command are deleted, and so are the files made from them. Only a
-    folder with samples.json is cleared. settings: what decides the images, beside the files of
-    weights, which are added here."""
+    """Make the folder `out` -> those of `files` that an earlier command with these settings drew,
+    be it one that was interrupted, or that drew more. Images of other settings are deleted, and so
+    are the files made from them; more than the default 64, which may have taken a night, are an
+    InputError. Only a folder with samples.json is cleared. settings: what decides the images,
+    beside the files of weights, which are added here."""
     for path in (args.ckpt, args.vmae, args.stats):
         if path is not None:
             settings[os.path.abspath(path)] = os.path.getsize(path), os.stat(path).st_mtime_ns
     note = out / "samples.json"
     settings = json.dumps(settings)
-    kept = set()
+    if note.exists() and note.read_text() == settings:
+        return {file for file in files if is_readable(file)}
     if note.exists():
-        if note.read_text() == settings:
-            kept = {file for file in files if is_readable(file)}
-        deleted = 0
-        for path in set(out.iterdir()) - kept:
-            if re.fullmatch(r"sample_(\d{6}|[1-9]\d{6})\.png", path.name):
-                path.unlink()
-                deleted += 1
-            elif path.name in ("grid.png", "samples.npz", "trajectory.png"):
-                path.unlink()
-        if deleted > 0:
-            print(f"{out}: {deleted} images of another command are deleted")
+        old = [path for path in out.iterdir()
+               if re.fullmatch(r"sample_(\d{6}|[1-9]\d{6})\.png", path.name)]
+        if len(old) > 64:
+            raise InputError(f"--out {out}: holds {len(old)} images of other settings; give "
+                             f"another --out, or delete them")
+        for path in old:
+            path.unlink()
+        for name in ("grid.png", "samples.npz", "trajectory.png"):
+            (out / name).unlink(missing_ok=True)
+        if old:
+            print(f"{out}: {len(old)} images of another command are deleted")
     out.mkdir(parents=True, exist_ok=True)
     with vmae.whole_file(note) as file:
         file.write(settings.encode())
-    return kept
+    return set()
 
 def is_readable(path):
     """Whether a PNG is there and can be read: a power cut may leave an empty one."""

@@ -5047,9 +5047,21 @@ def test_sample_py_deletes_what_it_drew_itself_alone():
     both_stages()
     runs(sample.main, "--n 5 --steps 1")
     Path("samples/sample_2026.png").write_text("the user's")
-    runs(sample.main, "--n 2 --steps 1")
+    runs(sample.main, "--n 2 --steps 2")
     pictures = {path.name for path in Path("samples").glob("*.png")}
     assert pictures == {"sample_000000.png", "sample_000001.png", "grid.png", "sample_2026.png"}
+
+# Who had drawn 50,000 images over night lost them to a glance at 16.
+def test_fewer_images_delete_nothing_and_other_settings_no_more_than_64():
+    both_stages()
+    runs(sample.main, "--n 65 --steps 1")
+    before = {path: path.read_bytes() for path in Path("samples").glob("sample_*.png")}
+    assert len(before) == 65
+    assert "deleted" not in runs(sample.main, "--n 2 --steps 1")
+    text = runs(sample.main, "--n 2 --steps 2", status=1)
+    assert text.splitlines()[-1].startswith("error: --out samples: holds 65 images of other set")
+    for path, content in before.items():
+        assert path.read_bytes() == content
 
 def test_a_damaged_png_is_drawn_again():
     both_stages()
