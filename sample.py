@@ -161,6 +161,7 @@ def open_folder(out, args, settings, files):
     are the files made from them; more than the default 64, which may have taken a night, are an
     InputError. Only a folder with samples.json is cleared. settings: what decides the images,
     beside the files of weights, which are added here."""
+    vmae.hold(out)
     for path in (args.ckpt, args.vmae, args.stats):
         if path is not None:
             settings[os.path.abspath(path)] = os.path.getsize(path), os.stat(path).st_mtime_ns

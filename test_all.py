@@ -3783,6 +3783,25 @@ def test_killed_at_any_moment_the_same_line_ends_in_the_same_weights():
         same(load(f"whole/{run}/last.pt"), load(f"parts/{run}/last.pt"))   # bit by bit
         assert logged(f"parts/{run}", "step") == logged(f"whole/{run}", "step")
 
+def test_a_second_job_in_the_same_folder_is_refused_until_the_first_one_ends():
+    both_stages()
+    before = Path("runs/ldm/last.pt").read_bytes()
+    lines = {train_vmae.main: f"{TINY_RUN} --out runs/new", sample.main: "--n 2 --steps 1",
+             train_ldm.main: "--resume --steps 4"}
+    folders = ("runs/new", "samples", "runs/ldm")
+    for folder in folders:
+        vmae.hold(folder)
+    held = list(vmae.HELD)
+    vmae.HELD.clear()                                      # cli would let go of them
+    for (main, line), folder in zip(lines.items(), folders):
+        text = last_line_of(main, line)
+        assert text.startswith(f"error: --out {folder}: another job writes into it"), text
+    assert Path("runs/ldm/last.pt").read_bytes() == before
+    assert os.listdir("runs/new") == os.listdir("samples") == [".lock"]
+    for lock in held:
+        lock.close()                                       # as the system does after a kill
+    runs(sample.main, lines[sample.main])
+
 # ---- A full disk ------------------------------------------------------------------------------
 
 # The sizes below are chosen between those of two files that a script writes one after the other, so

@@ -73,6 +73,7 @@ def main():
     vmae.describe(data, val)
 
     # Latents are encoded once. A checkpoint also holds all that sample.py needs beside the network.
+    vmae.hold(args.out)                     # against a second job in the same folder
     cache = cache_moments(ae, data, args, device, autocast)
     if "latent_mean" not in entries:        # those of a run that goes on, or of --init, are kept
         entries["latent_mean"], entries["latent_std"] = statistics(cache)

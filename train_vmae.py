@@ -153,6 +153,7 @@ def main():
     at_once = PIXELS_AT_ONCE[args.arch] // args.size**2    # without a GPU, which tries it out
     args.micro = choose_micro(args, given, device, largest_part, states, at_once)
     my_micro_batches = parts_of_this_process(args)         # their numbers
+    vmae.hold(args.out)                     # against a second job in the same folder
     say_options(args, model)
     vmae.describe(train, val)
     if isinstance(train, vmae.ImageFolder):

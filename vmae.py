@@ -783,6 +783,29 @@ def whole_file(path, to_disk=True):
             error.filename = error.filename or str(path)
         raise
 
+HELD = []                                   # the locks of `hold`; cli lets go of them
+
+def hold(folder):
+    """Keep other jobs out of a folder that this one, process 0, writes into, until it ends in
+    whatever way: by a lock of the system on its file .lock. InputError if another job has it."""
+    if RANK > 0:
+        return
+    try:
+        import fcntl
+    except ImportError:                     # Windows has no such locks
+        return
+    os.makedirs(folder, exist_ok=True)
+    file = open(Path(folder, ".lock"), "w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise InputError(f"--out {folder}: another job writes into it at this moment; let it end, "
+                         f"or give another --out") from None
+    except OSError:                         # some network disks have no locks
+        pass
+    HELD.append(file)
+
 def to_json(value, **options):
     """As json.dumps, but what is NaN or infinite becomes null, as JSON has no such numbers."""
     def finite(value):
@@ -1947,5 +1970,8 @@ def cli(main):
         sys.exit("error: out of memory; give a smaller --micro, --batch or --size")
     except KeyboardInterrupt:
         sys.exit("stopped")
+    finally:
+        while HELD:
+            HELD.pop().close()
     if dist.is_initialized():               # a training has closed the group before, see finish
         end_together()
