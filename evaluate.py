@@ -1097,9 +1097,10 @@ class Judge(nn.Module):
         self.object = nn.Linear(128, len(vmae.OBJECTS))
         self.pattern = nn.Linear(128, len(vmae.PATTERNS))
         self.part = nn.Conv2d(16, len(vmae.PARTS), 1)
-        # Of each of the 128 + 32 + 32 + 16 features, see train_judge.
+        # Of each of the 128 + 32 + 32 + 16 features of the training faces, see train_judge.
         self.register_buffer("mean", torch.zeros(208))
         self.register_buffer("std", torch.ones(208))
+        self.register_buffer("real", torch.zeros(JUDGED, 208))             # in units of std
 
     @staticmethod
     def conv(c_in, c_out, stride=1):
@@ -1173,6 +1174,7 @@ def train_judge(data):
     features = torch.cat(features)                         # (4096, 208)
     judge.mean = features.mean(0)
     judge.std = features.std(0).clamp(min=1e-6)
+    judge.real = (features - judge.mean) / judge.std
     return judge
 
 class FaceMetrics:
@@ -1181,8 +1183,7 @@ class FaceMetrics:
     def __init__(self, device):
         self.device = device
         self.judge = load_judge().to(device)
-        batches = images_of(vmae.Faces(32), torch.arange(JUDGED), 64, device)
-        self.real, _, _ = self.see(batches)                # (JUDGED, 208)
+        self.real = self.judge.real.cpu()                  # (JUDGED, 208)
         self.reference = Statistics().add(self.real).moments()     # mean (208,), covariance
 
     def see(self, batches):

@@ -3384,6 +3384,8 @@ def test_the_judge_tells_a_perfect_generator_from_a_blind_and_a_repeating_one():
 class ReadsParts(torch.nn.Module):
     """In place of the Judge: a pixel of value k shows part k."""
 
+    real = torch.arange(192.0).reshape(64, 3)
+
     def forward(self, images):
         grey = images[:, 0]                                                # (B, 32, 32)
         part = F.one_hot(grey.long().clamp(max=4), 5).permute(0, 3, 1, 2)  # (B, 5, 32, 32)
