@@ -1021,6 +1021,11 @@ def precision_recall(real, fake, k=3):
     """Kynkaanniemi 2019. The manifold of a set is the union of balls around its members, each as
     large as the distance to the k-th nearest other member. Precision: the share of the fakes on the
     manifold of the real. Recall: of the real on that of the fakes. (N, D), (M, D) -> two floats."""
+    # torch.cdist takes |x|^2 + |y|^2 - 2 x.y, which loses its digits if all rows are far from 0:
+    # both shares were 1 in 64 dimensions with a standard deviation of 1 and a mean of 3,000.
+    mean = real.mean(0)
+    real = real - mean
+    fake = fake - mean
     return share_on_manifold(fake, real, k), share_on_manifold(real, fake, k)
 
 def share_on_manifold(rows, members, k):

@@ -2992,6 +2992,13 @@ def test_precision_is_of_the_fakes_and_recall_of_the_real():
     assert precision == 1
     assert recall <= 0.02                                  # of 50 the one that they resemble
 
+# Distances by products in float32 leave no digits so far from the origin, where both shares were 1.
+def test_precision_and_recall_do_not_depend_on_the_origin():
+    real = torch.randn(400, 64)
+    fake = 1.2 * torch.randn(400, 64)
+    expected = evaluate.precision_recall(real, fake)
+    close(evaluate.precision_recall(real + 3000, fake + 3000), expected, 0.02)
+
 def test_nearest_searches_all_batches():
     rows = torch.randn(50, 8)
     distances, index = evaluate.nearest(rows[20:23], rows.split(7), 2)
