@@ -15,7 +15,6 @@ import os
 import re
 import unicodedata
 import zipfile
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import vmae                                 # before torch, see there
@@ -60,7 +59,7 @@ def main():
     for part in torch.arange(args.n).split(args.batch):
         if not finished.issuperset(files[i] for i in part):
             parts.append(part)
-    with ThreadPoolExecutor() as pool:      # PNGs are written while the next batch is drawn
+    with vmae.threads(vmae.cpus()) as pool:    # PNGs are written while the next batch is drawn
         written = []
         for part in tqdm(parts[RANK::WORLD], "sampling", dynamic_ncols=True, disable=RANK > 0):
             images = draw_batch(part).permute(0, 2, 3, 1).numpy()          # (B, H, W, 3)
