@@ -779,11 +779,17 @@ def save_checkpoint(path, **entries):
                 raise error.__context__ from None
             raise
 
+# What diffusers calls the weights in the folder of a model, by preference.
+DIFFUSERS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin",
+             "diffusion_pytorch_model.fp16.safetensors", "diffusion_pytorch_model.fp16.bin")
+
 def checkpoint_path(path):
-    """A run folder -> its last.pt; any other path -> the same. For options, as argparse's type."""
-    last = os.path.join(path, "last.pt")
-    if os.path.exists(last):
-        return last
+    """A run folder -> its last.pt; a folder of diffusers, of a VAE or of a pipeline with one -> its
+    weights; any other path -> the same. For options, as argparse's type."""
+    for name in ("last.pt", *DIFFUSERS, *(f"vae/{name}" for name in DIFFUSERS)):
+        file = os.path.join(path, name)
+        if os.path.exists(file):
+            return file
     return path
 
 def read_checkpoint(path):
@@ -795,11 +801,11 @@ def read_checkpoint(path):
         raise InputError(f"{path}: no such checkpoint; training writes last.pt into its --out")
     torch.serialization.add_safe_globals([argparse.Namespace])     # the authors' files hold one
     try:
-        if str(path).endswith(".safetensors"):
+        if str(path).lower().endswith(".safetensors"):
             ckpt = read_safetensors(path)
         else:
             ckpt = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:                         # such as a forbidden file: it keeps its own message
+    except (OSError, InputError):           # such as a forbidden file: it keeps its own message
         raise
     except Exception as error:
         raise InputError(f"{path}: {why_unreadable(path, error)}") from None
@@ -812,7 +818,7 @@ def read_checkpoint(path):
     for weights in (ckpt, ckpt.get("model"), ckpt.get("ema"), ckpt.get("state_dict"),
                     stage_one.get("model")):
         if isinstance(weights, dict):
-            refuse_nan(path, weights)
+            check_numbers(path, weights)
     return ckpt
 
 def why_unreadable(path, error):
@@ -829,33 +835,66 @@ def why_unreadable(path, error):
                 f"save its state_dict by itself")
     return "not a checkpoint, or a damaged one"
 
-def refuse_nan(path, weights):
-    """InputError if a tensor of the dict holds what is not finite."""
-    for value in weights.values():
-        if torch.is_tensor(value) and not value.isfinite().all():
+def check_numbers(path, weights):
+    """InputError if a tensor of the dict holds what is not finite, or no numbers to compute with:
+    sparse and quantised ones, and those whose numbers are elsewhere ("meta")."""
+    for name, value in weights.items():
+        if not torch.is_tensor(value):
+            continue
+        try:
+            if value.element_size() == 1:
+                value = value.float()       # some kinds of float8 cannot be asked
+            finite = value.isfinite().all().item()
+        except RuntimeError:
+            raise InputError(f"{path}: {name} is sparse, quantised or otherwise no tensor to "
+                             f"compute with; save dense ones, in float32") from None
+        if not finite:
             raise InputError(f"{path}: has weights that are infinite or NaN")
+
+# The types in a .safetensors file, and what torch calls them. Those of 4 and 6 bits are no numbers
+# to it.
+SAFETENSORS = {
+    "BOOL": "bool", "U8": "uint8", "U16": "uint16", "U32": "uint32", "U64": "uint64", "I8": "int8",
+    "I16": "int16", "I32": "int32", "I64": "int64", "F16": "float16", "BF16": "bfloat16",
+    "F32": "float32", "F64": "float64", "C64": "complex64", "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu", "F8_E4M3FNUZ": "float8_e4m3fnuz",
+    "F8_E5M2FNUZ": "float8_e5m2fnuz"}
 
 def read_safetensors(path):
     """A .safetensors file -> {name: tensor}. It holds the length of its header in 8 bytes, the
-    header as JSON, {name: {"dtype", "shape", "data_offsets"}}, and the numbers."""
-    kinds = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16,
-             "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8}
+    header as JSON, {name: {"dtype", "shape", "data_offsets"}}, and the numbers. ValueError unless
+    these follow each other to the end. InputError for a type that torch does not have."""
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
         data = bytearray(file.read())
     header.pop("__metadata__", None)
     weights = {}
-    for name, entry in header.items():
-        start, end = entry["data_offsets"]
-        values = torch.frombuffer(data[start:end], dtype=kinds[entry["dtype"]])
-        weights[name] = values.view(entry["shape"])
-    return weights
+    read = 0                                # bytes
+    for name in sorted(header, key=lambda name: header[name]["data_offsets"]):
+        kind = header[name]["dtype"]
+        shape = header[name]["shape"]
+        start, end = header[name]["data_offsets"]
+        dtype = getattr(torch, SAFETENSORS.get(kind, ""), None)
+        if dtype is None:
+            raise InputError(f"{path}: {name} is of the type {kind}, which torch "
+                             f"{torch.__version__} does not have; convert it to F32")
+        if start != read or end - start != math.prod(shape) * dtype.itemsize:
+            raise ValueError(f"{name} is not where the one before it ends, or not of its length")
+        values = torch.empty(0, dtype=dtype)               # frombuffer takes no empty buffer
+        if end > start:
+            values = torch.frombuffer(data[start:end], dtype=dtype)
+        weights[name] = values.view(shape)
+        read = end
+    if read != len(data):
+        raise ValueError("it goes on after the last tensor, or is cut off")
+    return {name: weights[name] for name in header}
 
 def read_stage_one(path, num_heads=12):
     """Any checkpoint -> a dict of stage one's model_args, model and train_args, and the path.
     num_heads is used for published weights only, because their files do not hold it. What these
     were trained on is not known either: data and val are None."""
+    path = checkpoint_path(path)
     ckpt = read_checkpoint(path)
     if "vmae" in ckpt:                      # a checkpoint of stage two holds its stage one
         ckpt = ckpt["vmae"]
@@ -880,33 +919,84 @@ def load_vmae(path, num_heads=12):
     return build_vmae(read_stage_one(path, num_heads))
 
 def published_vmae(path, ckpt, num_heads):
-    """A checkpoint of the authors' VMAE, or of a VAE of Stable Diffusion 1, 2 or 3 or FLUX.1 under
-    diffusers' names -> model_args and model, as in ours. The shapes tell all arguments but
+    """A checkpoint of the authors' VMAE, or of a VAE of Stable Diffusion 1, 2 or 3, FLUX.1 or 2
+    under diffusers' names -> model_args and model, as in ours. The shapes tell all arguments but
     num_heads. Prints what was ignored, and whether the mask token, which only training needs, was
     missing. InputError for another model."""
     try:
         weights = {}
         for name, value in (ckpt.get("state_dict") or ckpt.get("model") or ckpt).items():
             weights[name.removeprefix("module.")] = value  # DDP's prefix
+        refuse_other_models(path, weights)
         if any(name.endswith("encoder.down.0.block.0.norm1.weight") for name in weights):
             raise ValueError("it has the names of the first latent diffusion code; convert it with "
                              "diffusers' AutoencoderKL.from_single_file and save_pretrained")
         if "encoder.conv_in.weight" in weights:
             weights = todays_names(weights)
             model_args = conv_args(weights)
+            check_config(path, model_args["channels"])
         else:
             model_args = vit_args(weights, num_heads)
         model = build(model_args)
         missing, left_over = model.load_state_dict(weights, strict=False)
+    except InputError:
+        raise
     except Exception as error:
         raise InputError(f"{path}: holds neither stage one, nor a published VMAE or VAE of Stable "
                          f"Diffusion ({last_line(error)})") from None
     check_weights(path, weights, missing, left_over)
     return dict(model_args=model_args, model=model.state_dict())
 
+# Names of weights that only these autoencoders have.
+OTHER_MODELS = {
+    r"encoder\..*\.gamma": "Qwen-Image or Wan", r"encoder\.down_blocks\.0\.norm1\.": "HunyuanImage",
+    r"encoder\.down_blocks\.0\.0\.": "DC-AE", r"decoder\..*\.conv_y\.": "KVAE",
+    r"decoder\.decoder_embed\.": "RAE", r"encoder\.layers\.0\.": "TAESD",
+    r"encoder\.conv_in\.conv\.": "a model of video", r"quantize\.embedding\.": "VQGAN"}
+
+def refuse_other_models(path, weights):
+    """InputError if the names of the weights are those of an autoencoder that is not ours, or if
+    config.json says so."""
+    model = diffusers_config(path).get("_class_name", "AutoencoderKL")
+    if model in ("AutoencoderKL", "AutoencoderKLFlux2"):
+        model = None
+    for pattern, other in OTHER_MODELS.items():
+        if model is None and any(re.match(pattern, name) for name in weights):
+            model = other
+    if model is not None:
+        raise InputError(f"{path}: is the autoencoder of {model}, which is none of those that are "
+                         f"computed here (README, Published weights)")
+
+def diffusers_config(path):
+    """What the config.json of diffusers beside these weights says, {} without one."""
+    try:
+        config = json.loads(Path(path).with_name("config.json").read_bytes())
+    except (OSError, ValueError):
+        return {}
+    if isinstance(config, dict) and "_class_name" in config:
+        return config
+    return {}                               # another program's
+
+def check_config(path, channels):
+    """What the shapes of a VAE do not tell: InputError if config.json says that it computes
+    something else than ConvAutoencoder of these widths; a line if there is none."""
+    config = diffusers_config(path)
+    if not config:
+        say(f"{path}: no config.json beside it; that its norms have 32 groups and its activation "
+            f"is SiLU could not be checked")
+    groups = config.get("norm_num_groups", 32)
+    activation = config.get("act_fn", "silu")
+    if config and any(groups != min(32, C) for C in channels):
+        raise InputError(f"{path}: its norms have {groups} groups, by config.json; 32 are computed "
+                         f"here, so it is another model")
+    if activation not in ("silu", "swish"):
+        raise InputError(f"{path}: its activation is {activation}, by config.json; SiLU is "
+                         f"computed here, so it is another model")
+
 # What published files may hold beside the model, by the beginning of the name, and what they may
-# lack, because only training needs it.
-IGNORED = ("perceptual", "lpips", "loss", "discriminator", "model_ema")
+# lack, because only training needs it. bn: FLUX.2's statistics of its latents for its generator.
+IGNORED = ("perceptual", "lpips", "loss", "discriminator", "model_ema", "bn.running_",
+           "bn.num_batches_tracked")
 MAY_LACK = {"mask_token"}
 
 def check_weights(path, weights, missing, left_over):
@@ -1870,8 +1960,8 @@ def doubt_about_classes(folder):
                 f"{Path(folder.root, first)} --val {Path(folder.root, (alike or others)[-1])}")
     slices = [name for name in names if re.fullmatch(r"(part|shard|batch|chunk)?[-_]?\d{4,}", name)]
     if names and slices == names and re.search(r"\d", names[0])[0] == "0":
-        return (f"the sub-folders {names[0]}, {names[1]} look like slices of one data set, not like "
-                f"classes; if they are, give --no-classes to train_ldm.py")
+        return (f"the sub-folders {names[0]}, {names[1]} look like slices of one data set, not "
+                f"like classes; if they are, give --no-classes to train_ldm.py")
     pair = pair_of(folder)
     if pair:
         return (f"the files in {pair[0]} and {pair[1]} have the same names, as images and their "
