@@ -14,7 +14,6 @@ import json
 import os
 import re
 import zipfile
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import vmae                                 # before torch, see there
@@ -55,7 +54,7 @@ def main():
     if args.npz:
         most = max(64, 2**30 // (3 * ldm.ae.img_size**2))
     in_memory = {}                          # {number: image (H, W, 3)}
-    with ThreadPoolExecutor() as pool:      # PNGs are written while the next batch is drawn
+    with vmae.threads(vmae.cpus()) as pool:    # PNGs are written while the next batch is drawn
         written = []
         for part in tqdm(parts[RANK::WORLD], "sampling", dynamic_ncols=True, disable=RANK > 0):
             images = draw(part).permute(0, 2, 3, 1).numpy()                # (B, H, W, 3)

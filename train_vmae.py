@@ -157,7 +157,7 @@ def main():
     say_options(args, model)
     vmae.describe(train, val)
     if isinstance(train, vmae.ImageFolder):
-        train.keep_pixels(args.out, not args.no_cache)
+        train.keep_pixels(args.out, not args.no_cache, val)
     batches = training_batches(train, args, start, my_micro_batches, device)
     x_val = held_out_images(val, device)                   # (64, 3, H, W)
     fast_micro_batch = make_fast(micro_batch, args, given, generator, blocks(args, model),

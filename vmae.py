@@ -14,7 +14,11 @@ inside L_P. What all scripts share stands at the end: a reader of the method can
 """
 import argparse
 import contextlib
+import errno
+import functools
 import hashlib
+import io
+import itertools
 import json
 import math
 import os
@@ -42,7 +46,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageCms, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 from tqdm import tqdm
 
 # Glossary: the letters in shape comments (but in metrics N is images, in convolutions C a width)
@@ -829,11 +833,17 @@ def save_checkpoint(path, **entries):
                 raise error.__context__ from None
             raise
 
+# What diffusers calls the weights in the folder of a model, by preference.
+DIFFUSERS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin",
+             "diffusion_pytorch_model.fp16.safetensors", "diffusion_pytorch_model.fp16.bin")
+
 def checkpoint_path(path):
-    """A run folder -> its last.pt; any other path -> the same. For options, as argparse's type."""
-    last = os.path.join(path, "last.pt")
-    if os.path.exists(last):
-        return last
+    """A run folder -> its last.pt; a folder of diffusers, of a VAE or of a pipeline with one -> its
+    weights; any other path -> the same. For options, as argparse's type."""
+    for name in ("last.pt", *DIFFUSERS, *(f"vae/{name}" for name in DIFFUSERS)):
+        file = os.path.join(path, name)
+        if os.path.exists(file):
+            return file
     return path
 
 def read_checkpoint(path):
@@ -845,11 +855,11 @@ def read_checkpoint(path):
         raise InputError(f"{path}: no such checkpoint; training writes last.pt into its --out")
     torch.serialization.add_safe_globals([argparse.Namespace])     # the authors' files hold one
     try:
-        if str(path).endswith(".safetensors"):
+        if str(path).lower().endswith(".safetensors"):
             ckpt = read_safetensors(path)
         else:
             ckpt = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:                         # such as a forbidden file: it keeps its own message
+    except (OSError, InputError):           # such as a forbidden file: it keeps its own message
         raise
     except Exception as error:
         raise InputError(f"{path}: {why_unreadable(path, error)}") from None
@@ -862,7 +872,7 @@ def read_checkpoint(path):
     for weights in (ckpt, ckpt.get("model"), ckpt.get("ema"), ckpt.get("state_dict"),
                     stage_one.get("model")):
         if isinstance(weights, dict):
-            refuse_nan(path, weights)
+            check_numbers(path, weights)
     return ckpt
 
 def why_unreadable(path, error):
@@ -879,33 +889,66 @@ def why_unreadable(path, error):
                 f"save its state_dict by itself")
     return "not a checkpoint, or a damaged one"
 
-def refuse_nan(path, weights):
-    """InputError if a tensor of the dict holds what is not finite."""
-    for value in weights.values():
-        if torch.is_tensor(value) and not value.isfinite().all():
+def check_numbers(path, weights):
+    """InputError if a tensor of the dict holds what is not finite, or no numbers to compute with:
+    sparse and quantised ones, and those whose numbers are elsewhere ("meta")."""
+    for name, value in weights.items():
+        if not torch.is_tensor(value):
+            continue
+        try:
+            if value.element_size() == 1:
+                value = value.float()       # some kinds of float8 cannot be asked
+            finite = value.isfinite().all().item()
+        except RuntimeError:
+            raise InputError(f"{path}: {name} is sparse, quantised or otherwise no tensor to "
+                             f"compute with; save dense ones, in float32") from None
+        if not finite:
             raise InputError(f"{path}: has weights that are infinite or NaN")
+
+# The types in a .safetensors file, and what torch calls them. Those of 4 and 6 bits are no numbers
+# to it.
+SAFETENSORS = {
+    "BOOL": "bool", "U8": "uint8", "U16": "uint16", "U32": "uint32", "U64": "uint64", "I8": "int8",
+    "I16": "int16", "I32": "int32", "I64": "int64", "F16": "float16", "BF16": "bfloat16",
+    "F32": "float32", "F64": "float64", "C64": "complex64", "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu", "F8_E4M3FNUZ": "float8_e4m3fnuz",
+    "F8_E5M2FNUZ": "float8_e5m2fnuz"}
 
 def read_safetensors(path):
     """A .safetensors file -> {name: tensor}. It holds the length of its header in 8 bytes, the
-    header as JSON, {name: {"dtype", "shape", "data_offsets"}}, and the numbers."""
-    kinds = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16,
-             "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8}
+    header as JSON, {name: {"dtype", "shape", "data_offsets"}}, and the numbers. ValueError unless
+    these follow each other to the end. InputError for a type that torch does not have."""
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
         data = bytearray(file.read())
     header.pop("__metadata__", None)
     weights = {}
-    for name, entry in header.items():
-        start, end = entry["data_offsets"]
-        values = torch.frombuffer(data[start:end], dtype=kinds[entry["dtype"]])
-        weights[name] = values.view(entry["shape"])
-    return weights
+    read = 0                                # bytes
+    for name in sorted(header, key=lambda name: header[name]["data_offsets"]):
+        kind = header[name]["dtype"]
+        shape = header[name]["shape"]
+        start, end = header[name]["data_offsets"]
+        dtype = getattr(torch, SAFETENSORS.get(kind, ""), None)
+        if dtype is None:
+            raise InputError(f"{path}: {name} is of the type {kind}, which torch "
+                             f"{torch.__version__} does not have; convert it to F32")
+        if start != read or end - start != math.prod(shape) * dtype.itemsize:
+            raise ValueError(f"{name} is not where the one before it ends, or not of its length")
+        values = torch.empty(0, dtype=dtype)               # frombuffer takes no empty buffer
+        if end > start:
+            values = torch.frombuffer(data[start:end], dtype=dtype)
+        weights[name] = values.view(shape)
+        read = end
+    if read != len(data):
+        raise ValueError("it goes on after the last tensor, or is cut off")
+    return {name: weights[name] for name in header}
 
 def read_stage_one(path, num_heads=12):
     """Any checkpoint -> a dict of stage one's model_args, model and train_args, and the path.
     num_heads is used for published weights only, because their files do not hold it. What these
     were trained on is not known either: data and val are None."""
+    path = checkpoint_path(path)
     ckpt = read_checkpoint(path)
     if "vmae" in ckpt:                      # a checkpoint of stage two holds its stage one
         ckpt = ckpt["vmae"]
@@ -930,33 +973,84 @@ def load_vmae(path, num_heads=12):
     return build_vmae(read_stage_one(path, num_heads))
 
 def published_vmae(path, ckpt, num_heads):
-    """A checkpoint of the authors' VMAE, or of a VAE of Stable Diffusion 1, 2 or 3 or FLUX.1 under
-    diffusers' names -> model_args and model, as in ours. The shapes tell all arguments but
+    """A checkpoint of the authors' VMAE, or of a VAE of Stable Diffusion 1, 2 or 3, FLUX.1 or 2
+    under diffusers' names -> model_args and model, as in ours. The shapes tell all arguments but
     num_heads. Prints what was ignored, and whether the mask token, which only training needs, was
     missing. InputError for another model."""
     try:
         weights = {}
         for name, value in (ckpt.get("state_dict") or ckpt.get("model") or ckpt).items():
             weights[name.removeprefix("module.")] = value  # DDP's prefix
+        refuse_other_models(path, weights)
         if any(name.endswith("encoder.down.0.block.0.norm1.weight") for name in weights):
             raise ValueError("it has the names of the first latent diffusion code; convert it with "
                              "diffusers' AutoencoderKL.from_single_file and save_pretrained")
         if "encoder.conv_in.weight" in weights:
             weights = todays_names(weights)
             model_args = conv_args(weights)
+            check_config(path, model_args["channels"])
         else:
             model_args = vit_args(weights, num_heads)
         model = build(model_args)
         missing, left_over = model.load_state_dict(weights, strict=False)
+    except InputError:
+        raise
     except Exception as error:
         raise InputError(f"{path}: holds neither stage one, nor a published VMAE or VAE of Stable "
                          f"Diffusion ({last_line(error)})") from None
     check_weights(path, weights, missing, left_over)
     return dict(model_args=model_args, model=model.state_dict())
 
+# Names of weights that only these autoencoders have.
+OTHER_MODELS = {
+    r"encoder\..*\.gamma": "Qwen-Image or Wan", r"encoder\.down_blocks\.0\.norm1\.": "HunyuanImage",
+    r"encoder\.down_blocks\.0\.0\.": "DC-AE", r"decoder\..*\.conv_y\.": "KVAE",
+    r"decoder\.decoder_embed\.": "RAE", r"encoder\.layers\.0\.": "TAESD",
+    r"encoder\.conv_in\.conv\.": "a model of video", r"quantize\.embedding\.": "VQGAN"}
+
+def refuse_other_models(path, weights):
+    """InputError if the names of the weights are those of an autoencoder that is not ours, or if
+    config.json says so."""
+    model = diffusers_config(path).get("_class_name", "AutoencoderKL")
+    if model in ("AutoencoderKL", "AutoencoderKLFlux2"):
+        model = None
+    for pattern, other in OTHER_MODELS.items():
+        if model is None and any(re.match(pattern, name) for name in weights):
+            model = other
+    if model is not None:
+        raise InputError(f"{path}: is the autoencoder of {model}, which is none of those that are "
+                         f"computed here (README, Published weights)")
+
+def diffusers_config(path):
+    """What the config.json of diffusers beside these weights says, {} without one."""
+    try:
+        config = json.loads(Path(path).with_name("config.json").read_bytes())
+    except (OSError, ValueError):
+        return {}
+    if isinstance(config, dict) and "_class_name" in config:
+        return config
+    return {}                               # another program's
+
+def check_config(path, channels):
+    """What the shapes of a VAE do not tell: InputError if config.json says that it computes
+    something else than ConvAutoencoder of these widths; a line if there is none."""
+    config = diffusers_config(path)
+    if not config:
+        say(f"{path}: no config.json beside it; that its norms have 32 groups and its activation "
+            f"is SiLU could not be checked")
+    groups = config.get("norm_num_groups", 32)
+    activation = config.get("act_fn", "silu")
+    if config and any(groups != min(32, C) for C in channels):
+        raise InputError(f"{path}: its norms have {groups} groups, by config.json; 32 are computed "
+                         f"here, so it is another model")
+    if activation not in ("silu", "swish"):
+        raise InputError(f"{path}: its activation is {activation}, by config.json; SiLU is "
+                         f"computed here, so it is another model")
+
 # What published files may hold beside the model, by the beginning of the name, and what they may
-# lack, because only training needs it.
-IGNORED = ("perceptual", "lpips", "loss", "discriminator", "model_ema")
+# lack, because only training needs it. bn: FLUX.2's statistics of its latents for its generator.
+IGNORED = ("perceptual", "lpips", "loss", "discriminator", "model_ema", "bn.running_",
+           "bn.num_batches_tracked")
 MAY_LACK = {"mask_token"}
 
 def check_weights(path, weights, missing, left_over):
@@ -1144,7 +1238,7 @@ class Cache:
 
 def prefetch(batches):
     """Iterate over `batches` while a thread prepares the next one, so that a GPU need not wait."""
-    with ThreadPoolExecutor(1) as pool:
+    with threads(1) as pool:
         following = pool.submit(next, batches, None)
         while True:
             batch = following.result()
@@ -1158,73 +1252,212 @@ def prefetch(batches):
 # Formats that Pillow knows and that we do not read: of some it reads only the header, for some it
 # runs another program, and some hold measurements instead of pictures.
 NOT_PICTURES = {"BUFR", "EPS", "FITS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"}
-# The extensions of all the others that the installed Pillow can open.
+# The extensions of all the others that the installed Pillow can open. An MPO is a JPEG to it.
 Image.init()
+READERS = {"MPO", *Image.OPEN} - NOT_PICTURES
 EXTENSIONS = tuple(extension for extension, kind in Image.registered_extensions().items()
-                   if kind in Image.OPEN and kind not in NOT_PICTURES)
+                   if kind in READERS)
 # Beginnings of the names of files that are left out: hidden ones, and sample.py's overviews.
 SKIPPED = (".", "grid.png", "trajectory.png")
 OUTPUT = {"log.jsonl", "samples.json", "reconstruct.json", "smoothness.json", "separability.json",
           "compare.json", "neighbours.json"}           # such a folder was written by our scripts
+# Folders of systems, which hold thumbnails, or what was deleted; in lower case.
+OF_THE_SYSTEM = {"@eadir", "#recycle", "#snapshot", "@recycle", "$recycle.bin", "recycler",
+                 "system volume information", "lost+found", "__macosx"}
+# Extensions of files that may hold images, but not one by one.
+ARCHIVES = {".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".zst", ".7z", ".rar"}
+TABLES = {".parquet", ".arrow", ".npz", ".npy", ".h5", ".hdf5", ".mat", ".pkl", ".pickle",
+          ".tfrecord", ".tfrecords", ".lmdb", ".mdb", ".rec", ".csv"}
+# Formats of Pillow in which more than one picture is none: layers, or other sizes of a photograph.
+ONE_PICTURE = {"PSD", "MPO"}
+# The system's errors that are about one file: a broken link, one that is closed to us. All others,
+# such as those of a network, or too many open files, are not the file's fault.
+OF_ONE_FILE = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ELOOP,
+               errno.EINVAL, errno.ENAMETOOLONG}
+DECODING = 2           # changes with what read_image makes of a file: no older cache is used then
 MIN_SIDE = 8           # pixels; anything smaller is a placeholder, not a photograph
 MAX_PIXELS = 178_956_970   # a header may claim any size; Pillow's own limit can be switched off
-BITS_PER_SAMPLE = 258  # the number of this tag in a TIFF
+MAX_TEXT = 2**26       # bytes of each text or profile in a PNG, see Reading
+PIXELS_AT_ONCE = 2**27     # that all threads decode together: half a GB in RGB
+# Numbers of these tags in a TIFF.
+BITS_PER_SAMPLE, PHOTOMETRIC, SAMPLE_FORMAT = 258, 262, 339
 MAX_UNREADABLE = 0.01  # share of the files; a collected folder often has a few broken ones
 # Two warnings that tell the user nothing: Pillow's about odd files, which are read or named, and
 # torchvision's about old names of arguments, which lpips uses.
 warnings.filterwarnings("ignore", module="PIL|torchvision")
 
+class Reading:
+    """What the threads that read images share.
+
+    open: as Pillow's, but texts and profiles beside the pixels of a PNG may have 64 MB, as drawing
+    programs and generators of images write long ones. Pillow takes 1 MB, and has only a limit for
+    the whole program, which the user's part of it gets back.
+    room_for: wait until PIXELS_AT_ONCE is kept, as 64 threads with a photograph of 24 megapixels
+    each would need 18 GB. A larger image is decoded alone."""
+
+    def __init__(self):
+        self.changed = threading.Condition()
+        self.files = 0                      # that are open
+        self.pixels = 0                     # that are being decoded
+
+    @contextlib.contextmanager
+    def open(self, path):
+        png = PngImagePlugin
+        with self.changed:
+            if self.files == 0:
+                self.limits = png.MAX_TEXT_CHUNK, png.MAX_TEXT_MEMORY
+                png.MAX_TEXT_CHUNK = max(MAX_TEXT, png.MAX_TEXT_CHUNK)
+                png.MAX_TEXT_MEMORY = max(4 * MAX_TEXT, png.MAX_TEXT_MEMORY)
+            self.files += 1
+        try:
+            with Image.open(path) as image:
+                yield image
+        finally:
+            with self.changed:
+                self.files -= 1
+                if self.files == 0:
+                    png.MAX_TEXT_CHUNK, png.MAX_TEXT_MEMORY = self.limits
+
+    @contextlib.contextmanager
+    def room_for(self, pixels):
+        pixels = min(pixels, PIXELS_AT_ONCE)
+        with self.changed:
+            self.changed.wait_for(lambda: self.pixels + pixels <= PIXELS_AT_ONCE)
+            self.pixels += pixels
+        try:
+            yield
+        finally:
+            with self.changed:
+                self.pixels -= pixels
+                self.changed.notify_all()
+
+reading = Reading()
+
 def read_image(path, size, draft=False):
-    """File -> uint8 (3, size, size): turned upright as its EXIF says, any mode to RGB, transparent
-    parts white, short side resized, centre cropped. draft: decode a JPEG at 1/2, 1/4 or 1/8 of its
-    size if it is still twice as large as wanted: half the time, and 51 dB against the whole.
+    """File -> uint8 (3, size, size): any mode to RGB, transparent parts white, centre cropped,
+    short side resized, colours to sRGB by the profile in the file, turned upright as its EXIF says.
+    draft: decode a JPEG at 1/2, 1/4 or 1/8 of its size if it is still twice as large as wanted:
+    half the time, and 51 dB against the whole.
 
     Pixels of 8 and 16 bits are scaled by the range of their type. OSError for floats and 32 bits,
     of which a file does not tell the range, and for 12, which Pillow passes for 16."""
-    with Image.open(path) as image:
+    with reading.open(path) as image, reading.room_for(image.width * image.height):
+        drafted = None
         if draft:
-            image.draft(None, (2 * size, 2 * size))
-        # Pillow makes 32 bits of PNG and PPM of 16; elsewhere mode I may hold any range.
-        sixteen_bits = image.mode.startswith("I;16")
-        if image.mode == "I" and image.format in ("PNG", "PPM"):
-            sixteen_bits = True
-        if image.mode == "F" or (image.mode == "I" and not sixteen_bits):
-            raise OSError("its pixels are floats, or integers of 32 bits, and a file does not tell "
-                          "their range; convert it to 8 or 16 bits")
-        if image.format == "TIFF" and 12 in image.tag_v2.get(BITS_PER_SAMPLE, ()):
-            raise OSError("its pixels have 12 bits; convert it to 8 or 16 bits")
+            drafted = image.draft(None, (2 * size, 2 * size))
+        pixels = on_white(image)
+        width, height = pixels.size
+        if drafted is not None:             # the picture may end within the last row and column
+            _, (_, _, width, height) = drafted
+        side = min(width, height)
+        left = (width - side) / 2
+        top = (height - side) / 2
+        square = pixels.resize((size, size), Image.Resampling.BICUBIC,
+                               (left, top, left + side, top + side))
+        square = to_srgb(square, image.info.get("icc_profile"))
+        square.info = image.info
         with contextlib.suppress(Exception):               # damaged EXIF, but a sound picture
-            image = ImageOps.exif_transpose(image)
-        if sixteen_bits:                    # Pillow's own conversion clips at 255
-            levels = np.asarray(image).clip(0, 65535) / 257
-            image = Image.fromarray(levels.round().astype(np.uint8))
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        image = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BICUBIC)
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+            square = ImageOps.exif_transpose(square)
+    return torch.from_numpy(np.array(square)).permute(2, 0, 1)
+
+def on_white(image):
+    """What Pillow has opened -> the whole picture with transparent parts white, in mode L, RGB or
+    CMYK. OSError as read_image's."""
+    # Pillow makes 32 bits of PNG and PPM of 16; elsewhere mode I may hold any range.
+    sixteen_bits = image.mode.startswith("I;16")
+    if image.mode == "I" and image.format in ("PNG", "PPM"):
+        sixteen_bits = True
+    tags = {}
+    if image.format == "TIFF":
+        tags = image.tag_v2
+    signed = 2 in tags.get(SAMPLE_FORMAT, ())
+    if image.mode == "F" or signed or (image.mode == "I" and not sixteen_bits):
+        raise OSError("its pixels are floats, or integers of 32 bits or with a sign, and a file "
+                      "does not tell their range; convert it to 8 or 16 bits")
+    if 12 in tags.get(BITS_PER_SAMPLE, ()):
+        raise OSError("its pixels have 12 bits; convert it to 8 or 16 bits")
+    # Pillow scales pixels of 2, 4 and 16 bits to 8, but not the level that a PNG calls transparent.
+    transparent = image.info.get("transparency")
+    if image.format == "PNG" and transparent is not None:
+        bits = image.tile[0][3]             # Pillow's name for the format of the pixels
+        if bits in ("L;2", "L;4"):
+            image.info["transparency"] = transparent * {"L;2": 85, "L;4": 17}[bits]
+        elif bits == "RGB;16B":
+            image.info["transparency"] = tuple(level // 256 for level in transparent)
+    if sixteen_bits:                        # Pillow's own conversion clips at 255
+        levels = np.asarray(image).clip(0, 65535)
+        if image.format == "TIFF" and tags.get(PHOTOMETRIC, 0) == 0:
+            levels = 65535 - levels         # 0 is white, which Pillow knows of 8 bits alone
+        if transparent is not None:
+            levels = np.where(levels == transparent, 65535, levels)
+        return Image.fromarray((levels / 257).round().astype(np.uint8))
+    is_grey = image.mode in ("1", "L", "LA", "La")
+    if image.mode == "La":                  # Pillow makes no RGBA of it
+        image = image.convert("LA")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    if is_grey:
+        return image.convert("L")
+    if image.mode != "CMYK":
+        return image.convert("RGB")
+    return image
+
+def to_srgb(image, profile):
+    """An image in mode L, RGB or CMYK, and the bytes of its ICC profile or None -> RGB, in the
+    colours of sRGB. What has a broken profile, or one for another kind of pixels, stays as it is.
+
+    Phones take photographs in Display P3, cameras in Adobe RGB; read as sRGB their colours would be
+    pale. It costs 0.2 ms per image of 64 px and 2 ms at 256 px."""
+    transform = None
+    if profile is not None:
+        transform = srgb_transform(profile, image.mode)
+    if transform is None and image.mode == "L" and profile is not None:
+        image = image.convert("RGB")        # grey pixels may have a profile of colours
+        transform = srgb_transform(profile, "RGB")
+    if transform is None:
+        return image.convert("RGB")
+    return transform.apply(image)
+
+@functools.lru_cache(8)                     # to make one takes 5 ms
+def srgb_transform(profile, mode):
+    """Pillow's transform of pixels in this mode to sRGB; None if the profile does not fit them, or
+    if it is sRGB, which the profile does not say, but a few colours show."""
+    try:
+        transform = ImageCms.buildTransform(ImageCms.ImageCmsProfile(io.BytesIO(profile)),
+                                            ImageCms.createProfile("sRGB"), mode, "RGB")
+        ramp = Image.linear_gradient("L").resize((32, 32))
+        levels = [ramp, ramp.rotate(90), Image.radial_gradient("L").resize((32, 32))]
+        colours = Image.merge("RGB", levels).convert(mode)
+        before = np.asarray(colours.convert("RGB"), np.int16)
+        change = abs(np.asarray(transform.apply(colours)) - before).max()
+    except Exception:                       # of Pillow, for all that is broken in a profile
+        return None
+    if change <= 2:                         # of 255
+        return None
+    return transform
 
 def list_images(root):
     """Folder -> sorted paths of the images below it, relative to it, and how many other files there
-    are by extension. Left out are the files in SKIPPED, and folders that our scripts wrote
-    (OUTPUT). OSError for a folder closed to us."""
+    are by extension, and folders of the system by name. Left out are also the files in SKIPPED, and
+    folders that our scripts wrote (OUTPUT). OSError for a folder closed to us."""
     def stop(error):
         raise error
 
     found = []
     others = Counter()
-    seen = set()
     for folder, subfolders, files in os.walk(root, onerror=stop, followlinks=True):
-        real = os.path.realpath(folder)
+        around = Path(folder).relative_to(root).parents
         ours = OUTPUT.intersection(files)
-        if real in seen:                    # a link to a parent would never end
-            subfolders.clear()
+        if os.path.realpath(folder) in [os.path.realpath(Path(root, part)) for part in around]:
+            subfolders.clear()              # by a link it is inside itself, and would never end
         elif ours and folder != root:
             say(f"{printable(folder)}: left out, as our scripts wrote it ({min(ours)} is in it)")
             subfolders.clear()
         else:
-            seen.add(real)
-            subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+            others.update(f"{name}/" for name in subfolders if name.lower() in OF_THE_SYSTEM)
+            subfolders[:] = sorted(name for name in subfolders if not name.startswith(".")
+                                   and name.lower() not in OF_THE_SYSTEM)
             for name in files:
                 if name.startswith(SKIPPED):
                     continue
@@ -1234,42 +1467,114 @@ def list_images(root):
                     others[Path(name).suffix.lower() or "without extension"] += 1
     return sorted(found), others
 
+def how_to_unpack(extensions):
+    """What to do with files of these extensions, which may hold images: the end of a message."""
+    if ARCHIVES.intersection(extensions):
+        return "; unpack it, and name the folder of the images"
+    if TABLES.intersection(extensions):
+        return "; save its images as .png, or read it with a Python file, see vmae.Images"
+    return ""
+
+def read_labels(root):
+    """The labels that the tools of EDM and StyleGAN write into dataset.json, beside the images ->
+    {path: name of the class}; {} if it says that there are none; None without such a file."""
+    path = os.path.join(root, "dataset.json")
+    if not os.path.isfile(path):
+        return None
+    try:
+        labels = json.loads(Path(path).read_bytes())["labels"]
+    except (ValueError, KeyError, TypeError):              # somebody else's file of this name
+        return None
+    try:
+        return {file: str(int(label)) for file, label in labels or ()}
+    except (ValueError, TypeError):
+        raise InputError(f"{path}: its labels are no numbers of classes; move it away to train "
+                         f"without them") from None
+
+def cpus():
+    """How many CPUs this process may use. A machine may have more, of which a container or a job
+    gets some. torch is told their number, too, but 1 may be meant for each of many processes."""
+    count = os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):
+        count = len(os.sched_getaffinity(0))
+    if torch.get_num_threads() > 1:
+        count = min(count, torch.get_num_threads())
+    return count
+
+@contextlib.contextmanager
+def threads(count):
+    """A pool of threads. InputError if the system does not start so many."""
+    try:
+        with ThreadPoolExecutor(count) as pool:
+            yield pool
+    except RuntimeError as error:
+        if "new thread" not in str(error):
+            raise
+        raise InputError("the system starts no more threads for this user; end other programs, or "
+                         "raise the limit (ulimit -u)") from None
+
 class Folder:
     """The images below `root`, and which of them cannot be read.
 
-    files: {path: (bytes, time, short side in pixels)} of those whose header is sound. classes: the
-    sub-folders of root by name, or none if there are fewer than two or if images lie beside them.
-    InputError for a missing or empty folder, or as soon as over 1 % of all files are unreadable."""
+    files: {path: (bytes, time, short side in pixels)} of those whose header is sound. class_of:
+    {path: name of its class}: what dataset.json says (see read_labels), otherwise the sub-folder of
+    root; "" if there are fewer than two, or if images lie beside them. classes: these names.
+    several: the paths of files that hold more than one picture. unreadable: {path: why}.
+    InputError for a missing or empty folder, or if over 1 % of all files are unreadable."""
 
     def __init__(self, root):
+        if os.path.isfile(root):
+            raise InputError(f"{root}: a file; give a folder of images"
+                             f"{how_to_unpack([Path(root).suffix.lower()])}")
         if not os.path.isdir(root):
             raise InputError(f"{root}: no such folder; give a folder of images")
         paths, self.others = list_images(root)
         if not paths:
             raise InputError(f"{root}: no images in it (looked for .jpg, .png and the other "
                              f"extensions that Pillow reads); it holds "
-                             f"{in_words(self.others) or 'no files'}")
+                             f"{in_words(self.others) or 'no files'}{how_to_unpack(self.others)}")
         self.root = os.path.abspath(root)
-        self.limit = MAX_UNREADABLE * len(paths)
-        self.unreadable = set()
+        self.count = len(paths)
+        self.unreadable = {}
+        self.several = set()
         self.files = {}
-        with ThreadPoolExecutor(16) as pool:    # more than cores, for folders on a network
+        with threads(16) as pool:           # more than cores, for folders on a network
             entries = pool.map(self.header, paths)
             for path in tqdm(paths, f"headers of {root}", delay=2, disable=RANK > 0):
                 entry = next(entries)
                 if entry is not None:
                     self.files[path] = entry
-        tops = {path.split("/")[0] if "/" in path else "" for path in self.files}
-        self.classes = []
-        if len(tops) > 1 and "" not in tops:    # "": an image in root itself
-            self.classes = sorted(tops)
+        self.check()
+        self.find_classes(read_labels(root))
+
+    def find_classes(self, labels):
+        """Set classes and class_of. labels: what read_labels returns."""
+        self.labelled = labels is not None
+        self.class_of = dict.fromkeys(self.files, "")
+        if labels:
+            without = [path for path in self.files if path not in labels]
+            if without:
+                raise InputError(f"{self.root}/dataset.json: has no label for {len(without)} of "
+                                 f"the images, such as {without[0]}; remove them")
+            self.class_of = {path: labels[path] for path in self.files}
+            self.classes = sorted(set(self.class_of.values()), key=int)
+            return
+        tops = {path: path.split("/")[0] if "/" in path else "" for path in self.files}
+        self.classes = sorted(set(tops.values()))
+        if self.labelled or len(self.classes) < 2 or "" in self.classes:   # "": in root itself
+            self.classes = []
+        else:
+            self.class_of = tops
 
     def header(self, path):
         """-> the entry of one file, or None if it is unreadable."""
         file = os.path.join(self.root, path)
         try:
-            with Image.open(file) as image:     # reads the header only
+            with reading.open(file) as image:              # reads the header only
                 width, height = image.size
+                with contextlib.suppress(Exception):       # what is damaged is not its first one
+                    if image.format not in ONE_PICTURE and getattr(image, "is_animated", False):
+                        self.several.add(path)
             if min(width, height) < MIN_SIDE:
                 raise OSError(f"{width}x{height} pixels; each side must have {MIN_SIDE}")
             if width * height > MAX_PIXELS:
@@ -1281,16 +1586,35 @@ class Folder:
             return None
 
     def found_unreadable(self, path, error):
-        """Name a file, and count it: each process names what it finds, each file once."""
+        """Count a file, once, and name it: each process names what it finds. What is not the fault
+        of the file is raised again."""
+        file = os.path.join(self.root, path)
+        if is_out_of_memory(error):
+            raise InputError(f"{printable(file)}: out of memory while it is read; give the program "
+                             f"more memory, or make the images smaller") from None
+        if isinstance(error, OSError) and error.errno not in (None, *OF_ONE_FILE):
+            error.filename = error.filename or file
+            raise error
         if path in self.unreadable:
             return
-        self.unreadable.add(path)
-        count = len(self.unreadable)
-        file = printable(os.path.join(self.root, path))
-        why = f"{file}: unreadable ({printable(last_line(error))})"
-        if count > self.limit:
-            raise InputError(f"{why}; {count} such files are over 1 % of the folder, remove them")
-        warnings.warn(f"skipped {why}, {count} so far")
+        self.unreadable[path] = printable(last_line(error))
+        if not self.too_many():
+            warnings.warn(f"skipped {printable(file)}: unreadable ({self.unreadable[path]}), "
+                          f"{len(self.unreadable)} so far")
+
+    def too_many(self):
+        """Whether over 1 % of all files are unreadable."""
+        return len(self.unreadable) > MAX_UNREADABLE * self.count
+
+    def check(self):
+        """InputError if too many files are unreadable, with the first ten."""
+        if not self.too_many():
+            return
+        named = [f"{printable(path)} ({self.unreadable[path]})" for path in sorted(self.unreadable)]
+        if len(named) > 10:
+            named[10:] = [f"and {len(named) - 10} more"]
+        raise InputError(f"{self.root}: {len(self.unreadable)} of {self.count} files are "
+                         f"unreadable, over 1 % of the folder; remove them: {', '.join(named)}")
 
 class ImageFolder(Images):
     """Images below `root`, recursively, with Folder's classes; y = 0 if there are none.
@@ -1311,7 +1635,8 @@ class ImageFolder(Images):
             paths = self.held_out() or paths    # `describe` says if nothing is held out
         self.paths = sorted(paths)
         label = {name: y for y, name in enumerate(self.classes)}
-        self.labels = torch.tensor([label.get(path.split("/")[0], 0) for path in self.paths])
+        class_of = self.folder.class_of
+        self.labels = torch.tensor([label.get(class_of[path], 0) for path in self.paths])
 
     def held_out(self):
         """The paths that are not trained on: about one in twenty, by a hash of the path, so that
@@ -1323,8 +1648,7 @@ class ImageFolder(Images):
             held_out = {min(hashes, key=hashes.get)}
         paths_of_class = {}
         for path in sorted(hashes):
-            name = path.split("/")[0] if self.classes else ""
-            paths_of_class.setdefault(name, []).append(path)
+            paths_of_class.setdefault(self.folder.class_of[path], []).append(path)
         for paths in paths_of_class.values():
             if held_out.issuperset(paths):
                 held_out.remove(paths[0])
@@ -1335,30 +1659,49 @@ class ImageFolder(Images):
 
     def read(self, i):
         """-> pixels, uint8 (3, size, size), and label. If the file has a sound header but damage
-        further on, the next image takes its place, with its own label."""
-        while True:
+        further on, the next image takes its place, with its own label; if too many have, the run
+        will stop, and any pixels do."""
+        for _ in range(len(self)):
             file = os.path.join(self.folder.root, self.paths[i])
             try:
                 return read_image(file, self.size, self.draft), self.labels[i]
             except Exception as error:
                 self.folder.found_unreadable(self.paths[i], error)
+            if self.folder.too_many():
+                return torch.zeros(3, self.size, self.size, dtype=torch.uint8), self.labels[i]
             i = (i + 1) % len(self)
+        raise InputError(f"{self.folder.root}: unreadable are {self.paths[i]} and all "
+                         f"{len(self)} others to train on, or all that are held out")
 
-    def batch(self, indices):
-        """B indices -> x uint8 (B, 3, size, size), y (B,). Decoded in threads: Pillow releases
-        Python's lock, and processes would need shared memory and copies."""
+    def decode(self, indices):
+        """B indices -> x uint8 (B, 3, size, size), y (B,), from the cache if there is one. Otherwise
+        decoded in threads: Pillow releases Python's lock, and processes would need shared memory
+        and copies."""
         if self.cache is not None:
             return self.cache.batch(indices)
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
+        with threads(cpus()) as pool:
             images = list(pool.map(self.read, indices))
         x = torch.stack([pixels for pixels, _ in images])
         y = torch.stack([label for _, label in images])
         return x, y
 
+    def batch(self, indices):
+        """The same. InputError if too many files have turned out to be unreadable."""
+        x, y = self.decode(indices)
+        self.folder.check()
+        return x, y
+
+    def batches(self, indices, B=64):
+        """As Images.batches, but unreadable files are told of at the end, all of them."""
+        for part in indices.split(B):
+            yield self.decode(part.tolist())
+        self.folder.check()
+
     def made_of(self):
         """Changes whenever a file is added, removed or edited, or a label changes."""
         listing = [(path, *self.folder.files[path][:2]) for path in self.paths]
-        return ascii((self.size, self.folder.root, self.classes, listing))
+        return ascii((DECODING, self.size, self.folder.root, self.classes, self.labels.tolist(),
+                      listing))
 
     def cache_in(self, run):
         """The Cache in a run folder that these images have there, or would have."""
@@ -1372,13 +1715,38 @@ class ImageFolder(Images):
             say(f"pixels of the images: from {cache.path}, where they are decoded")
             self.cache = cache.open("decoding", None)
 
-    def keep_pixels(self, run, allowed=True):
+    def counted(self, found):
+        """Yield all images in batches, and count equal ones in `found`."""
+        for x, y in self.batches(torch.arange(len(self))):
+            found.update(hash(image.numpy().tobytes()) for image in x)
+            yield x, y
+
+    def say_copies(self, found, val):
+        """Say how many images are exact copies, and how many of those in val, which are held out,
+        are trained on too. found: from `counted`; val: None if it is not known."""
+        copies = len(self) - len(found) - len(self.folder.unreadable)
+        if copies > 0:
+            say(f"exact copies: {copies} of the {len(self)} images are copies of another one")
+        if val is None or nothing_held_out(self, val):
+            return
+        held_out = Counter()
+        for _ in val.counted(held_out):
+            pass
+        trained_on = sum(held_out[key] for key in held_out if key in found)
+        if trained_on > 0:
+            say(f"warning: {trained_on} of the {len(val)} held-out images are copies of some that "
+                f"are trained on, so what is measured on them is too good")
+
+    def keep_pixels(self, run, allowed=True, val=None):
         """Decode all images once, into a Cache in the run folder, which `batch` reads from now on.
         If that is not allowed, or would take over nine tenths of the free disk, `batch` goes on
-        decoding, JPEGs as drafts."""
+        decoding, JPEGs as drafts. val: the images that are held out, see say_copies."""
         cache = self.cache_in(run)
         if allowed and from_first(lambda: cache.fits(0.9)):
-            self.cache = cache.open("decoding", self.batches(torch.arange(len(self))))
+            found = Counter()
+            self.cache = cache.open("decoding", self.counted(found))
+            if found:                       # now, by this process
+                self.say_copies(found, val)
             return
         say(f"decoding images when they are needed; a copy of all {len(self)} would take "
             f"{cache.bytes / 1e6:,.1f} MB in {run}")
@@ -1612,30 +1980,91 @@ def describe_folder(train, val):
         print(f"enlarged: {small} of {len(sides)}; the smallest has {min(sides)} pixels")
     counts = torch.bincount(train.labels, minlength=len(train.classes)).tolist()
     below = sum("/" in path for path in folder.files)
+    by = ""
+    if folder.labelled:
+        by = f", {len(train.classes)} by dataset.json"
     if train.classes:
-        print(f"classes: {in_words(dict(zip(train.classes, counts)))}")
+        print(f"classes{by}: {in_words(dict(zip(train.classes, counts)))}")
+    elif folder.labelled:
+        print("classes: none, as dataset.json says")
     elif below == len(sides):
         print("classes: none, as there is only one sub-folder; if the classes are in there, name "
               "that one with --data")
     elif below > 0:
         print(f"classes: none, as {len(sides) - below} images lie beside the sub-folders")
     if folder.others:
-        print(f"left out, by extension: {in_words(folder.others)}")
+        print(f"left out: {in_words(folder.others)}")
     if folder.unreadable:
         print(f"left out, unreadable: {len(folder.unreadable)}")
-    parts = {"train", "training", "val", "valid", "validation", "test", "testing"}
-    if train.classes and parts.issuperset(name.lower() for name in train.classes):
-        names = [name for name in train.classes if name.lower().startswith("train")]
-        names += [name for name in train.classes if name not in names]
-        print(f"warning: these classes look like parts of one data set; if they are, give --data "
-              f"{Path(folder.root, names[0])} --val {Path(folder.root, names[-1])}")
+    if folder.several:
+        print(f"more than one picture: in {len(folder.several)} files, such as "
+              f"{printable(min(folder.several))}; the first is used")
+    if not folder.labelled:
+        doubt = doubt_about_classes(folder)
+        if doubt:
+            print(f"warning: {doubt}")
     if nothing_held_out(train, val):
         print("warning: too few images to hold any out, so those trained on are measured")
-    some, _ = train.batch(train.some(64).tolist())
+    some, _ = train.decode(train.some(64).tolist())
     flat = int((some.float().std((1, 2, 3)) < 2).sum())    # of 255 grey levels
-    if flat > 0:
+    if flat > 0 and not folder.too_many():
         print(f"warning: {flat} of the {len(some)} images that were looked at are nearly constant, "
               f"such as all black; is that what they show?")
+
+SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing", "pred"}
+
+def doubt_about_classes(folder):
+    """Why the sub-folders may be no classes, and what to type then; None if nothing says so."""
+    names = folder.classes
+    splits = {}                             # "trainA" -> "train"
+    rest = {}                               # "trainA" -> ["A"]
+    for name in names:
+        words = re.findall(r"[A-Z]?[a-z]+|[A-Z]+|\d+", name)
+        rest[name] = [word for word in words if word.lower() not in SPLITS]
+        splits[name] = "".join(word.lower() for word in words if word.lower() in SPLITS)
+    if "" not in splits.values() and len(set(splits.values())) > 1:
+        first = min(names, key=lambda name: not splits[name].startswith("train"))
+        others = [name for name in names if splits[name] != splits[first]]
+        alike = [name for name in others if rest[name] == rest[first]]
+        return (f"these classes look like parts of one data set; if they are, give --data "
+                f"{Path(folder.root, first)} --val {Path(folder.root, (alike or others)[-1])}")
+    slices = [name for name in names if re.fullmatch(r"(part|shard|batch|chunk)?[-_]?\d{4,}", name)]
+    if names and slices == names and re.search(r"\d", names[0])[0] == "0":
+        return (f"the sub-folders {names[0]}, {names[1]} look like slices of one data set, not "
+                f"like classes; if they are, give --no-classes to train_ldm.py")
+    pair = pair_of(folder)
+    if pair:
+        return (f"the files in {pair[0]} and {pair[1]} have the same names, as images and their "
+                f"masks do; if they are pairs, give --data {Path(folder.root, pair[1])}")
+    return None
+
+def pair_of(folder):
+    """Two classes of a few whose files have the same names -> their names, the one with more bytes
+    last, or None. 7.jpg and 00007_hair.png are called the same. Many data sets count from 1 in each
+    class; so numbers say something only if both classes have nearly all of them, and if their files
+    are of another kind or size, as those of masks and thumbnails are."""
+    stems = {name: set() for name in folder.classes}
+    kinds = {name: set() for name in folder.classes}
+    sizes = dict.fromkeys(folder.classes, 0)               # in bytes
+    for path, name in folder.class_of.items():
+        if name:
+            stem = re.sub(r"^0*(\d+)(_[a-z_]+)?$", r"\1", Path(path).stem)
+            stems[name].add(stem)
+            kinds[name].add(Path(path).suffix.lower())
+            sizes[name] += folder.files[path][0]
+    if len(stems) > 4:
+        return None
+    for pair in itertools.combinations(stems, 2):
+        a, b = sorted(pair, key=sizes.get)
+        common = stems[a] & stems[b]
+        wanted = min(len(stems[a]), len(stems[b]))
+        if all(stem.isdigit() for stem in common):
+            wanted = max(len(stems[a]), len(stems[b]))
+            if kinds[a] == kinds[b] and sizes[b] < 2 * sizes[a]:
+                continue
+        if len(common) >= 0.9 * wanted:
+            return a, b
+    return None
 
 def nothing_held_out(train, val):
     """Whether a folder is so small that the images trained on are also those that are measured."""
