@@ -1674,7 +1674,7 @@ class ImageFolder(Images):
                          f"{len(self)} others to train on, or all that are held out")
 
     def decode(self, indices):
-        """B indices -> x uint8 (B, 3, size, size), y (B,), from the cache if there is one. Otherwise
+        """B indices -> x uint8 (B, 3, size, size), y (B,), from the cache if there is one. If not,
         decoded in threads: Pillow releases Python's lock, and processes would need shared memory
         and copies."""
         if self.cache is not None:
@@ -2225,8 +2225,7 @@ def save_curves(runs, path):
 
 def start(name):
     """--device -> torch.device, which is tried out, and said. Nothing here touches CUDA if the user
-    asks for the CPU. Under torchrun the process takes one GPU, and joins the group of all processes.
-    """
+    asks for the CPU. Under torchrun the process takes one GPU, and joins the group of all."""
     asked = name
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -2283,7 +2282,7 @@ def meet(device):
     waiting = threading.Timer(15, print, [text])
     waiting.daemon = True
     waiting.start()
-    try:                                    # if one ends, torchrun ends all: they may wait for hours
+    try:                                    # if one ends, torchrun ends all; they may wait long
         dist.init_process_group(backend, timeout=timedelta(days=7))
     except (RuntimeError, ValueError) as error:
         raise InputError(f"process {RANK} cannot meet the others at {place} "
