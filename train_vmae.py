@@ -269,7 +269,12 @@ class Muon(torch.optim.Optimizer):
 
     Jordan has .95 and .05; in runs as short as ours .9 learns faster, see RECIPES. With the root a
     weight moves by about .6 lr, whatever the size of its matrix. decay: of the weights; dtype: of
-    the products inside orthogonalise."""
+    the products inside orthogonalise.
+
+    A step takes as long for one image as for a thousand. In the default run on two CPU cores, in
+    float32, it is 31 ms beside 91 ms of forward and backward in stage one and 62 beside 181 in
+    stage two, where AdamW alone takes 4 and 10. An orthogonal direction in every second step, for a
+    step twice as long, saves as much time as it costs in steps."""
 
     def __init__(self, matrices, decay, dtype):
         stacks = {}                         # equal matrices of all blocks are computed in one go
