@@ -1279,21 +1279,16 @@ MIN_SIDE = 8           # pixels; anything smaller is a placeholder, not a photog
 MAX_PIXELS = 178_956_970   # a header may claim any size; Pillow's own limit can be switched off
 MAX_TEXT = 2**26       # bytes of each text or profile in a PNG, see Reading
 PIXELS_AT_ONCE = 2**27     # that all threads decode together: half a GB in RGB
-# Numbers of these tags in a TIFF.
-BITS_PER_SAMPLE, PHOTOMETRIC, SAMPLE_FORMAT = 258, 262, 339
+BITS_PER_SAMPLE = 258  # the numbers of three tags in a TIFF
+PHOTOMETRIC = 262
+SAMPLE_FORMAT = 339
 MAX_UNREADABLE = 0.01  # share of the files; a collected folder often has a few broken ones
 # Two warnings that tell the user nothing: Pillow's about odd files, which are read or named, and
 # torchvision's about old names of arguments, which lpips uses.
 warnings.filterwarnings("ignore", module="PIL|torchvision")
 
 class Reading:
-    """What the threads that read images share.
-
-    open: as Pillow's, but texts and profiles beside the pixels of a PNG may have 64 MB, as drawing
-    programs and generators of images write long ones. Pillow takes 1 MB, and has only a limit for
-    the whole program, which the user's part of it gets back.
-    room_for: wait until PIXELS_AT_ONCE is kept, as 64 threads with a photograph of 24 megapixels
-    each would need 18 GB. A larger image is decoded alone."""
+    """What the threads that read images share: the limits of text and of pixels."""
 
     def __init__(self):
         self.changed = threading.Condition()
@@ -1302,6 +1297,9 @@ class Reading:
 
     @contextlib.contextmanager
     def open(self, path):
+        """As Pillow's open, but texts and profiles beside the pixels of a PNG may have 64 MB each,
+        as drawing programs and generators of images write long ones. Pillow takes 1 MB. It has one
+        limit for the whole program; the user's part of it gets that back."""
         png = PngImagePlugin
         with self.changed:
             if self.files == 0:
@@ -1320,6 +1318,8 @@ class Reading:
 
     @contextlib.contextmanager
     def room_for(self, pixels):
+        """Wait until PIXELS_AT_ONCE is kept, as 64 threads with a photograph of 24 megapixels each
+        would need 18 GB. A larger image is decoded alone."""
         pixels = min(pixels, PIXELS_AT_ONCE)
         with self.changed:
             self.changed.wait_for(lambda: self.pixels + pixels <= PIXELS_AT_ONCE)
