@@ -3883,11 +3883,14 @@ def test_two_processes_are_one_run_of_every_kind_of_training():
              "classes": (train_ldm, f"{go} --vmae start")}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    code = f"{SCRIPTS}\ndef all_of_them():\n"
+    # The runs share one group of processes: a second one in the same process may fail to connect.
+    code = f"{SCRIPTS}\nclose = vmae.end_together\nvmae.end_together = vmae.wait_for_all\n"
+    code += "def all_of_them():\n"
     for name, (script, line) in lines.items():
         with patch(train_ldm, "measure", return_value={}):
             runs(script.main, f"{line} --out one_{name}")
         code += f"    main({script.__name__}, '{line} --out two_{name}')\n"
+    code += "    close()\n"
     torch.set_num_threads(threads)
     in_child(f"{code}\nvmae.cli(all_of_them)", torchrun=2)
     for name in lines:
