@@ -58,15 +58,15 @@ DEFAULTS = dict(preset="vmae", size=None, init=None, tune=None, adv_start=None, 
                 lambda_m=0.1)               # 28.6 dB with 1, as the authors': L_M dominates then
 
 # Recipes, by size, body and device ("cpu" stands for all but CUDA): the optimiser, images per step,
-# steps, peak learning rate. Where Muon was not tried it is not the default: base, and large batches
-# on a GPU. What was tried on a CPU, held-out PSNR in dB (AMD EPYC, float32, batch 16):
+# steps, peak learning rate. Where Muon was not tried it is not the default (base, and large batches
+# on a GPU), but for small conv, which follows tiny. What was tried on a CPU (AMD EPYC, float32, batch
+# 16), held-out PSNR in dB:
 #
 #   tiny vit, 500 steps, lr 4e-3    momentum .95: 30.1, .9: 30.7, .85: 30.7. With .95: a step 5/3 as
 #                                   long 30.0; all matrices but the last by Muon 29.9; a third of
 #                                   the weight decay 30.0; four iterations in orthogonalise 29.3
 #   tiny conv (ae), 300 steps       lr 1.5e-3: Muon 21.6, AdamW 18.8; lr 4e-3: Muon 21.4, AdamW 17.1
 #   small vit, photographs, 64 px   lr 1e-3: Muon 34.0 after 1,200 steps, AdamW 33.8 after 6,000
-#   small conv                      not tried: as tiny
 RECIPES = {
     ("tiny", "vit", "cpu"): dict(optimizer="muon", batch=16, steps=1200, lr=4e-3),
     ("tiny", "vit", "cuda"): dict(optimizer="adamw", batch=128, steps=6000, lr=4e-3),  # 35.7 dB
@@ -252,7 +252,7 @@ def orthogonalise(M):
     b and c (Muon, 2024) five iterations bring all from .002 to 1 into .6 to 1.2, near enough to 1.
     """
     is_tall = M.shape[1] > M.shape[2]
-    X = M.mT if is_tall else M                             # the smaller side first, (K, m, n)
+    X = M.mT if is_tall else M                             # (K, m, n), from here on m <= n
     X = X / X.norm(dim=(1, 2), keepdim=True).clamp(min=1e-20)
     for _ in range(5):
         A = X @ X.mT                                                       # (K, m, m)
