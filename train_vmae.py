@@ -59,8 +59,8 @@ DEFAULTS = dict(preset="vmae", size=None, init=None, tune=None, adv_start=None, 
 
 # Recipes, by size, body and device ("cpu" stands for all but CUDA): the optimiser, images per step,
 # steps, peak learning rate. Where Muon was not tried it is not the default (base, and large batches
-# on a GPU), but for small conv, which follows tiny. What was tried on a CPU (AMD EPYC, float32, batch
-# 16), held-out PSNR in dB:
+# on a GPU), but for small conv, which follows tiny. What was tried on a CPU (AMD EPYC, float32,
+# batch 16), held-out PSNR in dB:
 #
 #   tiny vit, 500 steps, lr 4e-3    momentum .95: 30.1, .9: 30.7, .85: 30.7. With .95: a step 5/3 as
 #                                   long 30.0; all matrices but the last by Muon 29.9; a third of
