@@ -100,8 +100,8 @@ def fid(args):
     if args.save_stats is not None:         # now, so that a bad path stops us before the work
         os.makedirs(os.path.dirname(args.save_stats) or ".", exist_ok=True)
     inception = find_inception(args)
-    row, real_statistics, size = generation(args.fake, args.real, args, inception, args.pairs,
-                                            args.size)
+    row, real_statistics, title = generation(args.fake, args.real, args, inception, args.pairs,
+                                             args.size)
     if args.save_stats is not None:
         path = args.save_stats.removesuffix(".npz") + ".npz"
         with vmae.whole_file(path) as file:
@@ -109,13 +109,13 @@ def fid(args):
     smaller = row["N fake"]
     if row["N real"] != "unknown":
         smaller = min(smaller, row["N real"])
-    title = f"Generated images at {size} px (Table 2)"
     report(args, title + fid_note(inception, smaller), [row])
 
 def generation(fake, real, args, inception, pairs=0, size=None):
     """--fake and --real, as open_source takes them -> (a row of `fid`, the statistics of the real
-    side, the size of the images). real may also be a .npz of statistics, see read_statistics, or
-    None: what the checkpoint `fake` was trained on. size: by default that of the fakes."""
+    side, a title that says how the images were read). real may also be a .npz of statistics, see
+    read_statistics, or None: what the checkpoint `fake` was trained on. size: by default that of
+    the fakes."""
     drawn_here = os.path.isfile(fake) and not fake.endswith(".npz")
     if real is None and drawn_here:
         _, data = stage_and_data(fake)
@@ -124,11 +124,13 @@ def generation(fake, real, args, inception, pairs=0, size=None):
     if real is None:
         raise InputError('--real: name a folder, a .npz or "faces" to compare with')
     # Both sides are opened before the work begins, so that what cannot be read is named at once.
-    size, n_fake, fake_batches = open_source(fake, args, size)
+    size, n_fake, fake_batches, note = open_source(fake, args, size)
+    title = f"Generated images at {size} px (Table 2){note}"
     made_with = {"resize": inception.resize, "weights": inception.hash, "size": size}
     real_stats = read_statistics(real, made_with)          # {} if they are not known
     if not real_stats:
-        _, n_real, real_batches = open_source(real, args, size)
+        _, n_real, real_batches, note = open_source(real, args, size)
+        title += note
 
     fakes = Features(inception, pairs)
     fakes.see(n_fake, fake_batches)
@@ -156,7 +158,7 @@ def generation(fake, real, args, inception, pairs=0, size=None):
         b = torch.cat(fakes.kept)
         row["KID x 1e3"] = 1e3 * kid(a, b)
         row["precision"], row["recall"] = precision_recall(a, b)
-    return row, real_stats, size
+    return row, real_stats, title
 
 def read_statistics(path, made_with):
     """The statistics in a .npz, as a dict: mu and sigma of the features that FID compares, as in
@@ -621,6 +623,9 @@ def neighbours(args):
         ratio = math.nan
         if reference > 0:
             ratio = near / reference
+        else:
+            vmae.say(f"held-out 0 in {space}: most held-out images are also trained on, as exact "
+                     f"copies or because there were too few to hold any out; so no ratio")
         rows.append({"space": space, "samples": near, "held-out": reference, "ratio": ratio})
         for k in range(index.shape[1]):
             x, _ = train.batch(index[:len(shown[0]), k].tolist())
@@ -792,21 +797,26 @@ def draw_samples(ldm, args, cfg):
     return map(draw, torch.arange(args.n).split(args.batch))
 
 def open_source(source, args, size=None):
-    """--real or --fake -> (side, number of images, batches of uint8 (B, 3, side, side)).
+    """--real or --fake -> (side, number of images, batches of uint8 (B, 3, side, side), a note for
+    the title: how many of a folder were cropped, where other programs squash, or put on white).
 
     source: a folder; "faces", the built-in training faces; a .npz with arr_0, uint8 (N, H, W, 3),
     as ADM's; or a stage-two checkpoint, which is sampled. size: the side to give to the images of a
     folder (default: that of all its images) or the faces, and to ask of a .npz."""
     if source.endswith(".npz"):
         images = open_npz(source, size)[:args.n]           # (N, 3, side, side)
-        return images.shape[-1], len(images), prefetched(images.split(args.batch), args.device)
+        batches = prefetched(images.split(args.batch), args.device)
+        return images.shape[-1], len(images), batches, ""
+    how_to_unpack = vmae.how_to_unpack([Path(source).suffix.lower()])
+    if os.path.isfile(source) and how_to_unpack:
+        raise InputError(f"{source}: a file{how_to_unpack}")
     if os.path.isfile(source):
         ldm = load_generator(source, args)
         drawn = ldm.ae.img_size
         if size not in (None, drawn):
             raise InputError(f"--size {size}: {source} draws images of {drawn} pixels; leave "
                              f"--size out")
-        return drawn, args.n, draw_samples(ldm, args, args.cfg)
+        return drawn, args.n, draw_samples(ldm, args, args.cfg), ""
     if source == "faces":
         data = vmae.Faces(size or 32)
     else:
@@ -817,7 +827,12 @@ def open_source(source, args, size=None):
                              f"all one --size")
         data = vmae.ImageFolder(source, size or min(sides), folder=folder)
     indices = data.some(args.n)             # always the same
-    return data.size, len(indices), images_of(data, indices, args.batch, args.device)
+    note = ""
+    if source != "faces":
+        paths = {data.paths[i] for i in indices.tolist()}
+        note = (f"; {source}: {len(paths & folder.cropped)} of {len(paths)} cropped to the square "
+                f"in the middle, {len(paths & folder.transparent)} put on white")
+    return data.size, len(indices), images_of(data, indices, args.batch, args.device), note
 
 def open_npz(path, size):
     """arr_0 of a .npz -> uint8 (N, 3, H, H). size: the H that it must have, or None."""

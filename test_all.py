@@ -3485,6 +3485,15 @@ def test_neighbours_are_searched_in_pixels_and_in_features():
     for row in rows:
         assert row["ratio"] == row["samples"] / row["held-out"]
 
+def test_neighbours_says_why_held_out_images_are_trained_on():
+    for copy in range(8):
+        save_images(f"data/copy {copy}", 4, size=32)
+    trained("--size 32")
+    runs(train_ldm.main, TINY_LDM)
+    said = "held-out 0 in pixels: most held-out images are also trained on"
+    [row] = measured("neighbours", "--ckpt runs/ldm --n 5 --batch 4", said)
+    assert row["held-out"] == 0 and row["ratio"] is None
+
 def sampling_options(**others):
     """What evaluate.draw_samples asks of the command line."""
     return SimpleNamespace(n=9, batch=4, device=CPU, sampler=None, steps=50, **others)
@@ -3657,6 +3666,17 @@ def test_fid_of_two_folders_leaves_overviews_out():
     assert (row["N real"], row["N fake"]) == (20, 21)
     assert {"sFID", "IS", "KID x 1e3", "precision", "recall"} <= row.keys()
     close(fid_row("--real real --fake real")["FID"], 0, 1e-3)
+
+# pytorch-fid squashes pictures, so that its FID of wide ones is another.
+def test_fid_says_how_many_pictures_were_cropped_or_put_on_white():
+    save_images("real", 8, 16)
+    save_images("fake", 6, 16)
+    Image.new("RGB", (20, 16)).save("fake/wide.png")
+    Image.new("RGBA", (16, 16)).save("fake/clear.png")
+    fid_row("--real real --fake fake")
+    title = json.loads(Path("out/fid.json").read_text())["title"]
+    assert "fake: 1 of 8 cropped to the square in the middle, 1 put on white" in title
+    assert "real: 0 of 8 cropped to the square in the middle, 0 put on white" in title
 
 def test_fid_is_the_same_from_adms_images_and_from_saved_statistics():
     real = save_images("real", 20, 16)
@@ -4427,7 +4447,11 @@ def test_the_start_counts_images_classes_and_what_was_left_out():
     held_out = ImageFolder("data", 16, "val")
     head = f"images: {len(train)} to train on, {len(held_out)} held out, 16 x 16 pixels"
     assert text.splitlines()[0] == head
-    assert "each cropped to the square in its middle" in text
+    Image.new("RGB", (20, 30)).save("data/class 00/high.png")
+    Image.new("RGBA", (20, 20)).save("data/class 00/clear.png")
+    again = described("data").splitlines()
+    assert again[1].endswith(f"data; cropped to the square in the middle: 1 of 128")
+    assert again[2] == "transparency: in 1 of them, on white now"
     [classes] = re.findall("^classes: (.*)$", text, re.MULTILINE)
     counts = re.findall(r"class \d\d (\d+)", classes)
     assert len(counts) == 10 and classes.endswith(", and 2 more")
@@ -4496,6 +4520,10 @@ def test_archives_and_tables_are_said_to_be_what_they_are():
         "--data a.npz": "save its images as .png, or read it with a Python file",
         "--data shards": "it holds .tar 1; unpack it",
         "--data tables": "it holds .parquet 1; save its images as .png"}, "--size 16")
+    with tiny_inception:
+        refuses(evaluate.main, {"--fake a.zip": "a.zip: a file; unpack it",
+                                "--fake faces --real a.zip": "a.zip: a file; unpack it"},
+                "fid --real faces --n 8")
 
 def test_an_empty_folder_says_what_is_in_it():
     os.mkdir("data")

@@ -1519,7 +1519,8 @@ class Folder:
     files: {path: (bytes, time, short side in pixels)} of those whose header is sound. class_of:
     {path: name of its class}: what dataset.json says (see read_labels), otherwise the sub-folder of
     root; "" if there are fewer than two, or if images lie beside them. classes: these names.
-    several: the paths of files that hold more than one picture. unreadable: {path: why}.
+    several: the paths of files that hold more than one picture; cropped: of those that are no
+    squares; transparent: of those that may show what lies behind them. unreadable: {path: why}.
     InputError for a missing or empty folder, or if over 1 % of all files are unreadable."""
 
     def __init__(self, root):
@@ -1537,6 +1538,8 @@ class Folder:
         self.count = len(paths)
         self.unreadable = {}
         self.several = set()
+        self.cropped = set()
+        self.transparent = set()
         self.files = {}
         with threads(16) as pool:           # more than cores, for folders on a network
             entries = pool.map(self.header, paths)
@@ -1575,6 +1578,10 @@ class Folder:
                 with contextlib.suppress(Exception):       # what is damaged is not its first one
                     if image.format not in ONE_PICTURE and getattr(image, "is_animated", False):
                         self.several.add(path)
+                if width != height:
+                    self.cropped.add(path)
+                if image.has_transparency_data:
+                    self.transparent.add(path)
             if min(width, height) < MIN_SIDE:
                 raise OSError(f"{width}x{height} pixels; each side must have {MIN_SIDE}")
             if width * height > MAX_PIXELS:
@@ -1973,8 +1980,11 @@ def describe(train, val):
 def describe_folder(train, val):
     """The lines of `describe` that only a folder has."""
     folder = train.folder
-    print(f"from {printable(folder.root)}, each cropped to the square in its middle")
     sides = [side for _, _, side in folder.files.values()]
+    print(f"from {printable(folder.root)}; cropped to the square in the middle: "
+          f"{len(folder.cropped)} of {len(sides)}")
+    if folder.transparent:
+        print(f"transparency: in {len(folder.transparent)} of them, on white now")
     small = sum(side < train.size for side in sides)
     if small > 0:
         print(f"enlarged: {small} of {len(sides)}; the smallest has {min(sides)} pixels")
