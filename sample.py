@@ -49,29 +49,20 @@ def main():
     for part in torch.arange(args.n).split(args.batch):
         if not finished.issuperset(files[i] for i in part):
             parts.append(part)
-    # The first images stay in memory, for grid.png; for samples.npz as many as 1 GiB holds.
-    most = 64
-    if args.npz:
-        most = max(64, 2**30 // (3 * ldm.ae.img_size**2))
-    in_memory = {}                          # {number: image (H, W, 3)}
     with vmae.threads(vmae.cpus()) as pool:    # PNGs are written while the next batch is drawn
         written = []
         for part in tqdm(parts[RANK::WORLD], "sampling", dynamic_ncols=True, disable=RANK > 0):
             images = draw(part).permute(0, 2, 3, 1).numpy()                # (B, H, W, 3)
             wait(written)                   # at most one batch is waiting to be written
-            written = []
-            for i, image in zip(part.tolist(), images):
-                written.append(pool.submit(write_png, files[i], image))
-                if i < most:
-                    in_memory[i] = image
+            written = [pool.submit(write_png, files[i], x) for i, x in zip(part, images)]
         wait(written)
     vmae.wait_for_all()
     if RANK > 0:                            # process 0 does the rest
         return
-    first = np.stack(list(all_images(files[:64], in_memory)))              # (at most 64, H, W, 3)
-    vmae.save_grid(torch.from_numpy(first).permute(0, 3, 1, 2).split(8), out / "grid.png")
+    first = torch.from_numpy(np.stack([read_png(file) for file in files[:64]]))
+    vmae.save_grid(first.permute(0, 3, 1, 2).split(8), out / "grid.png")   # (at most 64, 3, H, W)
     if args.npz:                            # for evaluate.py fid, or ADM's
-        save_npz(files, in_memory, first.shape[1:], out / "samples.npz")
+        save_npz(files, first.shape[1:], out / "samples.npz")
     if args.trajectory:
         save_trajectory(draw, args, ldm, out / "trajectory.png")
     print(f"{args.n} images in {out}, an overview in {out}/grid.png")
@@ -188,8 +179,7 @@ def open_folder(out, args, settings, files):
 def is_readable(path):
     """Whether a PNG is there and can be read: a power cut may leave an empty one."""
     try:
-        with Image.open(path) as image:
-            image.load()
+        read_png(path)
     except (OSError, SyntaxError):          # Pillow's, for a damaged PNG
         return False
     return True
@@ -204,24 +194,20 @@ def wait(written):
     for future in written:
         future.result()
 
-def all_images(files, in_memory):
-    """Yield all images in turn, uint8 (H, W, 3): those that this process has just drawn and that
-    are still in memory, {number: image}, from there; the others from their files, one by one."""
-    for i, file in enumerate(files):
-        if i in in_memory:
-            yield in_memory[i]
-        else:
-            yield np.asarray(Image.open(file))
+def read_png(path):
+    """-> uint8 (H, W, 3)."""
+    with Image.open(path) as image:
+        return np.asarray(image)
 
-def save_npz(files, in_memory, shape, path):
-    """All images as arr_0, uint8 (N, H, W, 3), in a .npz. files, in_memory: see all_images; shape:
-    (H, W, 3)."""
+def save_npz(files, shape, path):
+    """All images as arr_0, uint8 (N, H, W, 3), in a .npz, one after the other, as they may be more
+    than the memory holds. shape: (H, W, 3)."""
     header = dict(descr="|u1", fortran_order=False, shape=(len(files), *shape))
     with (vmae.whole_file(path) as whole, zipfile.ZipFile(whole, "w") as archive,
           archive.open("arr_0.npy", "w", force_zip64=True) as array):
         np.lib.format.write_array_header_1_0(array, header)
-        for image in all_images(files, in_memory):
-            array.write(image.tobytes())
+        for file in files:
+            array.write(read_png(file).tobytes())
 
 def save_trajectory(draw, args, ldm, path):
     """The estimates of x at ten of the steps, for the first 8 images, one per row."""
