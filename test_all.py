@@ -4776,6 +4776,17 @@ def test_small_images_are_measured_without_LPIPS():
             asked_for = f"{name} {line} --vgg-weights vgg.pth --out new"
             refuses(evaluate.main, {asked_for: "--vgg-weights: LPIPS needs images of 16 pixels"})
 
+def test_LPIPS_is_imported_beside_a_torchvision_of_another_torch():
+    Path("torchvision").mkdir()                            # one that behaves like 0.25 does
+    Path("torchvision/extension.py").write_text("HAS_OPS = False")
+    Path("torchvision/__init__.py").write_text("""
+from .extension import HAS_OPS
+import torch, torchvision
+torchvision.extension
+torch.library.register_fake("torchvision::nms")(print)""")
+    Path("lpips.py").write_text("import torchvision")
+    assert "lpips.py" in in_child("import vmae; print(vmae.import_lpips().__file__)")
+
 def test_LPIPS_takes_16_pixels_and_no_fewer():
     torch.save(random_vgg(), "vgg.pth")
     net = vmae.load_lpips("vgg.pth")

@@ -632,6 +632,9 @@ def import_lpips():
     except RuntimeError:
         for op in ("torchvision::nms", "torchvision::qnms"):
             torch.library.define(op, "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        for name in list(sys.modules):      # what is imported by half would stay so
+            if name.split(".")[0] in ("lpips", "torchvision"):
+                del sys.modules[name]
         import lpips
     return lpips
 
