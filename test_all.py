@@ -1787,12 +1787,12 @@ def test_seeds_of_different_numbers_have_nothing_in_common():
     again = torch.randn(1000, generator=vmae.seeded(0, 0, 1))
     assert torch.equal(draws[1], again)
 
-def test_learning_rate_warms_up_and_decays():
+def test_learning_rate_rises_and_falls_in_straight_lines():
     rates = [train_vmae.learning_rate(step, 1000, 1.0) for step in range(1000)]
     assert rates[0] < 0.1
-    assert max(rates) == max(rates[15:30]) > 0.99          # after 2 % of the run
-    assert rates[20:] == sorted(rates[20:], reverse=True)
-    assert rates[-1] < 1e-4
+    assert max(rates) == rates[19] > 0.98                  # after 2 % of the run
+    close(torch.tensor(rates[20:]).diff(), torch.full((979,), -0.001), 1e-6)
+    assert rates[-1] < 0.0011
 
 MUON = SimpleNamespace(optimizer="muon", precision="float32")
 ADAMW = SimpleNamespace(optimizer="adamw", precision="float32")

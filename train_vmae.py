@@ -65,12 +65,14 @@ DEFAULTS = dict(preset="vmae", size=None, init=None, tune=None, adv_start=None, 
 #   tiny vit, 500 steps, lr 4e-3    momentum .95: 30.1, .9: 30.7, .85: 30.7. With .95: a step 5/3 as
 #                                   long 30.0; all matrices but the last by Muon 29.9; a third of
 #                                   the weight decay 30.0; four iterations in orthogonalise 29.3
+#                                   (all with a cosine down; after 600 steps of .9 31.28, and 31.43
+#                                   with today's line)
 #   tiny conv (ae), 300 steps       lr 1.5e-3: Muon 21.6, AdamW 18.8; lr 4e-3: Muon 21.4, AdamW 17.1
 #   small vit, photographs, 64 px   lr 1e-3: Muon 34.0 after 1,200 steps, AdamW 33.8 after 6,000
 RECIPES = {
-    ("tiny", "vit", "cpu"): dict(optimizer="muon", batch=16, steps=1200, lr=4e-3),
+    ("tiny", "vit", "cpu"): dict(optimizer="muon", batch=16, steps=1100, lr=4e-3),
     ("tiny", "vit", "cuda"): dict(optimizer="adamw", batch=128, steps=6000, lr=4e-3),  # 35.7 dB
-    ("tiny", "conv", "cpu"): dict(optimizer="muon", batch=16, steps=1200, lr=1.5e-3),
+    ("tiny", "conv", "cpu"): dict(optimizer="muon", batch=16, steps=1100, lr=1.5e-3),
     ("tiny", "conv", "cuda"): dict(optimizer="adamw", batch=128, steps=3000, lr=4e-3),
     ("small", "vit", "cpu"): dict(optimizer="muon", batch=16, steps=2000, lr=1e-3),
     ("small", "vit", "cuda"): dict(optimizer="muon", batch=16, steps=2000, lr=1e-3),
@@ -166,7 +168,7 @@ def main():
     log = Log(args, start, device)
     stop = Stop()
     for step in log.progress(range(start, args.steps)):
-        lr = learning_rate(step, args.steps, args.lr)      # up, then down a cosine
+        lr = learning_rate(step, args.steps, args.lr)      # up, then down to 0
         mask_ratio = 0.0 if sees_whole_images(step, args.whole) else args.mask
         adversary = disc is not None and step >= args.adv_start
         for i in my_micro_batches:
@@ -829,9 +831,12 @@ def training_batches(data, args, start, my_micro_batches, device):
         yield x.to(device, non_blocking=on_cuda), y.to(device, non_blocking=on_cuda)
 
 def learning_rate(step, steps, peak):
-    """Linear warm-up over 2 % of the run, while AdamW's moments settle; a cosine down to zero."""
+    """Up over the first 2 % of the run, while the moments settle, then down to zero, both in a
+    straight line (Defazio 2023). After 550 steps of the default stage two L_v of held-out faces is
+    .219; .221 with a cosine in place of the line down; with a cosine and no warm-up .228, with one
+    over 10 % of the run .230. With AdamW the line gives .255, the cosine .264."""
     warm = min(1, (step + 1) / max(1, steps // 50))        # rises to 1
-    return peak * warm * 0.5 * (1 + math.cos(math.pi * step / steps))
+    return peak * warm * (1 - step / steps)
 
 def sum_over_processes(gradients):
     """Replace each gradient by its sum over the processes: as one vector, in one go."""
