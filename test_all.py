@@ -1965,16 +1965,16 @@ def steps_of_a_small_network(tries=0):
 def test_a_trial_leaves_weights_and_moments_as_if_nothing_had_been_tried():
     same(steps_of_a_small_network(), steps_of_a_small_network(tries=4))
 
-def with_a_trial(script):
-    """Patch: before it begins, the script tries out three images at once, as it does on CUDA."""
-    choose_micro = script.choose_micro
+def with_a_trial():
+    """Patch: before it begins, a trainer tries out three images at once, as it does on CUDA."""
+    choose_micro = train_vmae.choose_micro
 
     def trial_first(args, given, device, largest_part, states, at_once):
         with patch(torch.cuda, "empty_cache"):
             assert train_vmae.step_fits(3, largest_part, states)
         return choose_micro(args, given, device, largest_part, states, at_once)
 
-    return patch(script, "choose_micro", trial_first)
+    return patch(train_vmae, "choose_micro", trial_first)
 
 def test_a_trial_sees_whole_images_and_every_loss_and_changes_nothing_of_a_run():
     save_images("data", 8)
@@ -1985,7 +1985,7 @@ def test_a_trial_sees_whole_images_and_every_loss_and_changes_nothing_of_a_run()
         with (patch(vmae, "loss_VMAE", spy.loss_VMAE),
               patch(vmae, "loss_G", spy.loss_G),
               patch(vmae, "loss_D", spy.loss_D),
-              with_a_trial(train_vmae)):
+              with_a_trial()):
             trained(f"--preset {preset}", "tried")
         assert names_of_calls(spy)[:len(losses)] == losses
         mask = spy.mock_calls[0].args[3]                   # of loss_VMAE
@@ -1995,7 +1995,7 @@ def test_a_trial_sees_whole_images_and_every_loss_and_changes_nothing_of_a_run()
 
 def test_a_trial_changes_nothing_of_stage_two():
     both_stages()
-    with with_a_trial(train_ldm):
+    with with_a_trial():
         runs(train_ldm.main, f"{TINY_LDM} --out tried")
     same(load("runs/ldm/last.pt"), load("tried/last.pt"))
 
@@ -2204,9 +2204,9 @@ def test_speed_in_the_log_leaves_saves_and_measuring_out():
     for script, line, measure in (
             (train_vmae, f"{TINY_RUN} --out one", "validate"),
             (train_ldm, f"{TINY_LDM} --batch 4 --out two", "measure")):
-        step = clock.takes(2, script.optimiser_step)
+        step = clock.takes(2, train_vmae.optimiser_step)
         with (patch(time, "perf_counter", lambda: clock.now),
-              patch(script, "optimiser_step", step),
+              patch(train_vmae, "optimiser_step", step),
               patch(script, measure, clock.takes(50, measures_nothing)),
               patch(vmae, "save_checkpoint", clock.takes(100, measures_nothing))):
             runs(script.main, f"{line} --steps 6 --save-every 2")
@@ -2214,8 +2214,8 @@ def test_speed_in_the_log_leaves_saves_and_measuring_out():
         assert logged(run, "images_per_s") == [2.0, 2.0, 2.0]              # 4 images in 2 s
 
 def log_after(*parts):
-    """The means in a Log after one step, of which each part is (share of the batch, losses)."""
-    log = train_vmae.Log(SimpleNamespace(out=".", batch=4), 0, CPU)
+    """The means in the log after one step, of which each part is (share of the batch, losses)."""
+    log = train_vmae.Run(SimpleNamespace(out=".", batch=4), {}, 0, CPU)
     for share, losses in parts:
         terms = {name: torch.tensor(value) for name, value in losses.items()}
         log.add(terms, share)
@@ -5944,7 +5944,7 @@ def test_cuda_a_step_that_reads_a_tensor_is_not_replayed():
 def test_cuda_nothing_in_a_step_waits_for_the_gpu():
     save_images("data", 80, 32)
     seed_of = vmae.seed_of
-    check_skipped = train_vmae.Log.check_skipped
+    check_skipped = train_vmae.Run.check_skipped
     steps = []
 
     def strict(*numbers):                   # each micro-batch begins with (seed, step, number)
@@ -5959,7 +5959,7 @@ def test_cuda_nothing_in_a_step_waits_for_the_gpu():
         check_skipped(log, step)
 
     with (patch(vmae, "seed_of", strict),
-          patch(train_vmae.Log, "check_skipped", relaxed)):
+          patch(train_vmae.Run, "check_skipped", relaxed)):
         for how in ("--no-compile", "--compile"):
             for preset in ("vmae", "sdvae"):
                 runs(train_vmae.main, f"{GPU_RUN} --preset {preset} --steps 32 {how} "

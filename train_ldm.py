@@ -9,18 +9,13 @@ Also writes last.pt, log.jsonl, curves.png and preview_*.png, samples of the EMA
 """
 import hashlib
 import os
-import time
 
 import vmae                                 # before torch, see there
 import numpy as np
 import torch
 
 import ldm
-from train_vmae import (COMMON, Log, Stop, absolute_checkpoint, choose_micro, common_parser,
-                        end_if_complete, finish, learning_rate, load_states, make_fast,
-                        matmul_precision, optimiser_step, optimisers, parts_of_this_process,
-                        refuse_unnamed_program, resolve, run_to_resume, save, say_idle,
-                        say_options, training_batches, use_recipe)
+import train_vmae                           # its parts "shared with train_ldm.py"
 from vmae import RANK, InputError
 
 # The options of stage two beside those of both trainers; None means that they are chosen later.
@@ -70,10 +65,10 @@ def main():
     model.to(device)
     path.to(device)
     ema = ldm.EMA(model)
-    autocast = matmul_precision(args, device)
-    opts = optimisers(model, args)          # AdamW, and Muon beside it
+    autocast = train_vmae.matmul_precision(args, device)
+    opts = train_vmae.optimisers(model, args)              # AdamW, and Muon beside it
     states = {"model": model, "ema": ema.model, **opts}    # of a checkpoint
-    start = load_states(args, resumed, states)             # the step to begin with
+    start = train_vmae.load_states(args, resumed, states)  # the step to begin with
     ema.n = start                           # its warm-up goes on, too
     resumed = init = None                   # their memory is free again
     vmae.describe(data, val)
@@ -107,42 +102,26 @@ def main():
         micro_batch(zeros, torch.zeros(n, dtype=torch.long, device=device))
 
     # Each batch is worked through in micro-batches, of which this process takes its share.
-    args.micro = choose_micro(args, given, device, largest_part, states, AT_ONCE[args.model])
-    my_micro_batches = parts_of_this_process(args)         # their numbers
-    say_options(args, model)
-    batches = training_batches(cache, args, start, my_micro_batches, device)
+    args.micro = train_vmae.choose_micro(args, given, device, largest_part, states,
+                                         AT_ONCE[args.model])
+    my_micro_batches = train_vmae.parts_of_this_process(args)              # their numbers
+    train_vmae.say_options(args, model)
+    batches = train_vmae.training_batches(cache, args, start, my_micro_batches, device)
     held_out = held_out_latents(val, classes, ae, mean, std)               # z_0, y
-    fast_micro_batch = make_fast(micro_batch, args, given, generator, model.blocks)
+    fast_micro_batch = train_vmae.make_fast(micro_batch, args, given, generator, model.blocks)
 
-    log = Log(args, start, device)
-    stop = Stop()
-    for step in log.progress(range(start, args.steps)):
-        lr = learning_rate(step, args.steps, args.lr)      # up, then down to 0
+    run = train_vmae.Run(args, states, start, device)      # its log, checkpoints, and when it ends
+    for step in run.steps():
+        lr = train_vmae.learning_rate(step, args.steps, args.lr)           # up, then down to 0
         for i in my_micro_batches:
             moments, y = next(batches)                     # (B, 2d, h, w), (B,)
             generator.manual_seed(vmae.seed_of(args.seed, step, i))
             terms = fast_micro_batch(moments, y)
-            log.add(terms, len(y) / args.batch)
-        is_finite = optimiser_step(opts.values(), model, lr)               # clip, step, zero
-        log.skipped += ~is_finite                          # then no weight has changed
+            run.add(terms, len(y) / args.batch)
+        is_finite = train_vmae.optimiser_step(opts.values(), model, lr)    # clip, step, zero
+        run.skipped += ~is_finite                          # then no weight has changed
         ema.update(model)                                  # what is sampled, here and by sample.py
-
-        done = step + 1
-        stopping = vmae.any_process(stop.received)         # SIGTERM or Ctrl-C, in one of them
-        saving = stopping or done % args.save_every == 0 or done == args.steps
-        if saving or done % 50 == 0:
-            log.check_skipped(done)                        # ends a run that goes wrong
-            line = {"step": done, "lr": lr, **log.means(done)}
-            if saving and RANK == 0:
-                line |= measure(averaged, held_out, f"{args.out}/preview_{done:06d}.png")
-            log.write(line)
-        if saving:
-            log.draw_curves()
-            save(args, states, step=done, **entries)
-            log.since = time.perf_counter()                # saves do not count as training
-        if stopping:
-            break
-    finish(args, done)
+        run.end_step(step, lr, lambda preview: measure(averaged, held_out, preview), **entries)
 
 # ---- The cache of moments ---------------------------------------------------------------------
 
@@ -226,13 +205,13 @@ def measure(averaged, held_out, file):
 def read_options():
     """The command line -> (all options, those that were given, the checkpoint to go on from or
     None). `fill_in` and `new_model` choose the options that are still None."""
-    parser = common_parser(__doc__)
+    parser = train_vmae.common_parser(__doc__)
     add = parser.add_argument
-    add("--vmae", type=absolute_checkpoint, metavar="CHECKPOINT", help="stage one (default: "
-        "runs/vmae)")
+    add("--vmae", type=train_vmae.absolute_checkpoint, metavar="CHECKPOINT", help="stage one "
+        "(default: runs/vmae)")
     add("--no-classes", action="store_true", help="ignore sub-folders, train unconditionally")
-    add("--init", type=absolute_checkpoint, metavar="CHECKPOINT", help="stage two to start from, "
-        "ours or a LightningDiT's")
+    add("--init", type=train_vmae.absolute_checkpoint, metavar="CHECKPOINT", help="stage two to "
+        "start from, ours or a LightningDiT's")
     add("--stats", metavar="FILE", help="latent statistics that come with the authors' --init")
     add("--objective", choices=("eps", "v", "flow"), help="what the network predicts; eps is the "
         "paper's L_LDM, flow what its experiments used (default: that of --init, otherwise v)")
@@ -241,10 +220,8 @@ def read_options():
     add("--drop", type=vmae.fraction_type, help="share of labels replaced by the null class, which "
         "guidance needs (default: 0.1)")
     given = vars(parser.parse_args())
-    defaults = {**COMMON, **DEFAULTS, "vmae": absolute_checkpoint(DEFAULTS["vmae"])}
-    resumed = run_to_resume(defaults, given, "stage two")
-    args = resolve(defaults, given, resumed)
-    end_if_complete(args, resumed)
+    defaults = {**DEFAULTS, "vmae": train_vmae.absolute_checkpoint(DEFAULTS["vmae"])}
+    args, resumed = train_vmae.options_of_run(defaults, given, "stage two")
     if args.stats and not args.init:
         raise InputError("--stats: belongs to published weights; name these with --init")
     if args.init and "model" in given and resumed is None:
@@ -259,7 +236,7 @@ def fill_in(args, given, device, theirs, init):
         args.val = theirs["val"]
     if args.data is None:
         args.data = theirs["data"]
-    refuse_unnamed_program(args, given)
+    train_vmae.refuse_unnamed_program(args, given)
     kind = "cpu"
     if device.type == "cuda":
         kind = "cuda"
@@ -271,7 +248,7 @@ def fill_in(args, given, device, theirs, init):
         args.model = "small" if kind == "cuda" else "tiny"
     if kind == "cuda" and args.data is None and args.model == "small":
         kind = "cuda, faces"
-    use_recipe(args, RECIPES[args.model, kind])
+    train_vmae.use_recipe(args, RECIPES[args.model, kind])
     if args.compile is None:
         args.compile = device.type == "cuda"
     if args.flip is None:
@@ -283,7 +260,7 @@ def names_of_classes(args, given, data, resumed):
     classes = data.classes
     if args.no_classes:
         classes = []
-    say_idle(given, {"drop": not classes})
+    train_vmae.say_idle(given, {"drop": not classes})
     if resumed is not None and ldm.composed(resumed["classes"]) != ldm.composed(classes):
         raise InputError(f"{args.data}: has the classes {classes}, the run in {args.out} has "
                          f"{resumed['classes']}; name them as they were, or give another --out")

@@ -165,9 +165,8 @@ def main():
     fast_micro_batch = make_fast(micro_batch, args, given, generator, blocks(args, model),
                                  lpips_net)
 
-    log = Log(args, start, device)
-    stop = Stop()
-    for step in log.progress(range(start, args.steps)):
+    run = Run(args, states, start, device)  # its log, its checkpoints, and when it ends
+    for step in run.steps():
         lr = learning_rate(step, args.steps, args.lr)      # up, then down to 0
         mask_ratio = 0.0 if sees_whole_images(step, args.whole) else args.mask
         adversary = disc is not None and step >= args.adv_start
@@ -175,28 +174,13 @@ def main():
             x, _ = next(batches)                           # uint8 (B, 3, H, W)
             generator.manual_seed(vmae.seed_of(args.seed, step, i))
             terms = fast_micro_batch(x, mask_ratio=mask_ratio, adversary=adversary)
-            log.add(terms, len(x) / args.batch)
+            run.add(terms, len(x) / args.batch)
         is_finite = optimiser_step(opts.values(), model, lr)               # clip, step, zero
         if adversary:                       # each network changes if its own gradient is finite
             is_finite = is_finite & optimiser_step([states["disc_opt"]], disc, lr)
-        log.skipped += ~is_finite
-
-        done = step + 1
-        stopping = vmae.any_process(stop.received)         # SIGTERM or Ctrl-C, in one of them
-        saving = stopping or done % args.save_every == 0 or done == args.steps
-        if saving or done % 50 == 0:
-            log.check_skipped(done)                        # ends a run that goes wrong
-            line = {"step": done, "lr": lr, **log.means(done)}
-            if saving and RANK == 0:
-                line |= validate(model, x_val, args, f"{args.out}/preview_{done:06d}.png")
-            log.write(line)
-        if saving:
-            log.draw_curves()
-            save(args, states, step=done, model_args=model_args)
-            log.since = time.perf_counter()                # saves do not count as training
-        if stopping:
-            break
-    finish(args, done)
+        run.skipped += ~is_finite
+        run.end_step(step, lr, lambda preview: validate(model, x_val, args, preview),
+                     model_args=model_args)
 
 def sees_whole_images(step, share):
     """Whether this step sees whole images: every other one for 0.5, every fourth for 0.25. This
@@ -397,12 +381,10 @@ def read_options():
     given = vars(parser.parse_args())
 
     preset = given.get("preset", DEFAULTS["preset"])
-    defaults = {**COMMON, **DEFAULTS, **AE, "out": f"runs/{preset}", **PRESETS[preset]}
+    defaults = {**DEFAULTS, **AE, "out": f"runs/{preset}", **PRESETS[preset]}
     if "tune" in given:
         defaults.update(TUNED)
-    resumed = run_to_resume(defaults, given, "stage one")
-    args = resolve(defaults, given, resumed)
-    end_if_complete(args, resumed)
+    args, resumed = options_of_run(defaults, given, "stage one")
     if "init" in given and ("arch" in given or "model" in given):
         raise InputError("--arch, --model: --init decides the shape of the model; leave them out")
     if args.tune and not args.init:
@@ -585,6 +567,16 @@ def common_parser(doc):
         "and the network of LPIPS, and on CUDA replay each step as one launch (default: on CUDA "
         "yes, with blocks from size small on; elsewhere no)")
     return parser
+
+def options_of_run(defaults, given, stage):
+    """-> (all options, the checkpoint of the run that goes on, or None). Ends the script if that
+    run is complete. defaults: those of this script alone; given: the options of the command line;
+    stage: "stage one" or "stage two"."""
+    defaults = {**COMMON, **defaults}
+    resumed = run_to_resume(defaults, given, stage)
+    args = resolve(defaults, given, resumed)
+    end_if_complete(args, resumed)
+    return args, resumed
 
 def run_to_resume(defaults, given, stage):
     """The checkpoint in --out, to go on from, or None if there is none. InputError if --resume is
@@ -871,25 +863,6 @@ def say_options(args, model):
     options = " ".join(f"{name}={value}" for name, value in vars(args).items())
     vmae.say(f"options: {options}\nmodel: {count:.2f} M parameters")
 
-def save(args, states, step, **entries):
-    """Process 0 writes last.pt: the states, by name, and entries. The others need not wait."""
-    if RANK > 0:
-        return
-    last = Path(args.out, "last.pt")
-    parts = {name: part.state_dict() for name, part in states.items()}
-    vmae.save_checkpoint(last, step=step, train_args=vars(args), **entries, **parts)
-    if args.keep:
-        with vmae.whole_file(last.with_name(f"step_{step:06d}.pt")) as file:
-            file.write(last.read_bytes())
-
-def finish(args, done):
-    """End the run after step `done`, when process 0 has saved it."""
-    vmae.end_together()
-    if done < args.steps and RANK == 0:
-        sys.exit(f"stopped after step {done}, which is saved; --resume goes on")
-    if done < args.steps:
-        sys.exit(1)
-
 class Stop:
     """Notes SIGTERM, Ctrl-C and a terminal that is closed, so that the run ends after a whole step.
     A second one ends it at once; under torchrun, torchrun does that."""
@@ -907,12 +880,18 @@ class Stop:
         if WORLD == 1:
             signal.signal(number, signal.SIG_DFL)
 
-class Log:
-    """The bar on the screen and log.jsonl in the run folder, both of process 0. All sums stay on
-    the device, and are read when a line is written."""
+class Run:
+    """The steps of a training, and what they leave behind: the bar on the screen, log.jsonl,
+    previews and checkpoints, all of process 0. Sums of losses stay on the device, and are read when
+    a line is written.
 
-    def __init__(self, args, start, device):
+    states: all that a checkpoint goes on from, by name; start: the first step."""
+
+    def __init__(self, args, states, start, device):
         self.args = args
+        self.states = states
+        self.start = start
+        self.stopping = False
         self.logged = start                 # the step of the last line
         self.since = time.perf_counter()    # and when training went on from there
         self.device = device
@@ -936,11 +915,49 @@ class Log:
                 if int(step) <= start:
                     file.write(line)
 
-    def progress(self, steps):
-        """Iterate over the steps, under a bar."""
-        self.bar = tqdm(steps, total=self.args.steps, initial=steps.start, dynamic_ncols=True,
-                        mininterval=1, disable=RANK > 0)
-        return self.bar
+    def steps(self):
+        """Iterate over the steps that are left, under a bar; after a signal no more."""
+        self.stop = Stop()
+        self.bar = tqdm(range(self.start, self.args.steps), total=self.args.steps,
+                        initial=self.start, dynamic_ncols=True, mininterval=1, disable=RANK > 0)
+        for step in self.bar:
+            yield step
+            if self.stopping:
+                break
+        vmae.end_together()
+        done = step + 1
+        if done < self.args.steps and RANK == 0:
+            sys.exit(f"stopped after step {done}, which is saved; --resume goes on")
+        if done < self.args.steps:
+            sys.exit(1)
+
+    def end_step(self, step, lr, measure, **entries):
+        """After every 50th step write a line of the log. Save every --save-every steps, at the end
+        and when the run is stopped: what measure(file) returns, which draws a preview into that
+        file, belongs to the line then, and the checkpoint gets these entries."""
+        done = step + 1
+        self.stopping = vmae.any_process(self.stop.received)   # SIGTERM or Ctrl-C, in one of them
+        saving = self.stopping or done % self.args.save_every == 0 or done == self.args.steps
+        if saving or done % 50 == 0:
+            self.check_skipped(done)        # ends a run that goes wrong
+            line = {"step": done, "lr": lr, **self.means(done)}
+            if saving and RANK == 0:
+                line |= measure(f"{self.args.out}/preview_{done:06d}.png")
+            self.write(line)
+        if saving and RANK == 0:
+            vmae.save_curves([self.args.out], Path(self.args.out, "curves.png"))
+            self.save(done, entries)
+        if saving:
+            self.since = time.perf_counter()               # saves do not count as training
+
+    def save(self, step, entries):
+        """Write last.pt. The other processes need not wait."""
+        last = Path(self.args.out, "last.pt")
+        parts = {name: part.state_dict() for name, part in self.states.items()}
+        vmae.save_checkpoint(last, step=step, train_args=vars(self.args), **entries, **parts)
+        if self.args.keep:
+            with vmae.whole_file(last.with_name(f"step_{step:06d}.pt")) as file:
+                file.write(last.read_bytes())
 
     def add(self, terms, share):
         """Losses of this share of a batch; what is not finite is left out of their means."""
@@ -998,11 +1015,6 @@ class Log:
         self.clear()
         self.logged = line["step"]
         self.since = time.perf_counter()
-
-    def draw_curves(self):
-        """Draw all that was logged up to now into curves.png, beside the previews."""
-        if RANK == 0:
-            vmae.save_curves([self.args.out], Path(self.args.out, "curves.png"))
 
 if __name__ == "__main__":
     vmae.cli(main)
