@@ -1833,6 +1833,10 @@ def test_muon_takes_the_matrices_of_the_blocks_and_adamw_all_else():
     assert "blocks.0.adaLN_modulation.1.weight" in decays
     muon, decays, _ = names_by_group(model, ADAMW)
     assert not muon and "blocks.0.mlp.w3.weight" in decays
+    muon, decays, _ = names_by_group(vmae.ConvAutoencoder(32, (32, 64), 4), MUON)
+    assert "decoder.conv_in.weight" in decays
+    assert "encoder.down_blocks.1.resnets.0.conv1.weight" in muon
+    assert "encoder.down_blocks.1.resnets.0.conv_shortcut.weight" in muon      # a kernel of 1 x 1
 
 def test_orthogonalise_makes_all_singular_values_about_one():
     for shape in ((3, 8, 8), (2, 8, 20), (2, 20, 8)):

@@ -291,16 +291,16 @@ class Muon(torch.optim.Optimizer):
 
 def optimisers(model, args):
     """-> {"opt": AdamW}, with betas (.9, .95) as in the authors' recipes. With --optimizer muon
-    also "muon": Muon, for the matrices inside the blocks. AdamW keeps all else: the first and the
-    last matrix of a network, those of adaLN, and what is no matrix. Weights decay in matrices, not
-    in norms, biases and what else has one side of 1, which have no reason to shrink."""
+    also "muon": Muon, for the matrices inside the blocks, kernels of convolutions among them. AdamW
+    keeps what lies outside of the blocks, adaLN's matrices, and what is no matrix. Weights decay in
+    matrices, not in norms, biases and what else has one side of 1, which need not shrink."""
     hidden = []
     matrices = []
     others = []
     for name, p in model.named_parameters():
         if not p.requires_grad:             # of a frozen encoder
             continue
-        is_matrix = p.ndim > 1 and min(p.shape) > 1
+        is_matrix = p.ndim > 1 and min(p.flatten(1).shape) > 1
         is_hidden = "block" in name and "adaLN" not in name
         if is_matrix and is_hidden and args.optimizer == "muon":
             hidden.append(p)
