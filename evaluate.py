@@ -100,12 +100,12 @@ def fid(args):
     if args.save_stats is not None:         # now, so that a bad path stops us before the work
         os.makedirs(os.path.dirname(args.save_stats) or ".", exist_ok=True)
     inception = find_inception(args)
-    row, real_statistics, title = generation(args.fake, args.real, args, inception, args.pairs,
+    row, real_stats, title = generation(args.fake, args.real, args, inception, args.pairs,
                                              args.size)
     if args.save_stats is not None:
         path = args.save_stats.removesuffix(".npz") + ".npz"
         with vmae.whole_file(path) as file:
-            np.savez(file, **real_statistics)
+            np.savez(file, **real_stats)
     smaller = row["N fake"]
     if row["N real"] != "unknown":
         smaller = min(smaller, row["N real"])
@@ -344,11 +344,11 @@ def efficiency(args):
     """Table 3: sizes, operations and times of SD-VAE and VMAE, both of size base. The paper reports
     13.4 % of the size, 4.1 % of the GFLOPs and 2.7x faster training.
 
-    MB: float32 MiB of the state dict. GFLOPs: as in the paper, multiply-adds of the encoder without
-    attention's products, batch 128. "+ norms": with four per element of a LayerNorm, which gives
-    the paper's 703.9. all GFLOPs: encoder and decoder with attention, one image, two operations per
-    multiply-add. --time: seconds of encode, decode, and of forward and backward with the squared
-    error of whole images, without an optimiser."""
+    MB: of the state dict in float32, by 2^20 bytes as in the paper. GFLOPs: as in the paper,
+    multiply-adds of the encoder without attention's products, batch 128. "+ norms": with four per
+    element of a LayerNorm, which gives the paper's 703.9. all GFLOPs: encoder and decoder with
+    attention, one image, two operations per multiply-add. --time: seconds of encode, decode, and of
+    forward and backward with the squared error of whole images, without an optimiser."""
     if args.size % 8:
         raise InputError(f"--size {args.size}: must be a multiple of 8, as both models are f8")
     rows = []                               # of both models
@@ -1367,7 +1367,7 @@ class InceptionV3(nn.Module):
         self.maxpool1 = nn.MaxPool2d(3, 2)                 # 147 x 147 -> 73 x 73
         self.Conv2d_3b_1x1 = ConvBN(64, 80, 1, 1)
         self.Conv2d_4a_3x3 = ConvBN(80, 192, 3, 3, padding="valid")
-        self.maxpool2 = nn.MaxPool2d(3, 2)                 # 71 x 71 -> 35 x 35
+        self.maxpool2 = nn.MaxPool2d(3, 2)                 # 71 x 71 -> 35 x 35, a layer of its own
         self.Mixed_5b = mixed_5(192, average, 32)
         self.Mixed_5c = mixed_5(256, average, 64)
         self.Mixed_5d = mixed_5(288, average, 64)
@@ -1630,16 +1630,16 @@ def command_line():
     add("--sampler", choices=SAMPLERS, help="from noise to latents (default: as sample.py)")
     add_batch(command, n=512)
 
-    command = add_command(commands, curves, "losses and held-out numbers of runs, in one picture")
-    command.add_argument("runs", type=existing, nargs="+", help="run folders")
-    command.set_defaults(batch=1)           # fill_in reads it
-
     command = add_command(commands, neighbours, "did the generator memorise?")
     command.add_argument("--ckpt", type=checkpoint, default=STAGE_TWO, help="a checkpoint of stage "
                          "two (default: %(default)s)")
     add_batch(command, n=16)
     add_cfg(command)
     add_inception(command)
+
+    command = add_command(commands, curves, "losses and held-out numbers of runs, in one picture")
+    command.add_argument("runs", type=existing, nargs="+", help="run folders")
+    command.set_defaults(batch=1)           # fill_in reads it
     return parser
 
 def existing(path):

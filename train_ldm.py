@@ -31,7 +31,7 @@ DEFAULTS = dict(vmae="runs/vmae", out="runs/ldm", no_classes=False, init=None, s
 #   cosine down                        Muon .221; with a weight decay of .05 .224, of .4 .221 (.15
 #                                      is the default); AdamW, lr 3e-3 .265, 6e-3 .264
 #   straight line down                 Muon .219, lr 9e-3 .223; AdamW, lr 6e-3 .255
-#   the EMA's horizon                  last tenth .2186, a twentieth, a fortieth, none .218 to .2185
+#   EMA over the last tenth .2186; over a twentieth, a fortieth, or none .2180 to .2185
 RECIPES = {
     ("tiny", "cpu"): dict(optimizer="muon", batch=16, steps=1000, lr=6e-3),
     ("tiny", "cuda"): dict(optimizer="adamw", batch=256, steps=2500, lr=3e-3),
@@ -164,7 +164,7 @@ def statistics(cache):
 
 def held_out_latents(val, classes, ae, mean, std):
     """64 held-out images, always the same -> z_0 (B, d, h, w), y (B,) or None. ae: stage one. None
-    but in process 0, which measures."""
+    outside of process 0, which measures."""
     if RANK > 0:
         return None
     device = mean.device
@@ -184,7 +184,7 @@ def held_out_latents(val, classes, ae, mean, std):
         vmae.say(f"held out: images of {', '.join(strangers) or 'no class'}, which training does "
                  f"not know, are measured without a label")
     label_of = []
-    for name in theirs or [""]:
+    for name in theirs or [""]:             # no classes: all have the null class
         label_of.append(ours.index(name) if name in ours else len(ours))   # the null class
     return z_0, torch.tensor(label_of)[y].to(device)
 

@@ -51,16 +51,17 @@ PRESETS = {
 TUNED = dict(mask=0.0, lambda_p=None, out="runs/tuned")    # with --tune decoder
 
 # The other options of stage one; None means that fill_in chooses. The comments give the PSNR of
-# held-out faces after 2,200 steps at --lr 1.5e-3, which is 31.0 dB with these values.
+# held-out faces after 2,200 steps of AdamW at lr 1.5e-3 with a cosine down, 31.0 dB with these
+# values.
 DEFAULTS = dict(preset="vmae", size=None, init=None, tune=None, adv_start=None, vgg_weights=None,
                 no_cache=False,
                 whole=0.5,                  # 28.3 dB with 0: the encoder is used on whole images
                 lambda_m=0.1)               # 28.6 dB with 1, as the authors': L_M dominates then
 
 # Recipes, by size, body and device ("cpu" stands for all but CUDA): the optimiser, images per step,
-# steps, peak learning rate. Where Muon was not tried it is not the default (base, and large batches
-# on a GPU), but for small conv, which follows tiny. What was tried on a CPU (AMD EPYC, float32,
-# batch 16), held-out PSNR in dB:
+# steps, peak learning rate. Muon is the default where it was tried and won; base, and large batches
+# on a GPU, where it was not tried, have AdamW. What was tried on a CPU (AMD EPYC, float32, batch
+# 16), held-out PSNR in dB:
 #
 #   tiny vit, 500 steps, lr 4e-3    momentum .95: 30.1, .9: 30.7, .85: 30.7. With .95: a step 5/3 as
 #                                   long 30.0; all matrices but the last by Muon 29.9; a third of
@@ -68,6 +69,7 @@ DEFAULTS = dict(preset="vmae", size=None, init=None, tune=None, adv_start=None, 
 #                                   (all with a cosine down; after 600 steps of .9 31.28, and 31.43
 #                                   with today's line)
 #   tiny conv (ae), 300 steps       lr 1.5e-3: Muon 21.6, AdamW 18.8; lr 4e-3: Muon 21.4, AdamW 17.1
+#   small conv, photographs, 64 px  lr 1e-3, 80 steps: Muon 20.5, AdamW 18.2
 #   small vit, photographs, 64 px   lr 1e-3: Muon 34.0 after 1,200 steps, AdamW 33.8 after 6,000
 RECIPES = {
     ("tiny", "vit", "cpu"): dict(optimizer="muon", batch=16, steps=1100, lr=4e-3),
@@ -86,7 +88,7 @@ RECIPES = {
     ("base", "conv", "cuda"): dict(optimizer="adamw", batch=16, steps=100_000, lr=2e-4)}
 # Pixels at once on a CPU or Mac, see choose_micro. 8 images of 256 px take some 5 GB with VMAE base
 # and LPIPS.
-PIXELS_AT_ONCE = {"vit": 8 * 256**2, "conv": 2 * 256**2}
+AT_ONCE = {"vit": 8 * 256**2, "conv": 2 * 256**2}
 
 # ---- The training loop ------------------------------------------------------------------------
 
@@ -132,7 +134,7 @@ def main():
             p, q, mask = model(x_in, mask_ratio, generator)                # x_v -> q -> z -> p
             loss, terms = vmae.loss_VMAE(x, p, q, mask, model.patch_size, lambda_M, args.lambda_p,
                                          args.lambda_reg, args.kl_mean, lpips_net)
-            if adversary:                   # sdvae: the decoder against the discriminator
+            if adversary:                   # sdvae: the autoencoder against the discriminator
                 disc.requires_grad_(False)
                 fake = disc(p.mode())                                      # (B, 1, h', w')
                 terms["L_G"] = vmae.loss_G(fake, loss, model.last_layer)
@@ -147,12 +149,12 @@ def main():
             (share * terms["L_D"]).backward()
         return {name: term.detach() for name, term in terms.items()}       # scalars
 
-    def largest_part(n):                    # whole images, every loss
+    def largest_part(n):                    # whole images, every network
         grey = torch.zeros(n, 3, args.size, args.size, dtype=torch.uint8, device=device)
         micro_batch(grey, mask_ratio=0.0, adversary=disc is not None)
 
     # Each batch is worked through in micro-batches, of which this process takes its share.
-    at_once = PIXELS_AT_ONCE[args.arch] // args.size**2    # without a GPU, which tries it out
+    at_once = AT_ONCE[args.arch] // args.size**2           # without a GPU, which tries it out
     args.micro = choose_micro(args, given, device, largest_part, states, at_once)
     my_micro_batches = parts_of_this_process(args)         # their numbers
     vmae.hold(args.out)                     # against a second job in the same folder
@@ -190,7 +192,8 @@ def sees_whole_images(step, share):
 # ---- Measured at each save --------------------------------------------------------------------
 
 def held_out_images(val, device):
-    """64 held-out images, always the same, (64, 3, H, W); None but in process 0, which measures."""
+    """64 held-out images, always the same, (64, 3, H, W); None outside of process 0, which
+    measures."""
     if RANK > 0:
         return None
     x, _ = val.batch(val.some(64).tolist())
@@ -216,7 +219,7 @@ def validate(model, x_val, args, path):
         whole = vmae.to_uint8(x_hat).cpu()
         guess = vmae.to_uint8(p.mode()).cpu()
         found["PSNR_val"].append(vmae.psnr(real, whole))   # (8,)
-        if args.mask > 0:                   # each image hides as many pixels: they are one row
+        if args.mask > 0:                   # each image hides as many pixels, so they fit a tensor
             hidden = mask.cpu() == 1                                       # (8, N)
             hidden_real = vmae.patchify(real, P)[hidden].view(len(x), 1, 1, -1)
             hidden_guess = vmae.patchify(guess, P)[hidden].view(len(x), 1, 1, -1)
@@ -259,8 +262,8 @@ class Muon(torch.optim.Optimizer):
 
     A step takes as long for one image as for a thousand. In the default run on two CPU cores, in
     float32, it is 31 ms beside 91 ms of forward and backward in stage one and 62 beside 181 in
-    stage two, where AdamW alone takes 4 and 10. An orthogonal direction in every second step, for a
-    step twice as long, saves as much time as it costs in steps."""
+    stage two, where AdamW alone takes 4 and 10. Tried: to orthogonalise in every second step only,
+    and to move twice as far. It gains no time."""
 
     def __init__(self, matrices, decay, dtype):
         stacks = {}                         # equal matrices of all blocks are computed in one go
@@ -665,8 +668,8 @@ def matmul_precision(args, device):
     return lambda: torch.autocast(device.type, torch.bfloat16, args.precision == "bfloat16")
 
 def choose_micro(args, given, device, largest_part, states, at_once):
-    """-> --micro, how many images are worked on at once. One that was given, or that the run which
-    goes on has and that suffices for all processes, is kept.
+    """-> --micro, how many images are worked on at once. That of the command line is kept; so is
+    that of a run that goes on, if it gives every process a part.
 
     On CUDA a whole step is tried: largest_part(n) computes the gradients of n images, and the
     optimisers make room for their moments. While that does not fit, n is halved. Afterwards weights

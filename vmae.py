@@ -123,20 +123,20 @@ class Gaussian:
         logvar = self.logvar.float()
         return 0.5 * (squared_error * (-logvar).exp() + logvar + math.log(2 * math.pi))
 
-    def kl(self, prior_mean="free"):
+    def kl(self, kl_mean="free"):
         """L_reg = E[KL(q(z|x_v) || p(z))], the loss that smooths the latent space. Section 4.1.
 
-        prior_mean="zero", Eq. (1): the prior is N(0, 1), so
+        kl_mean="zero", Eq. (1): the mean is pulled to 0, too; the prior is N(0, 1), so
             KL = 1/2 sum_d (mu^2 + sigma^2 - 1 - log sigma^2)
-        prior_mean="free", Section 4.4: the same without mu^2. Only the variance is pulled, towards
-            1. The means may lie anywhere, because stage two learns where they lie.
+        kl_mean="free", Section 4.4: the same without mu^2. Only the variance is pulled, towards 1.
+            The means may lie anywhere, because stage two learns where they lie.
 
         Sum over the channels of a token, mean over tokens and batch: a scalar, in nats per token.
         With a free mean L_reg acts on sigma, the noise around one latent, and does not limit the
         scale of mu over the data. ldm.normalise sets that scale, before stage two."""
         logvar = self.logvar.float()
-        kl = logvar.exp() - 1 - logvar                                     # (B, d, V)
-        if prior_mean == "zero":
+        kl = logvar.exp() - 1 - logvar                                     # (B, d, ...)
+        if kl_mean == "zero":
             kl = kl + self.mu.float() ** 2
         return 0.5 * kl.sum(1).mean()
 
@@ -163,12 +163,9 @@ def loss_M(p, x, mask, P):
 def loss_P(lpips_net, x, x_hat):
     """L_P = E[sum_l w_l ||psi_l(x) - psi_l(x_hat)||^2], LPIPS on VGG features. Section 4.3.
 
-    The mean of `layer_distances` over images and places, a scalar. Whole images are compared, as in
-    the authors' code. Arguments as for `layer_distances`."""
-    loss = 0.0
-    for distance in layer_distances(lpips_net, x, x_hat):
-        loss = loss + distance.mean()
-    return loss
+    The mean of `lpips` over the images, a scalar. Whole images are compared, as in the authors'
+    code."""
+    return lpips(lpips_net, x, x_hat).mean()
 
 def loss_VMAE(x, p, q, mask, P, lambda_M=0.1, lambda_P=0.0, lambda_reg=1e-4, kl_mean="free",
               lpips_net=None):
@@ -347,7 +344,7 @@ class VMAE(nn.Module):
 
     def encode(self, x):
         """After training: x (B, 3, H, W) in [-1, 1], nothing masked -> Gaussian over (B, d, h, w).
-        ValueError, which says what to do, for what is no such x or has another size."""
+        InputError, a ValueError that says what to do, for what is no such x or of another size."""
         check_images(x)
         if x.shape[-2:] != (self.img_size, self.img_size):
             raise InputError(f"this model encodes {self.img_size}x{self.img_size} pixels, "
@@ -425,7 +422,8 @@ class MidBlock(nn.Module):
         return self.resnets[1](x + mixed.transpose(1, 2).reshape(x.shape))  # (B, C, h, w)
 
 def down(C):
-    """Half the size. The padding is below and on the right only, as published weights expect."""
+    """Half the size. The padding is below and on the right only, as published weights expect. The
+    outer module gives them their name, downsamplers.0.conv."""
     return nn.Sequential(named(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=nn.Conv2d(C, C, 3, stride=2)))
 
 def up(C):
@@ -449,7 +447,7 @@ def levels(channels, n_blocks, resize_name, make_resize):
     return nn.Sequential(*all_levels)
 
 class ConvAutoencoder(nn.Module):
-    """The convolutional autoencoder of Stable Diffusion 3, with VMAE's attributes and methods.
+    """The convolutional autoencoder of Stable Diffusion 3, which is used and trained as VMAE is.
     channels: the width of each level. Each level has half the size of the one before, so that four
     levels make f8. quant: with the 1x1 convolutions that Stable Diffusion 1 and 2 have before and
     after the latent. ValueError if f does not divide the image."""
@@ -535,48 +533,41 @@ def discriminator(img_size):
     net.append(nn.Conv2d(C, 1, 4, padding=1))                              # (B, 1, h', w')
     return nn.Sequential(*net)
 
-DISCRIMINATOR_MIN = 8                       # pixels per side; below, no patch is left to judge
+DISCRIMINATOR_MIN = 8                       # pixels per side; below 6 no patch is left to judge
 
 def loss_D(real, fake):
     """Hinge loss of the scores of x and x_hat: 1/2 E[max(0, 1 - D(x)) + max(0, 1 + D(x_hat))]."""
     return 0.5 * (F.relu(1 - real.float()).mean() + F.relu(1 + fake.float()).mean())
 
-def loss_G(fake, reconstruction, last_layer):
+def loss_G(fake, others, last_layer):
     """L_G = -E[D(x_hat)], scaled so that its gradient on the model's last layer is as long as that
     of the other losses (Esser 2021, Eq. 7; Rombach 2022). fake: the discriminator's scores of
-    x_hat; reconstruction: the sum of the other losses; last_layer: the model's weight."""
+    x_hat; others: the sum of the other losses; last_layer: the model's weight."""
     adversarial = -fake.float().mean()                     # a scalar
-    grad_rec = torch.autograd.grad(reconstruction, last_layer, retain_graph=True)[0].norm()
+    grad_others = torch.autograd.grad(others, last_layer, retain_graph=True)[0].norm()
     grad_adv = torch.autograd.grad(adversarial, last_layer, retain_graph=True)[0].norm()
-    scale = (grad_rec / (grad_adv + 1e-4)).clamp(max=1e4)  # bounds as in Esser's code
+    scale = (grad_others / (grad_adv + 1e-4)).clamp(max=1e4)  # bounds as in Esser's code
     return scale.detach() * adversarial
 
 # ---- LPIPS, the network inside L_P ------------------------------------------------------------
 
 LPIPS_MIN = 16                              # pixels per side, as VGG halves them four times
 VGG_URL = "https://download.pytorch.org/models/vgg16-397923af.pth"
-VGG_LAST = "features.28.weight"             # its last convolution, by which we know the network
+VGG_KEY = "features.26.weight"              # of a convolution that VGG-16 has, 13 and 19 have not
 
-def layer_distances(lpips_net, x, x_hat):
-    """What L_P and the metric LPIPS are means of: w_l ||psi_l(x) - psi_l(x_hat)||^2 at each place,
-    a list of (B, h, w), one for each of five layers l of VGG, in float32.
+def lpips(lpips_net, x, x_hat):
+    """LPIPS of each image, (B,), in float32, as the lpips package computes it: the sum over five
+    layers of VGG of the means over all places of w_l ||psi_l(x) - psi_l(x_hat)||^2. Zhang 2018,
+    Eq. 1.
 
     x, x_hat: (B, 3, H, W) in [-1, 1], at least LPIPS_MIN pixels per side; gradients reach x_hat
     alone. The features may be in bfloat16 (under autocast). lpips_net: from load_lpips."""
     with torch.no_grad():                                  # x is data, and VGG is frozen
         psi = lpips_net.net(lpips_net.scaling_layer(x))    # the features of five layers
     psi_hat = lpips_net.net(lpips_net.scaling_layer(x_hat))
-    found = []
-    for layer, distance in enumerate(lpips_net.distances):
-        found.append(distance(psi[layer], psi_hat[layer]))                 # (B, h, w)
-    return found
-
-def lpips(lpips_net, x, x_hat):
-    """LPIPS of each image, (B,), as the lpips package computes it: the sum over the layers of the
-    means over the places. Zhang 2018, Eq. 1. Arguments as for `layer_distances`."""
     values = 0.0
-    for distance in layer_distances(lpips_net, x, x_hat):
-        values = values + distance.mean((1, 2))            # (B,)
+    for layer, distance in enumerate(lpips_net.distances):
+        values = values + distance(psi[layer], psi_hat[layer]).mean((1, 2))    # (B,)
     return values
 
 class LayerDistance(nn.Module):
@@ -597,7 +588,7 @@ class LayerDistance(nn.Module):
 def load_lpips(vgg_weights=None):
     """The LPIPS distance of Zhang et al. 2018, frozen, in eval mode so that its dropout is off.
     vgg_weights: a local copy of VGG_URL (default: see load_weights)."""
-    _, weights = load_weights("LPIPS needs VGG-16", VGG_URL, vgg_weights, "--vgg-weights", VGG_LAST)
+    _, weights = load_weights("LPIPS needs VGG-16", VGG_URL, vgg_weights, "--vgg-weights", VGG_KEY)
     lpips_net = import_lpips().LPIPS(net="vgg", pnet_rand=True, verbose=False)
     vgg = {}
     for name in lpips_net.net.state_dict():                # "slice3.10.bias", for example
@@ -665,7 +656,7 @@ def printable(path):
         return path
     return ascii(path)
 
-# ---- Processes: one per GPU under torchrun, which sets these two; otherwise process 0 of 1 ------
+# ---- Processes: torchrun starts one per GPU, number RANK of WORLD; otherwise 0 of 1 -------------
 
 def from_launcher(name, default):
     """A number that torchrun sets in the environment. `start` refuses what is none."""
@@ -708,7 +699,7 @@ def wait_for_all():
 
 def any_process(flag):
     """Whether `flag` is true in one of the processes at least."""
-    return not smallest(not flag)
+    return not smallest(not flag)           # unless all say no
 
 def end_together():
     """Wait until all processes are here, then close their group. A process that ended with gloo's
@@ -786,8 +777,8 @@ def whole_file(path, to_disk=True):
 HELD = []                                   # the locks of `hold`; cli lets go of them
 
 def hold(folder):
-    """Keep other jobs out of a folder that this one, process 0, writes into, until it ends in
-    whatever way: by a lock of the system on its file .lock. InputError if another job has it."""
+    """Lock a folder: until this job ends, no other may write into it. Process 0 does it, and the
+    system frees the lock however the process ends. InputError if another job has it."""
     if RANK > 0:
         return
     try:
@@ -971,8 +962,8 @@ def load_vmae(path, num_heads=12):
 def published_vmae(path, ckpt, num_heads):
     """A checkpoint of the authors' VMAE, or of a VAE of Stable Diffusion 1, 2 or 3, FLUX.1 or 2
     under diffusers' names -> model_args and model, as in ours. The shapes tell all arguments but
-    num_heads. Prints what was ignored, and whether the mask token, which only training needs, was
-    missing. InputError for another model."""
+    num_heads, and the size of a VAE's images, any of which it takes. Prints what was ignored, and
+    whether the mask token, which only training needs, was missing. InputError for another model."""
     try:
         weights = {}
         for name, value in (ckpt.get("state_dict") or ckpt.get("model") or ckpt).items():
@@ -1274,7 +1265,7 @@ DECODING = 2           # changes with what read_image makes of a file: no older 
 MIN_SIDE = 8           # pixels; anything smaller is a placeholder, not a photograph
 MAX_PIXELS = 178_956_970   # a header may claim any size; Pillow's own limit can be switched off
 MAX_TEXT = 2**26       # bytes of each text or profile in a PNG, see Reading
-PIXELS_AT_ONCE = 2**27     # that all threads decode together: half a GB in RGB
+PIXELS_AT_ONCE = 2**27     # that all threads decode together: half a GB, in up to three copies
 BITS_PER_SAMPLE = 258  # the numbers of three tags in a TIFF
 PHOTOMETRIC = 262
 SAMPLE_FORMAT = 339
@@ -1418,7 +1409,7 @@ def to_srgb(image, profile):
 @functools.lru_cache(8)                     # to make one takes 5 ms
 def srgb_transform(profile, mode):
     """Pillow's transform of pixels in this mode to sRGB; None if the profile does not fit them, or
-    if it is sRGB, which the profile does not say, but a few colours show."""
+    if it is sRGB, which the profile does not say, but 1,024 colours show."""
     try:
         transform = ImageCms.buildTransform(ImageCms.ImageCmsProfile(io.BytesIO(profile)),
                                             ImageCms.createProfile("sRGB"), mode, "RGB")
@@ -1489,7 +1480,8 @@ def read_labels(root):
 
 def cpus():
     """How many CPUs this process may use. A machine may have more, of which a container or a job
-    gets some. torch is told their number, too, but 1 may be meant for each of many processes."""
+    gets some. OMP_NUM_THREADS, which torch knows, may lower their number, but 1 does not: it is
+    often meant for one of many processes."""
     count = os.cpu_count() or 1
     if hasattr(os, "sched_getaffinity"):
         count = len(os.sched_getaffinity(0))
@@ -1642,9 +1634,9 @@ class ImageFolder(Images):
         self.labels = torch.tensor([label.get(class_of[path], 0) for path in self.paths])
 
     def held_out(self):
-        """The paths that are not trained on: about one in twenty, by a hash of the path, so that
-        files that are added later move none of the others. There is one at least, but never the
-        whole of a class."""
+        """The paths that are not trained on: about one in twenty, by a hash of the path, and one at
+        least, but never the whole of a class. But for these two rules, files that are added later
+        move none of the others."""
         hashes = {path: zlib.crc32(os.fsencode(path)) for path in self.folder.files}
         held_out = {path for path in hashes if hashes[path] % 20 == 0}
         if not held_out:
@@ -1662,8 +1654,8 @@ class ImageFolder(Images):
 
     def read(self, i):
         """-> pixels, uint8 (3, size, size), and label. If the file has a sound header but damage
-        further on, the next image takes its place, with its own label; if too many have, the run
-        will stop, and any pixels do."""
+        further on, the next image takes its place, with its own label. If too many have, it is
+        black, and `batch` ends the run."""
         for _ in range(len(self)):
             file = os.path.join(self.folder.root, self.paths[i])
             try:
@@ -1727,7 +1719,8 @@ class ImageFolder(Images):
     def say_copies(self, found, val):
         """Say how many images are exact copies, and how many of those in val, which are held out,
         are trained on too. found: from `counted`; val: None if it is not known."""
-        copies = len(self) - len(found) - len(self.folder.unreadable)
+        replaced = len(self.folder.unreadable.keys() & set(self.paths))    # see read
+        copies = len(self) - len(found) - replaced
         if copies > 0:
             say(f"exact copies: {copies} of the {len(self)} images are copies of another one")
         if val is None or nothing_held_out(self, val):
@@ -1824,7 +1817,7 @@ class Faces(Images):
         B = len(indices)
         S = self.size
         rows = []
-        for i in indices:                   # 40 random numbers per face
+        for i in indices:                   # 40 random numbers per face, of which 34 are used
             philox = np.random.Philox(key=[self.seed, self.first + int(i)])
             rows.append(np.random.Generator(philox).random(40, dtype=np.float32))
         u = torch.from_numpy(np.stack(rows)).T.reshape(40, B, 1, 1)
@@ -2321,9 +2314,9 @@ def has_bfloat16(device):
     return seconds(torch.bfloat16) < 0.8 * seconds(torch.float32)
 
 def compile_blocks(blocks, asked_for=False):
-    """Compile each of these modules in place -> whether that worked. Equal blocks are compiled once
-    for all of them, when they are first called; names of weights do not change. Without a compiler
-    for torch, a line says so; if the user has asked for it, that is an InputError."""
+    """Compile each of these modules in place. Equal blocks are compiled once for all of them, when
+    they are first called; names of weights do not change. Without a compiler for torch, a line says
+    so; if the user has asked for it, that is an InputError."""
     try:
         torch.compile(lambda x: x + 1)(torch.zeros(8, device=next(blocks[0].parameters()).device))
     except Exception as error:              # of many kinds: no C++ compiler, no Triton
@@ -2331,10 +2324,9 @@ def compile_blocks(blocks, asked_for=False):
         if asked_for:
             raise InputError(f"--compile: {why}; leave it out") from None
         say(f"{why}, so the network is slower")
-        return False
+        return
     for block in blocks:
         block.compile(dynamic=False)        # one graph serves one shape
-    return True
 
 def number_type(kind, least=None, above=None, most=None):
     """-> argparse's type of an option that is a number: int or float, at least `least` or above
