@@ -810,15 +810,12 @@ def test_folder_reads_every_mode():
     transparent_red = (255, 0, 0, 0)
     Image.new("RGBA", (40, 30), transparent_red).save("RGBA.PNG")
     Image.new("LA", (40, 30), (0, 0)).save("LA.png")
-    half = np.full((30, 40), 32896, np.uint16)             # of 65,535
-    Image.fromarray(half).save("I16.png")
     x = images_by_name(20)
-    assert len(x) == 7
+    assert len(x) == 6
     for image in x.values():
         assert image.shape == (3, 20, 20)
     close(x["RGBA"], 1, 0)                                 # transparent is white
     close(x["LA"], 1, 0)
-    close(x["I16"], 32896 / 65535 * 2 - 1, 0.005)          # half of 16 bits is half
     for mode in ("P", "CMYK"):
         colour = x[mode].mean((1, 2))
         close(colour, [1, -1, -1], 0.05)                   # red
@@ -932,9 +929,6 @@ def test_more_than_one_percent_of_broken_files_end_the_run():
     assert "; remove them: 100.png (" in message
     Image.new("RGB", (1, 1)).save("data/pixel.png")        # 3 of 201, all seen in the headers
     assert "over 1 %" in raises(InputError, warned, ImageFolder, "data", 16)
-    save_images("bomb", 1)                                 # 400 pixels
-    with patch(vmae, "MAX_PIXELS", 300):
-        assert "at most 300 are read" in raises(InputError, ImageFolder, "bomb", 16)
 
 # With one message per file, ten damaged ones once took four rounds of decoding and removing.
 def test_all_images_are_decoded_before_one_message_names_those_that_are_unreadable():
@@ -1074,13 +1068,6 @@ def test_headers_are_read_once_for_training_and_held_out_images():
 def described(data, val=None, size=16):
     """What the start of a training says of its images."""
     return printed(vmae.describe, *vmae.open_images(data, size, val))
-
-def test_what_surprises_about_a_folder_is_said():
-    save_images("one/class", 4)
-    assert "enlarged: 4 of 4; the smallest has 20 pixels" in described("one", size=32)
-    assert "name that one with --data" in described("one")
-    Image.new("RGB", (20, 20)).save("one/beside.png")
-    assert "1 images lie beside" in described("one")
 
 # ---- The cache of pixels ----------------------------------------------------------------------
 
@@ -1245,20 +1232,6 @@ def test_copies_are_counted_while_images_are_decoded():
     save_images("other", 40)
     train, val = vmae.open_images("other", 16)
     assert "copies" not in printed(train.keep_pixels, "run", True, val)
-
-def test_files_that_break_while_they_are_decoded_are_named_and_counted():
-    save_images("data", 200)
-    for name in ("050.png", "120.png"):                    # 1 %
-        whole = Path("data", name).read_bytes()
-        Path("data", name).write_bytes(whole[:600])
-    data = ImageFolder("data", 16)
-    _, text = warned(data.keep_pixels, "run")
-    assert "050.png" in text and "120.png" in text and "2 so far" in text
-    x, _ = data.batch([50, 51])
-    assert torch.equal(x[0], x[1])
-    os.utime("data/000.png", (1, 1))
-    with patch(vmae, "read_image", side_effect=OSError("damaged")):
-        assert "over 1 %" in raises(InputError, warned, ImageFolder("data", 16).keep_pixels, "run")
 
 def test_prefetch_prepares_the_next_batch_while_this_one_is_used():
     begun = [threading.Event() for _ in range(3)]
@@ -4236,25 +4209,21 @@ def save_tiff(path, pixels, bits, sample_format=UNSIGNED, photometric=1):
     Path(path).write_bytes(head + pixels + struct.pack("<H", len(tags)) + entries + bytes(4))
 
 def test_pixels_of_16_bits_are_scaled_in_every_format():
-    half = np.full((30, 40), 32896, np.uint16)             # of 65,535, as 128 is of 255
-    big_endian = half.astype(">u2")
-    Image.fromarray(half).save("little.tif")
-    Image.fromarray(big_endian).save("big.tif")
-    Image.fromarray(half).save("grey.png")
-    Path("grey.pgm").write_bytes(b"P5 40 30 65535\n" + big_endian.tobytes())
-    of_12_bits = np.full((30, 40), 2056, ">u2")            # of 4,095, which the header says
-    Path("grey12.pgm").write_bytes(b"P5 40 30 4095\n" + of_12_bits.tobytes())
-    colours = np.repeat(big_endian[..., None], 3, axis=2)
-    Path("colour.ppm").write_bytes(b"P6 40 30 65535\n" + colours.tobytes())
-    if features.check("jpg_2000"):
-        Image.fromarray(half).save("grey.jp2")
-    for path in Path().iterdir():
-        close(grey_of(path), 128, 0.6)                     # a rounding
-
-def test_pixels_of_16_bits_keep_black_and_white():
-    for value, expected in ((0, 0), (65535, 255), (257, 1)):
-        Image.fromarray(np.full((30, 40), value, np.uint16)).save("a.png")
-        assert grey_of("a.png") == expected
+    for level in (0, 1, 128, 255):
+        grey = np.full((30, 40), 257 * level, np.uint16)   # of 65,535, as `level` is of 255
+        big_endian = grey.astype(">u2")
+        Image.fromarray(grey).save("little.tif")
+        Image.fromarray(big_endian).save("big.tif")
+        Image.fromarray(grey).save("grey.png")
+        Path("grey.pgm").write_bytes(b"P5 40 30 65535\n" + big_endian.tobytes())
+        of_12_bits = (grey / 65535 * 4095).round().astype(">u2")           # as the header says
+        Path("grey12.pgm").write_bytes(b"P5 40 30 4095\n" + of_12_bits.tobytes())
+        colours = np.repeat(big_endian[..., None], 3, axis=2)
+        Path("colour.ppm").write_bytes(b"P6 40 30 65535\n" + colours.tobytes())
+        if features.check("jpg_2000"):
+            Image.fromarray(grey).save("grey.jp2")
+        for path in Path().iterdir():
+            assert grey_of(path) == level, path
 
 def test_pixels_whose_range_a_file_does_not_tell_are_refused_by_name():
     grey = np.full((30, 40), 128)
@@ -4384,16 +4353,6 @@ def test_a_png_with_much_text_is_read_and_pillow_s_limit_stays_the_user_s():
         close(image, pixels.transpose(2, 0, 1), 0)
     assert (PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY) == limits
 
-def test_a_folder_of_floats_ends_a_training_in_one_line():
-    os.mkdir("data")
-    for i in range(30):
-        Image.fromarray(np.full((20, 20), i / 30, np.float32)).save(f"data/{i:02d}.tif")
-    text = runs(train_vmae.main, TINY_RUN, status=1)
-    last = text.splitlines()[-1]
-    n = len(ImageFolder("data", 16, "train"))
-    assert f"{n} of 30 files are unreadable, over 1 % of the folder" in last
-    assert last.count("(its pixels are floats") == 10 and last.endswith(f", and {n - 10} more")
-
 def test_images_that_are_nearly_constant_are_said():
     save_images("data", 20)
     assert "nearly constant" not in described("data")
@@ -4446,6 +4405,7 @@ def test_the_start_says_how_many_images_are_enlarged_or_unreadable():
     save_images("deep/only", 30)
     text = described("deep")
     assert "classes: none, as there is only one sub-folder" in text
+    assert "name that one with --data" in text
     for words in ("enlarged", "left out"):
         assert words not in text
 
@@ -5734,15 +5694,11 @@ def test_runs_that_do_not_compare_are_refused():
 # ---- Bad input is one line --------------------------------------------------------------------
 
 def test_bad_folders_of_images_are_one_line():
-    save_images("empty", 0)
     save_images("pixel", 1, size=1)
-    save_images("text", 0)
-    Path("text/a.jpg").write_text("not an image")
     refuses(train_vmae.main, {
         "--data nowhere": "nowhere: no such folder",
-        "--data empty": ".jpg",
-        "--data text": "1 of 1 files are unreadable, over 1 % of the folder; remove them: a.jpg",
-        "--data pixel": "1x1 pixels"}, "--size 16")
+        "--data pixel": "1 of 1 files are unreadable, over 1 % of the folder; remove them: 000.png "
+                        "(1x1 pixels"}, "--size 16")
 
 def test_options_out_of_range_are_one_line():
     save_images("data", 4)
