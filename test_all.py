@@ -363,7 +363,7 @@ def test_attention_is_fused():
 
 # ---- Gaussians and losses ---------------------------------------------------------------------
 
-def test_kl_is_that_of_torch():
+def test_kl_of_gaussians_is_that_of_torch():
     mu = torch.randn(3, 4, 5)                              # 4 channels of 5 tokens
     logvar = torch.randn(3, 4, 5)
     q = torch.distributions.Normal(mu, (logvar / 2).exp())
@@ -489,18 +489,13 @@ def test_missing_vgg_weights_are_one_message_with_url_path_and_option():
     assert "\n" not in message
 
 @patch(vmae, "load_lpips", return_value=TinyLpips())
-def test_weight_of_L_P_reaches_the_loss_and_is_ten_when_the_decoder_is_tuned(load_lpips):
+def test_weight_of_L_P_reaches_the_loss(load_lpips):
     save_images("data", 8)
     one = trained("--lambda-p 1 --vgg-weights vgg.pth", "one")
     assert load_lpips.call_args.args == ("vgg.pth",)
     two = trained("--lambda-p 2", "two")
     assert all_differ(one, two)
     assert "L_P" in log_of("one")[-1]
-    line = "--init one --tune decoder --data data --steps 1 --batch 2 --precision float32"
-    runs(train_vmae.main, line)
-    tuned = load("runs/tuned/last.pt")["train_args"]
-    assert tuned["lambda_p"] == 10                         # the authors' last stage
-    assert tuned["mask"] == 0
 
 def test_a_run_goes_on_without_L_P_unless_it_was_asked_for():
     trouble = patch(vmae, "load_lpips", side_effect=InputError("no VGG"))
@@ -599,7 +594,6 @@ def test_both_bodies_encode_and_decode_the_whole_grid():
         assert q.logvar.shape == (2, 4, 4, 4)
         assert model.decode(q.mode()).shape == x.shape
         assert (model.patch_size, model.grid, model.latent_dim) == (4, 4, 4)
-    raises(ValueError, VMAE(**TINY_VMAE).encode, random_images(1, 32))     # made for 16
     raises(ValueError, VMAE, 30, 4)                        # 30 pixels hold no whole patches
     raises(ValueError, vmae.ConvAutoencoder, 30)
 
@@ -872,8 +866,6 @@ def test_folders_of_training_and_held_out_images_may_not_overlap():
     for data, val in pairs:
         message = raises(InputError, vmae.open_images, data, 16, val)
         assert "trained on" in message
-    message = raises(InputError, vmae.open_images, "data", 16, None, "data")
-    assert "folder of the images" in message               # --out may not be it either
 
 def test_a_few_broken_files_are_skipped_by_name():
     save_images("data", 200)
@@ -949,17 +941,15 @@ def test_no_memory_and_no_threads_are_no_fault_of_a_file():
         assert "the system starts no more threads" in raises(InputError, data.batch, [0])
 
 def test_threads_are_as_many_as_cpus_may_be_used():
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    with patch(os, "cpu_count", return_value=usable + 64), patch(torch, "get_num_threads") as hint:
-        hint.return_value = 99
-        assert vmae.cpus() in (usable, usable + 64)
-        if hasattr(os, "sched_getaffinity"):
-            assert vmae.cpus() == usable
-        hint.return_value = 1                              # as torchrun asks of each process
-        assert vmae.cpus() >= usable
-    with patch(os, "sched_getaffinity", return_value=range(64), create=True):
-        with patch(torch, "get_num_threads", return_value=3):
-            assert vmae.cpus() == 3
+    machine = SimpleNamespace(cpu_count=lambda: 64)
+    container = SimpleNamespace(cpu_count=lambda: 64, sched_getaffinity=lambda process: range(8))
+    for system, of_torch, expected in (
+            (machine, 99, 64),
+            (container, 99, 8),
+            (container, 3, 3),
+            (container, 1, 8)):                            # as torchrun asks of each process
+        with patch(vmae, "os", system), patch(torch, "get_num_threads", return_value=of_torch):
+            assert vmae.cpus() == expected
 
 def test_threads_decode_a_limited_number_of_pixels_at_once():
     save_images("data", 12)                                # 400 pixels each
@@ -1251,8 +1241,7 @@ def test_a_sampler_s_steps_end_on_clean_latents_for_every_number_of_steps():
         assert len(set(ts)) == S
         assert ts[0] == 999 and min(ts) >= 0
         assert nexts == (*bars[1:], 1.0)                   # each begins where the last one ended
-    for S in (0, 1001):
-        raises(ValueError, schedule.steps, S)              # of T = 1000
+    raises(ValueError, schedule.steps, 1001)               # of T = 1000
 
 def test_first_t_is_the_first_with_no_more_signal():
     schedule = ldm.Schedule()
@@ -2339,18 +2328,19 @@ def test_tuning_covers_the_preset():
 
 def test_a_resumed_run_may_change_some_options_and_is_asked_for_others_anew():
     os.mkdir("run")
-    save_run(train_vmae, preset="mae", mask=0.5, batch=8, micro=4, steps=9, device="cuda",
-             compile=True)
-    args = options_of(train_vmae, "--out run --resume --lr 1 --save-every 3 --precision float32")
-    assert (args.lr, args.save_every, args.precision) == (1, 3, "float32")
+    save_run(train_vmae, preset="mae", data="elsewhere", mask=0.5, flip=True, batch=8, micro=4,
+             steps=9, device="cuda", compile=True)
+    free = "--data a --val ./b/../c --micro 2 --lr 1 --save-every 3 --precision float32"
+    args = options_of(train_vmae, f"--out run --resume {free}")
+    assert (args.data, args.val) == (os.path.abspath("a"), os.path.abspath("c"))
+    assert (args.micro, args.lr, args.save_every, args.precision) == (2, 1, 3, "float32")
     assert (args.device, args.compile) == ("auto", None)   # of this machine, not of the last one
     assert options_of(train_vmae, "--out run --resume --mask 0.5").mask == 0.5     # the same
-    for line in ("--mask 0.6", "--seed 1", "--batch 16", "--preset vmae", "--optimizer muon"):
+    for line in ("--mask 0.6", "--seed 1", "--batch 16", "--preset vmae", "--optimizer muon",
+                 "--no-flip"):
         option = line.split()[0]
         message = raises(InputError, options_of, train_vmae, f"--out run --resume {line}")
-        assert message.startswith(option) and "the run in run has" in message
-    assert "go on with --resume" in raises(InputError, options_of, train_vmae, "--out run")
-    assert "other stage" in raises(InputError, options_of, train_ldm, "--out run --resume")
+        assert message.startswith(option.replace("--no-", "--")) and "the run in run has" in message
 
 # Who had tried the built-in faces was told that a run on photographs was complete.
 def test_a_run_on_the_built_in_faces_does_not_go_on_with_a_folder():
@@ -2407,13 +2397,14 @@ def test_defaults_in_the_help_are_those_of_each_preset():
         assert args["out"] == f"runs/{preset}"
 
 def test_defaults_in_the_help_are_the_real_ones():
-    for script in (train_vmae, train_ldm):
+    of_both = ["save-every", "seed", "precision"]
+    for script, names in ((train_vmae, ["preset", "whole", "lambda-m", *of_both]),
+                          (train_ldm, ["drop", *of_both])):
         help_text = help_of(script)
         args = vars(options_of(script))
-        for name in ("preset", "whole", "lambda-m", "save-every", "seed", "precision", "drop"):
-            if name in help_text:
-                real = args[name.replace("-", "_")]
-                assert help_text[name] == str(real), name
+        for name in names:
+            real = args[name.replace("-", "_")]
+            assert help_text[name] == str(real), name
         assert help_text["out"] == "stage one: runs/PRESET; stage two: runs/ldm"
         for name in ("batch", "steps", "optimizer", "lr"):
             assert help_text[name] == "see RECIPES" and args[name] is None
@@ -2449,7 +2440,7 @@ def test_weight_of_L_P_in_the_help_depends_on_the_data_as_it_says():
         expected = 0.5 if preset in ("vmae", "sdvae") else 0
         assert filled_in(f"--preset {preset} --data x").lambda_p == expected
         assert filled_in(f"--preset {preset}").lambda_p == 0               # on the faces
-    assert filled_in("--tune decoder --init some.pt").lambda_p == 10
+    assert filled_in("--tune decoder --init some.pt").lambda_p == 10       # the authors' last stage
 
 def test_compiling_in_the_help_depends_on_the_device_as_it_says():
     words = "on CUDA yes, with blocks from size small on; elsewhere no"    # sizes: see below
@@ -2569,8 +2560,6 @@ def test_measuring_held_out_images_leaves_stage_one_alone():
         first, last = logged("often", name)
         assert first != last
         assert logged("once", name) == [last]              # the same images, masks and noise
-    for name in ("preview_000001.png", "preview_000002.png"):
-        assert Path("often", name).exists()
 
 def test_PSNR_in_the_log_is_of_whole_and_of_masked_held_out_images():
     save_images("data", 24)
@@ -2992,9 +2981,8 @@ def mean_and_covariance(rows):
     """Mean and covariance of rows (N, D), by numpy."""
     return rows.mean(0), np.cov(rows, rowvar=False)
 
-# Without the shift the squares of 1e7 leave no digits for a variance of 1.
 def test_running_statistics_are_those_of_numpy():
-    for offset, digits in ((0, 1e-12), (1e7, 1e-7)):       # whose squares would cancel
+    for offset, digits in ((0, 1e-12), (1e7, 1e-7)):       # whose squares leave no digit
         rows = torch.randn(1000, 8, dtype=torch.float64) + offset
         running = evaluate.Statistics()
         for part in rows.split(300):                       # the last one is short
@@ -3246,7 +3234,7 @@ def test_noise_on_the_latent_reaches_the_table_of_smoothness():
 
 # ---- Evaluation: commands ---------------------------------------------------------------------
 
-# The numbers of Table 3 are the paper's, or follow from its architectures (DESIGN.md, section 1).
+# The numbers of Table 3 are the paper's, or follow from its architectures.
 
 def test_efficiency_is_the_papers_table_3():
     numbers = ("319.7", "42.69", "13.4%",                  # MB of SD-VAE, of VMAE, ratio
@@ -3383,6 +3371,7 @@ def test_neighbours_are_searched_in_pixels_and_in_features():
     both_stages()
     rows = measured("neighbours", f"--ckpt runs/ldm {FEW}")
     assert [row["space"] for row in rows] == ["pixels", "Inception"]
+    assert rows[0]["samples"] != rows[1]["samples"]
     for row in rows:
         assert row["ratio"] == row["samples"] / row["held-out"]
 
@@ -3661,14 +3650,6 @@ def test_tables_are_saved_as_json_without_what_json_does_not_have():
     assert "|  | 12,345 |" in text                         # a row that lacks a column
     rows = strict_json(Path("out/fid.json").read_text())["rows"]
     assert rows == [{"a": None, "b": 1.0}, {"b": 12345}]
-
-def test_curves_of_a_run_lie_beside_its_previews():
-    save_images("data", 12)
-    trained("--save-every 1")
-    files = set(os.listdir("runs/vmae"))
-    assert {"curves.png", "preview_000001.png", "preview_000002.png"} <= files
-    curves = Image.open("runs/vmae/curves.png")
-    assert len(curves.getcolors(10**6)) > 99               # lines, not a white page
 
 def test_curves_of_several_runs_are_drawn_in_one_picture():
     both_stages()
@@ -4044,7 +4025,7 @@ def save_bad_checkpoints():
            "number": ({"vmae": 3}, "its vmae is no dict"),
            "none": ({**ours, "train_args": None}, "its train_args is no dict"),
            "half": ({"model_args": ours["model_args"]},
-                    "neither stage one, nor a published VMAE or VAE of Stable Diffusion ('patch_emb"),
+                    "neither stage one, nor a published VMAE or VAE of Stable Diffusion ('patch"),
            "nan": ({**ours, "model": nan}, "infinite or NaN"),
            "less": ({**ours, "model": less}, "do not fit"),
            "more": ({**ours, "model": more}, "do not fit"),
@@ -5040,8 +5021,6 @@ def test_the_cache_of_moments_belongs_to_its_flips():
     runs(train_ldm.main, f"{TINY_LDM} --no-flip --out run")
     [after] = Path("run").glob("moments_*.npy")            # the other one went
     assert before.name != after.name
-    refuses(train_ldm.main, {"--flip": "--flip True: the run in run has False"},
-            "--out run --resume --steps 9")
 
 def test_saves_are_kept_if_asked_for_and_can_be_measured():
     save_images("data", 24)
@@ -5164,9 +5143,8 @@ def test_wrong_shapes_types_and_ranges_are_named_by_encode():
              (x[:, :1], "give (B, 3, H, W), with 3 colours"),
              (x.permute(0, 2, 3, 1), "give (B, 3, H, W), with 3 colours"),
              (pixels.float(), "images are in [-1, 1]; give to_float(x)")]
-    for model in (VMAE(**TINY_VMAE), vmae.ConvAutoencoder(16, (8, 8, 16), 4)):
-        model.encode(x)
-        model.encode(x.half().float())
+    for model in both_bodies():
+        model.encode(5 * x)                                # noise may reach so far
         for wrong, said in cases:
             assert said in raises(InputError, model.encode, wrong)
     message = raises(InputError, VMAE(**TINY_VMAE).encode, random_images(1, 32))
@@ -5545,8 +5523,7 @@ def test_the_same_line_again_overwrites_nothing():
     refuses(train_ldm.main, {
         "": "holds step 2",
         "--resume --steps 9 --vmae runs/ldm": "--vmae",
-        "--resume --steps 9 --no-classes": "the run in runs/ldm has False",
-        "--resume --steps 9 --objective flow": "the run in runs/ldm has v"})
+        "--resume --steps 9 --no-classes": "the run in runs/ldm has False"})
     assert Path("runs/vmae/last.pt").read_bytes() == before
 
 def test_options_that_contradict_each_other_are_refused():
@@ -5575,18 +5552,6 @@ def test_options_without_an_effect_are_named():
     assert "has no effect" not in text
     text = runs(train_ldm.main, f"{TINY_LDM} --no-classes --drop 0.2 --out flat")
     assert "--drop: has no effect" in text
-
-def test_a_resumed_run_may_have_other_images_and_another_pace():
-    save_images("data/left", 12)
-    save_images("data/right", 12, seed=1)
-    save_images("extra", 12, seed=2)
-    trained()
-    runs(train_vmae.main, "--resume --steps 3 --data data/left --val ./data/../extra --micro 2 "
-                          "--lr 1e-4 --save-every 7")
-    args = load("runs/vmae/last.pt")["train_args"]
-    assert args["data"] == os.path.abspath("data/left")
-    assert args["val"] == os.path.abspath("extra")
-    assert (args["micro"], args["lr"], args["save_every"]) == (2, 1e-4, 7)
 
 def test_a_run_of_stage_two_goes_on_without_the_file_of_its_stage_one():
     both_stages()
