@@ -221,10 +221,14 @@ def trained(options="", out="runs/vmae"):
     runs(train_vmae.main, f"{TINY_RUN} --out {out} {options}")
     return vmae.load_vmae(out)
 
+def save_two_classes(one="left", other="right"):
+    """data/ with two sub-folders of 12 images each."""
+    save_images(f"data/{one}", 12)
+    save_images(f"data/{other}", 12, seed=1)
+
 def both_stages():
     """data/ with two classes, and two steps of each stage on it, in runs/vmae and runs/ldm."""
-    save_images("data/left", 12)
-    save_images("data/right", 12, seed=1)
+    save_two_classes()
     trained()
     runs(train_ldm.main, TINY_LDM)
 
@@ -867,10 +871,14 @@ def test_folders_of_training_and_held_out_images_may_not_overlap():
         message = raises(InputError, vmae.open_images, data, 16, val)
         assert "trained on" in message
 
+def cut_off(path):
+    """Leave of an image what ends early, with a sound header."""
+    whole = Path(path).read_bytes()
+    Path(path).write_bytes(whole[:600])
+
 def test_a_few_broken_files_are_skipped_by_name():
     save_images("data", 200)
-    cut = Path("data/100.png")
-    cut.write_bytes(cut.read_bytes()[:600])                # its header is sound, but it ends early
+    cut_off("data/100.png")
     Path("data/text.jpg").write_text("not an image")
     data, text = warned(ImageFolder, "data", 16)
     assert len(data) == 200
@@ -885,8 +893,7 @@ def test_more_than_one_percent_of_broken_files_end_the_run():
     Path("data/empty.jpg").write_text("")
     Path("data/text.jpg").write_text("not an image")
     data, _ = warned(ImageFolder, "data", 16)              # 2 of 200 are 1 %
-    cut = Path("data/100.png")
-    cut.write_bytes(cut.read_bytes()[:600])
+    cut_off("data/100.png")
     message = raises(InputError, data.batch, [99, 100])
     assert "3 of 200 files are unreadable, over 1 %" in message
     assert "; remove them: 100.png (" in message
@@ -897,8 +904,7 @@ def test_more_than_one_percent_of_broken_files_end_the_run():
 def test_all_images_are_decoded_before_one_message_names_those_that_are_unreadable():
     save_images("data", 200)
     for i in range(0, 200, 15):                            # 14 of them
-        whole = Path(f"data/{i:03d}.png").read_bytes()
-        Path(f"data/{i:03d}.png").write_bytes(whole[:600])
+        cut_off(f"data/{i:03d}.png")
     message = raises(InputError, warned, ImageFolder("data", 16).keep_pixels, "run")
     assert "data: 14 of 200 files are unreadable, over 1 % of the folder; remove them" in message
     assert "000.png (" in message and "135.png (" in message and "150.png" not in message
@@ -2253,8 +2259,7 @@ def test_a_run_that_gets_more_steps_says_what_its_learning_rate_does():
     assert "planned" not in runs(train_vmae.main, "--resume --steps 4")    # complete
 
 def test_held_out_classes_meet_those_of_training_by_name():
-    save_images("data/b", 12)
-    save_images("data/c", 12, seed=1)
+    save_two_classes("b", "c")
     save_images("val/a", 3, seed=2)
     save_images("val/b", 3, seed=3)
     trained("--val val")
@@ -3108,10 +3113,14 @@ def tiny_net(path, resize, fast):
 
 tiny_inception = patch(evaluate, "load_inception", tiny_net)
 
-def test_scores_are_means_over_images():
+def ten_pairs():
+    """-> images a and b, (10, 3, 16, 16) each, and an iterator over batches of both."""
     a = torch.from_numpy(random_pixels((10, 3, 16, 16)))
     b = torch.from_numpy(random_pixels((10, 3, 16, 16), seed=1))
-    pairs = zip(a.split(4), b.split(4))                    # the last has two
+    return a, b, zip(a.split(4), b.split(4))               # the last batch has two
+
+def test_scores_are_means_over_images():
+    a, b, pairs = ten_pairs()
     row = evaluate.scores(pairs, "cpu", TinyLpips())
     error = (a.double() - b.double()).abs()                # (10, 3, 16, 16)
     close(row["L1"], error.mean() / 255, 1e-9)
@@ -3122,9 +3131,7 @@ def test_scores_are_means_over_images():
     assert "rFID" not in row                               # without Inception
 
 def test_scores_have_the_FID_of_all_reconstructions_against_all_originals():
-    a = torch.from_numpy(random_pixels((10, 3, 16, 16)))
-    b = torch.from_numpy(random_pixels((10, 3, 16, 16), seed=1))
-    pairs = zip(a.split(4), b.split(4))
+    a, b, pairs = ten_pairs()
     real = evaluate.Features(TinyNet())
     real.see(10, a.split(4))
     row = evaluate.scores(pairs, "cpu", real=real)
@@ -3272,8 +3279,7 @@ def test_efficiency_measures_seconds_if_asked_to():
 def two_autoencoders():
     """data/ with two classes, and two runs of stage one on it: a transformer in runs/vmae, a
     convolutional body in runs/ae."""
-    save_images("data/left", 12)
-    save_images("data/right", 12, seed=1)
+    save_two_classes()
     for name in ("vmae", "ae"):
         trained(f"--preset {name}", f"runs/{name}")
 
@@ -3536,9 +3542,12 @@ def fid_row(options):
                          "weights tiny")
     return row
 
+def real_and_fake():
+    """20 images in real/, 21 in fake/ -> their pixels."""
+    return save_images("real", 20, 16), save_images("fake", 21, 16, seed=1)
+
 def test_fid_of_two_folders_leaves_overviews_out():
-    real = save_images("real", 20, 16)
-    fake = save_images("fake", 21, 16, seed=1)
+    real, fake = real_and_fake()
     Image.new("RGB", (99, 99)).save("fake/grid.png")       # sample.py's
     row = fid_row("--real real --fake fake")
     of_real = mean_and_covariance(real.mean((1, 2)))
@@ -3549,8 +3558,7 @@ def test_fid_of_two_folders_leaves_overviews_out():
     close(fid_row("--real real --fake real")["FID"], 0, 1e-3)
 
 def test_fid_is_the_same_from_adms_images_and_from_saved_statistics():
-    real = save_images("real", 20, 16)
-    fake = save_images("fake", 21, 16, seed=1)
+    real, fake = real_and_fake()
     np.savez("fake.npz", arr_0=fake)                       # as ADM's
     row = fid_row("--real real --fake fake --save-stats new/stats")
     mu, sigma = mean_and_covariance(real.mean((1, 2)))
@@ -3565,8 +3573,7 @@ def test_fid_is_the_same_from_adms_images_and_from_saved_statistics():
     assert "KID x 1e3" not in again                        # statistics hold no pairs
 
 def test_fid_reads_statistics_of_pytorch_fid():
-    save_images("real", 20, 16)
-    save_images("fake", 21, 16, seed=1)
+    real_and_fake()
     row = fid_row("--real real --fake fake --save-stats stats.npz")
     stats = np.load("stats.npz")
     np.savez("plain.npz", mu=stats["mu"], sigma=stats["sigma"])
@@ -3712,14 +3719,14 @@ def chain(out):
             "sample.py": f"--ckpt {out}_ldm --n 10 --batch 4 --steps 2 --out {out}_samples"}
 
 @contextlib.contextmanager
-def as_in_a_child():
-    """One thread, because sums depend on their number, and the real size tiny."""
+def one_thread():
+    """As in a child, because sums depend on the number of threads."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    tiny = runpy.run_path(str(HERE / "ldm.py"))["sizes"]["tiny"]
-    with mock.patch.dict(ldm.sizes, tiny=tiny):
+    try:
         yield
-    torch.set_num_threads(threads)
+    finally:
+        torch.set_num_threads(threads)
 
 MAINS = {"train_vmae.py": train_vmae.main, "train_ldm.py": train_ldm.main,
          "sample.py": sample.main, "evaluate.py": evaluate.main}
@@ -3736,7 +3743,8 @@ def same_runs(one, two):
 # A line of README with torchrun once did not start, as the tests ran it without torchrun.
 def test_the_real_launcher_starts_each_script_and_two_processes_are_one_run():
     save_images("data", 60, 16)
-    with as_in_a_child():
+    real_tiny = runpy.run_path(str(HERE / "ldm.py"))["sizes"]["tiny"]
+    with one_thread(), mock.patch.dict(ldm.sizes, tiny=real_tiny):
         for script, line in chain("one").items():
             runs(MAINS[script], line)
     for script, line in chain("two").items():
@@ -3763,17 +3771,14 @@ def test_two_processes_are_one_run_of_every_kind_of_training():
     lines = {"sdvae": (train_vmae, f"{stage_one} --size 16 --preset sdvae"),
              "tuned": (train_vmae, f"{stage_one} --size 32 --init start --tune decoder"),
              "classes": (train_ldm, f"{go} --vmae start")}
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     # The runs share one group of processes: a second one in the same process may fail to connect.
     code = f"{SCRIPTS}\nclose = vmae.end_together\nvmae.end_together = vmae.wait_for_all\n"
     code += "def all_of_them():\n"
     for name, (script, line) in lines.items():
-        with patch(train_ldm, "measure", return_value={}):
+        with one_thread(), patch(train_ldm, "measure", return_value={}):
             runs(script.main, f"{line} --out one_{name}")
         code += f"    main({script.__name__}, '{line} --out two_{name}')\n"
     code += "    close()\n"
-    torch.set_num_threads(threads)
     in_child(f"{code}\nvmae.cli(all_of_them)", torchrun=2)
     for name in lines:
         same(load(f"one_{name}/last.pt"), load(f"two_{name}/last.pt"), 1e-5)
@@ -4371,6 +4376,11 @@ def test_an_empty_folder_says_what_is_in_it():
     Path("data/a.txt").touch()
     assert "it holds .txt 1" in raises(InputError, ImageFolder, "data", 16)
 
+def splits_said():
+    """-> the folders that the start names as --data and --val, because classes look like splits."""
+    [options] = re.findall(r"give --data (\S+) --val (\S+)$", described("data"), re.MULTILINE)
+    return options
+
 # A folder that holds train, val and test was once a data set with these classes.
 def test_classes_that_look_like_splits_are_said_with_the_line_to_type():
     for names in (["train", "val", "test"], ["Train", "TEST"], ["training", "validation"]):
@@ -4378,9 +4388,7 @@ def test_classes_that_look_like_splits_are_said_with_the_line_to_type():
         for name in names:
             save_images(f"data/{name}/cat", 9)
             save_images(f"data/{name}/dog", 9, seed=1)
-        text = described("data")
-        options = re.findall(r"give --data (\S+) --val (\S+)$", text, re.MULTILINE)
-        [(data, val)] = options
+        data, val = splits_said()
         assert Path(data).name == names[0]
         assert Path(val).name in names[1:]
         text = described(data, val)
@@ -4396,8 +4404,7 @@ def test_classes_that_hold_the_name_of_a_split_look_like_splits():
         shutil.rmtree("data", ignore_errors=True)
         for name in names:
             save_images(f"data/{name}", 9)
-        options = re.findall(r"give --data (\S+) --val (\S+)$", described("data"), re.MULTILINE)
-        [(data, val)] = options
+        data, val = splits_said()
         assert f"{Path(data).name} {Path(val).name}" == chosen
 
 def test_classes_of_which_some_are_no_splits_are_classes():
@@ -4566,8 +4573,7 @@ def test_accents_are_compared_in_one_form():
             assert sample.pick_labels(typed, ["bar", stored]) == [1]
 
 def test_a_run_goes_on_after_its_folders_were_copied_with_accents_in_another_form():
-    save_images("data/bar", 12)
-    save_images(f"data/{unicodedata.normalize('NFD', 'café')}", 12, seed=1)
+    save_two_classes("bar", unicodedata.normalize("NFD", "café"))
     trained()
     runs(train_ldm.main, TINY_LDM)
     for folder in list(Path("data").iterdir()):
@@ -4579,8 +4585,7 @@ def test_a_run_goes_on_after_its_folders_were_copied_with_accents_in_another_for
     assert "number 1" in text
 
 def test_what_is_drawn_is_always_said_by_its_name():
-    save_images("data/01", 12)
-    save_images("data/02", 12, seed=1)
+    save_two_classes("01", "02")
     trained()
     runs(train_ldm.main, TINY_LDM)
     runs(train_ldm.main, f"{TINY_LDM} --no-classes --out runs/flat")
@@ -4990,6 +4995,11 @@ def images_seen(options):
         trained(options)
     return torch.cat(seen)
 
+def moments_file(run):
+    """The only cache of moments in a run folder."""
+    [file] = Path(run).glob("moments_*.npy")
+    return file
+
 def test_no_image_is_mirrored_with_no_flip():
     save_letters("data", 24)
     left = images_seen("")[..., :8].mean((1, 2, 3))                        # (8,)
@@ -5008,19 +5018,17 @@ def test_stage_two_mirrors_images_as_stage_one_did_unless_told_otherwise():
                        ("--vmae flip --no-flip", n)):
         shutil.rmtree("run", ignore_errors=True)
         runs(train_ldm.main, f"{TINY_LDM} {line} --out run")
-        [moments_file] = Path("run").glob("moments_*.npy")
-        assert len(np.load(moments_file)) == rows, line
+        assert len(np.load(moments_file("run"))) == rows, line
         assert load("run/last.pt")["train_args"]["flip"] == (rows == 2 * n)
 
 def test_the_cache_of_moments_belongs_to_its_flips():
     save_letters("data", 24)
     trained()
     runs(train_ldm.main, f"{TINY_LDM} --out run")
-    [before] = Path("run").glob("moments_*.npy")
+    before = moments_file("run")
     os.remove("run/last.pt")
     runs(train_ldm.main, f"{TINY_LDM} --no-flip --out run")
-    [after] = Path("run").glob("moments_*.npy")            # the other one went
-    assert before.name != after.name
+    assert before != moments_file("run")                   # the other one went
 
 def test_saves_are_kept_if_asked_for_and_can_be_measured():
     save_images("data", 24)
@@ -5073,8 +5081,7 @@ def test_a_data_set_of_one_s_own_trains_both_stages():
     text = own_images()
     assert "images: 24 to train on, 8 held out, 16 x 16 pixels" in text
     assert "classes: dark, light" in text
-    [moments_file] = Path("runs/ldm").glob("moments_*.npy")
-    assert len(np.load(moments_file)) == 48
+    assert len(np.load(moments_file("runs/ldm"))) == 48
     text = runs(sample.main, "--n 2 --steps 1 --class light")
     assert "drawing the class light" in text
 
