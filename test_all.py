@@ -581,6 +581,7 @@ def test_resized_positions_are_those_the_authors_interpolate():
     finer = vmae.resize_positions({"pos_embed": table}, model)["pos_embed"]    # (1, 1024, 192)
     close(finer[..., 12:48], bilinear[..., 12:48], 0.03)   # slow waves
     assert (finer - bilinear).square().mean().sqrt() < 0.03
+    close(finer[0, [0, -1]], table[0, [0, -1]], 1e-6)      # corners lie on the old ones, not beyond
     not_resized = vmae.sincos_positions(192, torch.arange(32))
     assert (not_resized - bilinear).square().mean().sqrt() > 0.3
 
@@ -1590,6 +1591,11 @@ def test_labels_are_dropped_at_the_share_asked_for():
     y = ldm.LabelEmbed(7, 8).drop(labels, 0.1)
     assert set(y.tolist()) == {0, 7}                       # 7 is the null class
     close((y == 7).float().mean(), 0.1, 0.02)
+    both_stages()
+    with patch(ldm, "loss_LDM", wraps=ldm.loss_LDM) as loss:
+        runs(train_ldm.main, f"{TINY_LDM} --drop 1 --out dropped")
+    labels = loss.mock_calls[0].args[3]                    # of the first step
+    assert (labels == 2).all()                             # after left and right
 
 def test_normalise_is_per_channel_and_inverts():
     z = torch.randn(8, 3, 4, 4) * 5 + 2
@@ -4251,6 +4257,7 @@ def test_a_profile_that_is_sRGB_or_does_not_fit_or_is_broken_changes_nothing():
     for profile in (srgb, LINEAR_GREY, profile_of_inks(), ADOBE_RGB[:150], broken):
         Image.fromarray(pixels).save("a.png", icc_profile=profile)
         close(vmae.read_image("a.png", 20), pixels.transpose(2, 0, 1), 0)
+    assert vmae.srgb_transform(srgb, "RGB") is None        # nor does it cost time
 
 # Drawing programs and generators of images write megabytes of text into a PNG.
 def test_a_png_with_much_text_is_read_and_pillow_s_limit_stays_the_user_s():
@@ -5422,6 +5429,17 @@ def test_an_image_depends_on_the_seed_and_its_number_alone():
         assert abs(one - two).max() <= 1                   # rounding
         assert len(np.unique(one, axis=0)) == 5
         assert abs(drawn(f"{options} --seed 1") - one).max() > 1
+
+def test_every_option_of_a_sampler_reaches_it():
+    both_stages()
+    runs(train_ldm.main, f"{TINY_LDM} --objective flow --out flow")
+    lines = {"--sampler ddpm --steps 3 --clip 2": dict(sampler="ddpm", steps=3, clip=2),
+             "--cfg 3 --eta 0.5 --seed 7": dict(sampler="ddim", cfg=3, eta=0.5, seed=7),
+             "--ckpt flow --shift 0.3 --interval 0.9": dict(shift=0.3, interval=0.9)}
+    for line, how in lines.items():
+        with patch(ldm.LDM, "draw", autospec=True, side_effect=ldm.LDM.draw) as draws:
+            runs(sample.main, f"--n 2 {line}")
+        assert how.items() <= draws.call_args.kwargs.items(), line
 
 def interrupted_after(batches):
     """Patch: sample.py is killed when it has drawn so many batches."""
