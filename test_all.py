@@ -684,6 +684,12 @@ def test_safetensors_of_every_type_that_torch_has_are_read():
         assert weights["a"].dtype == dtype
         assert weights["a"].view(torch.uint8).numpy().tobytes() == numbers
         assert weights["nothing"].shape == (0, 3) and weights["number"].shape == ()
+    # The number 1, as the standards of these types write it.
+    for kind, one in (("F16", "003c"), ("BF16", "803f"), ("F32", "0000803f"), ("F8_E4M3", "38")):
+        data = bytes.fromhex(one)
+        header = {"a": dict(dtype=kind, shape=[], data_offsets=[0, len(data)])}
+        Path("a.safetensors").write_bytes(header_of_safetensors(header, data))
+        assert vmae.read_safetensors("a.safetensors")["a"].float() == 1
     for kind in ("F4", "F6_E2M3"):
         header = {"a": dict(dtype=kind, shape=[16], data_offsets=[0, 8])}
         Path("a.safetensors").write_bytes(header_of_safetensors(header, bytes(8)))
