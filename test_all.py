@@ -15,7 +15,6 @@ import copy
 import errno
 import functools
 import hashlib
-import inspect
 import io
 import itertools
 import json
