@@ -15,7 +15,6 @@ import copy
 import errno
 import functools
 import hashlib
-import inspect
 import io
 import itertools
 import json
@@ -221,10 +220,14 @@ def trained(options="", out="runs/vmae"):
     runs(train_vmae.main, f"{TINY_RUN} --out {out} {options}")
     return vmae.load_vmae(out)
 
+def save_two_classes(one="left", other="right"):
+    """data/ with two sub-folders of 12 images each."""
+    save_images(f"data/{one}", 12)
+    save_images(f"data/{other}", 12, seed=1)
+
 def both_stages():
     """data/ with two classes, and two steps of each stage on it, in runs/vmae and runs/ldm."""
-    save_images("data/left", 12)
-    save_images("data/right", 12, seed=1)
+    save_two_classes()
     trained()
     runs(train_ldm.main, TINY_LDM)
 
@@ -363,7 +366,7 @@ def test_attention_is_fused():
 
 # ---- Gaussians and losses ---------------------------------------------------------------------
 
-def test_kl_is_that_of_torch():
+def test_kl_of_gaussians_is_that_of_torch():
     mu = torch.randn(3, 4, 5)                              # 4 channels of 5 tokens
     logvar = torch.randn(3, 4, 5)
     q = torch.distributions.Normal(mu, (logvar / 2).exp())
@@ -489,18 +492,13 @@ def test_missing_vgg_weights_are_one_message_with_url_path_and_option():
     assert "\n" not in message
 
 @patch(vmae, "load_lpips", return_value=TinyLpips())
-def test_weight_of_L_P_reaches_the_loss_and_is_ten_when_the_decoder_is_tuned(load_lpips):
+def test_weight_of_L_P_reaches_the_loss(load_lpips):
     save_images("data", 8)
     one = trained("--lambda-p 1 --vgg-weights vgg.pth", "one")
     assert load_lpips.call_args.args == ("vgg.pth",)
     two = trained("--lambda-p 2", "two")
     assert all_differ(one, two)
     assert "L_P" in log_of("one")[-1]
-    line = "--init one --tune decoder --data data --steps 1 --batch 2 --precision float32"
-    runs(train_vmae.main, line)
-    tuned = load("runs/tuned/last.pt")["train_args"]
-    assert tuned["lambda_p"] == 10                         # the authors' last stage
-    assert tuned["mask"] == 0
 
 def test_a_run_goes_on_without_L_P_unless_it_was_asked_for():
     trouble = patch(vmae, "load_lpips", side_effect=InputError("no VGG"))
@@ -573,18 +571,6 @@ def test_published_weights_load_with_a_report_and_can_be_trained_on():
     assert "missing: mask_token; ignored: perceptual.scale" in text
     assert load("run/last.pt")["model_args"]["depth"] == 2
 
-def test_what_is_no_stage_one_is_refused():
-    _, weights = published_vmae()
-    del weights["module.norm.weight"]
-    cases = [({"model": weights}, "norm.weight"),
-             ({"weight": torch.zeros(1)}, "patch_embed"),
-             ({"model_args": {}}, "patch_embed"),          # half of one of our checkpoints
-             (torch.zeros(1), "not a checkpoint")]
-    for content, word in cases:
-        torch.save(content, "bad.pth")
-        assert word in raises(InputError, vmae.load_vmae, "bad.pth")
-    assert "no such checkpoint" in raises(InputError, vmae.load_vmae, "nowhere.pth")
-
 def test_resized_positions_are_those_the_authors_interpolate():
     table = vmae.sincos_positions(192, torch.arange(16))
     image = table.view(1, 16, 16, 192).permute(0, 3, 1, 2)                 # (1, 192, 16, 16)
@@ -594,6 +580,7 @@ def test_resized_positions_are_those_the_authors_interpolate():
     finer = vmae.resize_positions({"pos_embed": table}, model)["pos_embed"]    # (1, 1024, 192)
     close(finer[..., 12:48], bilinear[..., 12:48], 0.03)   # slow waves
     assert (finer - bilinear).square().mean().sqrt() < 0.03
+    close(finer[0, [0, -1]], table[0, [0, -1]], 1e-6)      # corners lie on the old ones, not beyond
     not_resized = vmae.sincos_positions(192, torch.arange(32))
     assert (not_resized - bilinear).square().mean().sqrt() > 0.3
 
@@ -611,7 +598,6 @@ def test_both_bodies_encode_and_decode_the_whole_grid():
         assert q.logvar.shape == (2, 4, 4, 4)
         assert model.decode(q.mode()).shape == x.shape
         assert (model.patch_size, model.grid, model.latent_dim) == (4, 4, 4)
-    raises(ValueError, VMAE(**TINY_VMAE).encode, random_images(1, 32))     # made for 16
     raises(ValueError, VMAE, 30, 4)                        # 30 pixels hold no whole patches
     raises(ValueError, vmae.ConvAutoencoder, 30)
 
@@ -653,23 +639,21 @@ def test_conv_autoencoder_equals_diffusers():
     close(moments_of(q), v["moments"], 1e-4)
     close(model.decode(q.mode()), v["recon"], 1e-4)
 
-def safetensors(weights):
-    """The bytes of a .safetensors file of float32 and bfloat16 tensors."""
-    kinds = {torch.float32: "F32", torch.bfloat16: "BF16"}
-    header = {"__metadata__": {"format": "pt"}}            # as SD3 and FLUX.1 are published
-    data = b""
-    for name, value in weights.items():
-        numbers = value.contiguous().view(-1).view(torch.uint8)
-        offsets = [len(data), len(data) + len(numbers)]
-        header[name] = dict(dtype=kinds[value.dtype], shape=value.shape, data_offsets=offsets)
-        data += numbers.numpy().tobytes()
-    text = json.dumps(header).encode()
-    return len(text).to_bytes(8, "little") + text + data
-
 def header_of_safetensors(header, data):
     """The bytes of a file with this header, a dict, before these numbers."""
     text = json.dumps(header).encode()
     return len(text).to_bytes(8, "little") + text + data
+
+def safetensors(weights):
+    """The bytes of a .safetensors file of these tensors, in float32."""
+    header = {"__metadata__": {"format": "pt"}}            # as SD3 and FLUX.1 are published
+    data = b""
+    for name, value in weights.items():
+        numbers = value.float().numpy().tobytes()
+        offsets = [len(data), len(data) + len(numbers)]
+        header[name] = dict(dtype="F32", shape=value.shape, data_offsets=offsets)
+        data += numbers
+    return header_of_safetensors(header, data)
 
 def test_safetensors_of_every_type_that_torch_has_are_read():
     numbers = bytes(range(16))
@@ -687,6 +671,12 @@ def test_safetensors_of_every_type_that_torch_has_are_read():
         assert weights["a"].dtype == dtype
         assert weights["a"].view(torch.uint8).numpy().tobytes() == numbers
         assert weights["nothing"].shape == (0, 3) and weights["number"].shape == ()
+    # The number 1, as the standards of these types write it.
+    for kind, one in (("F16", "003c"), ("BF16", "803f"), ("F32", "0000803f"), ("F8_E4M3", "38")):
+        data = bytes.fromhex(one)
+        header = {"a": dict(dtype=kind, shape=[], data_offsets=[0, len(data)])}
+        Path("a.safetensors").write_bytes(header_of_safetensors(header, data))
+        assert vmae.read_safetensors("a.safetensors")["a"].float() == 1
     for kind in ("F4", "F6_E2M3"):
         header = {"a": dict(dtype=kind, shape=[16], data_offsets=[0, 8])}
         Path("a.safetensors").write_bytes(header_of_safetensors(header, bytes(8)))
@@ -704,21 +694,6 @@ def test_safetensors_with_holes_overlaps_or_trailing_bytes_are_damaged():
     for first, second, size in (([0, 4], [5, 9], 9), ([0, 4], [2, 6], 6), ([0, 4], [4, 8], 9),
                                 ([0, 4], [4, 8], 7), ([1, 5], [5, 9], 9), ([0, 4], [4, 9], 9)):
         assert "damaged" in raises(InputError, two, first, second, size)
-
-def test_safetensors_are_read():
-    weights = {}
-    for name, value in vector("sd3vae_diffusers.pt")["state_dict"].items():
-        if "weight" in name:
-            weights[name] = value.float()
-        else:
-            weights[name] = value.bfloat16()
-    whole = safetensors(weights)
-    Path("vae.safetensors").write_bytes(whole)
-    model = vmae.load_vmae("vae.safetensors")
-    for name, p in model.named_parameters():
-        assert torch.equal(p, weights[name].float())
-    Path("cut.safetensors").write_bytes(whole[:-9])
-    assert "damaged" in raises(InputError, vmae.load_vmae, "cut.safetensors")
 
 # ---- Images: the built-in faces ---------------------------------------------------------------
 
@@ -798,15 +773,12 @@ def test_folder_reads_every_mode():
     transparent_red = (255, 0, 0, 0)
     Image.new("RGBA", (40, 30), transparent_red).save("RGBA.PNG")
     Image.new("LA", (40, 30), (0, 0)).save("LA.png")
-    half = np.full((30, 40), 32896, np.uint16)             # of 65,535
-    Image.fromarray(half).save("I16.png")
     x = images_by_name(20)
-    assert len(x) == 7
+    assert len(x) == 6
     for image in x.values():
         assert image.shape == (3, 20, 20)
     close(x["RGBA"], 1, 0)                                 # transparent is white
     close(x["LA"], 1, 0)
-    close(x["I16"], 32896 / 65535 * 2 - 1, 0.005)          # half of 16 bits is half
     for mode in ("P", "CMYK"):
         colour = x[mode].mean((1, 2))
         close(colour, [1, -1, -1], 0.05)                   # red
@@ -892,13 +864,15 @@ def test_folders_of_training_and_held_out_images_may_not_overlap():
     for data, val in pairs:
         message = raises(InputError, vmae.open_images, data, 16, val)
         assert "trained on" in message
-    message = raises(InputError, vmae.open_images, "data", 16, None, "data")
-    assert "folder of the images" in message               # --out may not be it either
+
+def cut_off(path):
+    """Leave of an image what ends early, with a sound header."""
+    whole = Path(path).read_bytes()
+    Path(path).write_bytes(whole[:600])
 
 def test_a_few_broken_files_are_skipped_by_name():
     save_images("data", 200)
-    cut = Path("data/100.png")
-    cut.write_bytes(cut.read_bytes()[:600])                # its header is sound, but it ends early
+    cut_off("data/100.png")
     Path("data/text.jpg").write_text("not an image")
     data, text = warned(ImageFolder, "data", 16)
     assert len(data) == 200
@@ -913,23 +887,18 @@ def test_more_than_one_percent_of_broken_files_end_the_run():
     Path("data/empty.jpg").write_text("")
     Path("data/text.jpg").write_text("not an image")
     data, _ = warned(ImageFolder, "data", 16)              # 2 of 200 are 1 %
-    cut = Path("data/100.png")
-    cut.write_bytes(cut.read_bytes()[:600])
+    cut_off("data/100.png")
     message = raises(InputError, data.batch, [99, 100])
     assert "3 of 200 files are unreadable, over 1 %" in message
     assert "; remove them: 100.png (" in message
     Image.new("RGB", (1, 1)).save("data/pixel.png")        # 3 of 201, all seen in the headers
     assert "over 1 %" in raises(InputError, warned, ImageFolder, "data", 16)
-    save_images("bomb", 1)                                 # 400 pixels
-    with patch(vmae, "MAX_PIXELS", 300):
-        assert "at most 300 are read" in raises(InputError, ImageFolder, "bomb", 16)
 
 # With one message per file, ten damaged ones once took four rounds of decoding and removing.
 def test_all_images_are_decoded_before_one_message_names_those_that_are_unreadable():
     save_images("data", 200)
     for i in range(0, 200, 15):                            # 14 of them
-        whole = Path(f"data/{i:03d}.png").read_bytes()
-        Path(f"data/{i:03d}.png").write_bytes(whole[:600])
+        cut_off(f"data/{i:03d}.png")
     message = raises(InputError, warned, ImageFolder("data", 16).keep_pixels, "run")
     assert "data: 14 of 200 files are unreadable, over 1 % of the folder; remove them" in message
     assert "000.png (" in message and "135.png (" in message and "150.png" not in message
@@ -972,17 +941,15 @@ def test_no_memory_and_no_threads_are_no_fault_of_a_file():
         assert "the system starts no more threads" in raises(InputError, data.batch, [0])
 
 def test_threads_are_as_many_as_cpus_may_be_used():
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    with patch(os, "cpu_count", return_value=usable + 64), patch(torch, "get_num_threads") as hint:
-        hint.return_value = 99
-        assert vmae.cpus() in (usable, usable + 64)
-        if hasattr(os, "sched_getaffinity"):
-            assert vmae.cpus() == usable
-        hint.return_value = 1                              # as torchrun asks of each process
-        assert vmae.cpus() >= usable
-    with patch(os, "sched_getaffinity", return_value=range(64), create=True):
-        with patch(torch, "get_num_threads", return_value=3):
-            assert vmae.cpus() == 3
+    machine = SimpleNamespace(cpu_count=lambda: 64)
+    container = SimpleNamespace(cpu_count=lambda: 64, sched_getaffinity=lambda process: range(8))
+    for system, of_torch, expected in (
+            (machine, 99, 64),
+            (container, 99, 8),
+            (container, 3, 3),
+            (container, 1, 8)):                            # as torchrun asks of each process
+        with patch(vmae, "os", system), patch(torch, "get_num_threads", return_value=of_torch):
+            assert vmae.cpus() == expected
 
 def test_threads_decode_a_limited_number_of_pixels_at_once():
     save_images("data", 12)                                # 400 pixels each
@@ -1063,13 +1030,6 @@ def described(data, val=None, size=16):
     """What the start of a training says of its images."""
     return printed(vmae.describe, *vmae.open_images(data, size, val))
 
-def test_what_surprises_about_a_folder_is_said():
-    save_images("one/class", 4)
-    assert "enlarged: 4 of 4; the smallest has 20 pixels" in described("one", size=32)
-    assert "name that one with --data" in described("one")
-    Image.new("RGB", (20, 20)).save("one/beside.png")
-    assert "1 images lie beside" in described("one")
-
 # ---- The cache of pixels ----------------------------------------------------------------------
 
 # A cache has its name only when it is whole, and the name changes with all that it is made of. So
@@ -1111,15 +1071,10 @@ def test_a_cache_that_was_interrupted_begins_again_and_nothing_half_written_is_r
     Path(f"{cache_of_nine().path}.tmp").write_bytes(b"half")               # a kill leaves this
     holds_nine_rows(cache_of_nine().open("counting", nine_rows()))
 
-def test_a_full_disk_ends_the_writing_of_a_cache_by_name():
-    with files_up_to(100):                                 # nine rows are 126 bytes
-        with unittest.TestCase().assertRaises(OSError) as caught:
-            cache_of_nine().open("counting", nine_rows())
-    assert caught.exception.filename == str(cache_of_nine().path)
-    assert os.listdir("run") == []
-    with patch(shutil, "disk_usage", return_value=SimpleNamespace(free=100)):
+def test_a_cache_without_room_on_the_disk_is_not_begun():
+    with patch(shutil, "disk_usage", return_value=SimpleNamespace(free=100)):     # it has 126 bytes
         assert "make room" in raises(InputError, cache_of_nine().open, "counting", nine_rows())
-    holds_nine_rows(cache_of_nine().open("counting", nine_rows()))
+    assert os.listdir("run") == []
 
 def test_a_damaged_cache_is_named():
     path = cache_of_nine().open("counting", nine_rows()).path
@@ -1234,20 +1189,6 @@ def test_copies_are_counted_while_images_are_decoded():
     train, val = vmae.open_images("other", 16)
     assert "copies" not in printed(train.keep_pixels, "run", True, val)
 
-def test_files_that_break_while_they_are_decoded_are_named_and_counted():
-    save_images("data", 200)
-    for name in ("050.png", "120.png"):                    # 1 %
-        whole = Path("data", name).read_bytes()
-        Path("data", name).write_bytes(whole[:600])
-    data = ImageFolder("data", 16)
-    _, text = warned(data.keep_pixels, "run")
-    assert "050.png" in text and "120.png" in text and "2 so far" in text
-    x, _ = data.batch([50, 51])
-    assert torch.equal(x[0], x[1])
-    os.utime("data/000.png", (1, 1))
-    with patch(vmae, "read_image", side_effect=OSError("damaged")):
-        assert "over 1 %" in raises(InputError, warned, ImageFolder("data", 16).keep_pixels, "run")
-
 def test_prefetch_prepares_the_next_batch_while_this_one_is_used():
     begun = [threading.Event() for _ in range(3)]
 
@@ -1300,8 +1241,7 @@ def test_a_sampler_s_steps_end_on_clean_latents_for_every_number_of_steps():
         assert len(set(ts)) == S
         assert ts[0] == 999 and min(ts) >= 0
         assert nexts == (*bars[1:], 1.0)                   # each begins where the last one ended
-    for S in (0, 1001):
-        raises(ValueError, schedule.steps, S)              # of T = 1000
+    raises(ValueError, schedule.steps, 1001)               # of T = 1000
 
 def test_first_t_is_the_first_with_no_more_signal():
     schedule = ldm.Schedule()
@@ -1644,6 +1584,11 @@ def test_labels_are_dropped_at_the_share_asked_for():
     y = ldm.LabelEmbed(7, 8).drop(labels, 0.1)
     assert set(y.tolist()) == {0, 7}                       # 7 is the null class
     close((y == 7).float().mean(), 0.1, 0.02)
+    both_stages()
+    with patch(ldm, "loss_LDM", wraps=ldm.loss_LDM) as loss:
+        runs(train_ldm.main, f"{TINY_LDM} --drop 1 --out dropped")
+    labels = loss.mock_calls[0].args[3]                    # of the first step
+    assert (labels == 2).all()                             # after left and right
 
 def test_normalise_is_per_channel_and_inverts():
     z = torch.randn(8, 3, 4, 4) * 5 + 2
@@ -1730,13 +1675,6 @@ def test_moments_are_encoded_in_the_run_s_precision():
     model.to_latent.register_forward_hook(note)
     moments_cache(model, functools.partial(torch.autocast, "cpu", torch.bfloat16))
     assert seen == {torch.bfloat16}
-
-def test_an_encoding_that_fails_leaves_nothing():
-    save_images("data", 8)
-    model = VMAE(**TINY_VMAE)
-    with patch(model, "encode", side_effect=OSError("full")):
-        raises(OSError, moments_cache, model)
-    assert os.listdir("run") == []
 
 def test_a_resumed_run_keeps_its_statistics():
     both_stages()
@@ -2024,13 +1962,6 @@ def test_two_micro_batches_equal_one():
     assert all_differ(one, less)
     assert load("two/last.pt")["train_args"]["micro"] == 3
 
-def test_a_device_that_is_out_of_memory_is_one_line():
-    save_images("data", 8)
-    with patch(vmae, "loss_R", side_effect=torch.OutOfMemoryError("CUDA")):
-        text = runs(train_vmae.main, TINY_RUN, status=1)
-    assert "error: out of memory; give a smaller --micro" in text.splitlines()[-1]
-    assert "Traceback" not in text
-
 def test_whole_images_are_spread_evenly_over_the_steps():
     steps = range(1000)
     half = [train_vmae.sees_whole_images(step, 0.5) for step in steps]
@@ -2254,16 +2185,6 @@ def test_a_resumed_log_drops_damaged_lines_and_steps_that_run_again():
 
 # A run that ends between two saves loses the steps since the last one, and nothing else.
 
-def test_an_interrupted_save_leaves_the_last_one():
-    model = VMAE(**TINY_VMAE)
-    x = random_images()
-    vmae.save_checkpoint("last.pt", model_args=TINY_VMAE, model=model.state_dict())
-    unwritable = (letter for letter in "ab")               # pickle stops there, halfway
-    raises(TypeError, vmae.save_checkpoint, "last.pt", model=unwritable)
-    assert os.listdir() == ["last.pt"]
-    loaded = vmae.load_vmae("last.pt")
-    close(loaded.encode(x).mode(), model.encode(x).mode(), 0)
-
 def interrupted_by(number):
     """Patch: the run gets this signal in the middle of its first step."""
     random_flip = vmae.random_flip
@@ -2341,8 +2262,7 @@ def test_a_run_that_gets_more_steps_says_what_its_learning_rate_does():
     assert "planned" not in runs(train_vmae.main, "--resume --steps 4")    # complete
 
 def test_held_out_classes_meet_those_of_training_by_name():
-    save_images("data/b", 12)
-    save_images("data/c", 12, seed=1)
+    save_two_classes("b", "c")
     save_images("val/a", 3, seed=2)
     save_images("val/b", 3, seed=3)
     trained("--val val")
@@ -2416,18 +2336,19 @@ def test_tuning_covers_the_preset():
 
 def test_a_resumed_run_may_change_some_options_and_is_asked_for_others_anew():
     os.mkdir("run")
-    save_run(train_vmae, preset="mae", mask=0.5, batch=8, micro=4, steps=9, device="cuda",
-             compile=True)
-    args = options_of(train_vmae, "--out run --resume --lr 1 --save-every 3 --precision float32")
-    assert (args.lr, args.save_every, args.precision) == (1, 3, "float32")
+    save_run(train_vmae, preset="mae", data="elsewhere", mask=0.5, flip=True, batch=8, micro=4,
+             steps=9, device="cuda", compile=True)
+    free = "--data a --val ./b/../c --micro 2 --lr 1 --save-every 3 --precision float32"
+    args = options_of(train_vmae, f"--out run --resume {free}")
+    assert (args.data, args.val) == (os.path.abspath("a"), os.path.abspath("c"))
+    assert (args.micro, args.lr, args.save_every, args.precision) == (2, 1, 3, "float32")
     assert (args.device, args.compile) == ("auto", None)   # of this machine, not of the last one
     assert options_of(train_vmae, "--out run --resume --mask 0.5").mask == 0.5     # the same
-    for line in ("--mask 0.6", "--seed 1", "--batch 16", "--preset vmae", "--optimizer muon"):
+    for line in ("--mask 0.6", "--seed 1", "--batch 16", "--preset vmae", "--optimizer muon",
+                 "--no-flip"):
         option = line.split()[0]
         message = raises(InputError, options_of, train_vmae, f"--out run --resume {line}")
-        assert message.startswith(option) and "the run in run has" in message
-    assert "go on with --resume" in raises(InputError, options_of, train_vmae, "--out run")
-    assert "other stage" in raises(InputError, options_of, train_ldm, "--out run --resume")
+        assert message.startswith(option.replace("--no-", "--")) and "the run in run has" in message
 
 # Who had tried the built-in faces was told that a run on photographs was complete.
 def test_a_run_on_the_built_in_faces_does_not_go_on_with_a_folder():
@@ -2484,13 +2405,14 @@ def test_defaults_in_the_help_are_those_of_each_preset():
         assert args["out"] == f"runs/{preset}"
 
 def test_defaults_in_the_help_are_the_real_ones():
-    for script in (train_vmae, train_ldm):
+    of_both = ["save-every", "seed", "precision"]
+    for script, names in ((train_vmae, ["preset", "whole", "lambda-m", *of_both]),
+                          (train_ldm, ["drop", *of_both])):
         help_text = help_of(script)
         args = vars(options_of(script))
-        for name in ("preset", "whole", "lambda-m", "save-every", "seed", "precision", "drop"):
-            if name in help_text:
-                real = args[name.replace("-", "_")]
-                assert help_text[name] == str(real), name
+        for name in names:
+            real = args[name.replace("-", "_")]
+            assert help_text[name] == str(real), name
         assert help_text["out"] == "stage one: runs/PRESET; stage two: runs/ldm"
         for name in ("batch", "steps", "optimizer", "lr"):
             assert help_text[name] == "see RECIPES" and args[name] is None
@@ -2526,7 +2448,7 @@ def test_weight_of_L_P_in_the_help_depends_on_the_data_as_it_says():
         expected = 0.5 if preset in ("vmae", "sdvae") else 0
         assert filled_in(f"--preset {preset} --data x").lambda_p == expected
         assert filled_in(f"--preset {preset}").lambda_p == 0               # on the faces
-    assert filled_in("--tune decoder --init some.pt").lambda_p == 10
+    assert filled_in("--tune decoder --init some.pt").lambda_p == 10       # the authors' last stage
 
 def test_compiling_in_the_help_depends_on_the_device_as_it_says():
     words = "on CUDA yes, with blocks from size small on; elsewhere no"    # sizes: see below
@@ -2646,8 +2568,6 @@ def test_measuring_held_out_images_leaves_stage_one_alone():
         first, last = logged("often", name)
         assert first != last
         assert logged("once", name) == [last]              # the same images, masks and noise
-    for name in ("preview_000001.png", "preview_000002.png"):
-        assert Path("often", name).exists()
 
 def test_PSNR_in_the_log_is_of_whole_and_of_masked_held_out_images():
     save_images("data", 24)
@@ -2729,13 +2649,6 @@ def test_a_compiled_run_trains_alike():
     close_weights(plain, compiled, 1e-4)
     assert plain.state_dict().keys() == compiled.state_dict().keys()
 
-def test_nothing_to_compile_is_said():
-    save_images("data", 8)
-    text = runs(train_vmae.main, f"{TINY_RUN} --preset ae --compile")      # convolutions
-    assert "--compile: has no effect beside the other options" in text
-    text = runs(train_vmae.main, f"{TINY_RUN} --preset vae")
-    assert "--compile" not in text
-
 @eager
 def test_a_compiled_run_of_stage_two_trains_alike():
     both_stages()
@@ -2764,13 +2677,14 @@ def test_blocks_are_compiled_from_size_small_on_or_when_asked_for():
     blocks = list(VMAE(**TINY_VMAE).blocks)
     net = TinyLpips()
     of_net = [net.net, *net.distances]
-    for model, given, lpips_net, compiled in (
-            ("tiny", {}, None, None),
-            ("tiny", {"compile": True}, None, blocks),
-            ("tiny", {}, net, of_net),
-            ("small", {}, None, blocks),
-            ("base", {}, net, blocks + of_net)):
-        args = SimpleNamespace(compile=True, model=model)
+    for model, compile, given, lpips_net, compiled in (
+            ("tiny", True, {}, None, None),
+            ("tiny", True, {"compile": True}, None, blocks),
+            ("tiny", True, {}, net, of_net),
+            ("small", True, {}, None, blocks),
+            ("base", True, {}, net, blocks + of_net),
+            ("base", False, {}, net, None)):
+        args = SimpleNamespace(compile=compile, model=model)
         with patch(vmae, "compile_blocks") as compiles:
             step = train_vmae.make_fast(print, args, given, generator, blocks, lpips_net)
         assert step is print                               # on a CPU it stays as it is
@@ -2778,8 +2692,6 @@ def test_blocks_are_compiled_from_size_small_on_or_when_asked_for():
             assert compiles.call_count == 0
         else:
             compiles.assert_called_once_with(compiled, given.get("compile"))
-    args.compile = False
-    assert train_vmae.make_fast(print, args, {}, generator, None, net) is print
 
 # ---- What is trained: presets, losses, tuning -------------------------------------------------
 
@@ -2939,16 +2851,10 @@ def test_a_published_generator_draws_images():
     assert "drawing 3 classes in turn, guidance 2" in text
     assert Image.open("samples/sample_000001.png").size == (16, 16)
 
-def test_a_published_generator_needs_its_statistics_and_a_stage_one_and_its_own_sampler():
+def test_a_published_generator_needs_its_statistics_and_a_stage_one():
     published_dit()
-    save_images("data", 8)
-    trained(out="first")
-    refuses(sample.main, {
-        "": "--stats",
-        "--stats stats.pt": "name it with --vmae",
-        "--stats dit.pt --vmae first": "dit.pt: holds no mean",
-        "--stats stats.pt --vmae first --eta 1": "--eta: the sampler euler has no such",
-        "--stats stats.pt --vmae first --sampler ddim": "--sampler ddim"}, "--ckpt dit.pt --n 2")
+    refuses(sample.main, {"": "--stats", "--stats stats.pt": "name it with --vmae"},
+            "--ckpt dit.pt --n 2")
 
 def test_a_published_generator_can_be_trained_on():
     v = published_dit()
@@ -3083,9 +2989,8 @@ def mean_and_covariance(rows):
     """Mean and covariance of rows (N, D), by numpy."""
     return rows.mean(0), np.cov(rows, rowvar=False)
 
-# Without the shift the squares of 1e7 leave no digits for a variance of 1.
 def test_running_statistics_are_those_of_numpy():
-    for offset, digits in ((0, 1e-12), (1e7, 1e-7)):       # whose squares would cancel
+    for offset, digits in ((0, 1e-12), (1e7, 1e-7)):       # whose squares leave no digit
         rows = torch.randn(1000, 8, dtype=torch.float64) + offset
         running = evaluate.Statistics()
         for part in rows.split(300):                       # the last one is short
@@ -3211,10 +3116,14 @@ def tiny_net(path, resize, fast):
 
 tiny_inception = patch(evaluate, "load_inception", tiny_net)
 
-def test_scores_are_means_over_images():
+def ten_pairs():
+    """-> images a and b, (10, 3, 16, 16) each, and an iterator over batches of both."""
     a = torch.from_numpy(random_pixels((10, 3, 16, 16)))
     b = torch.from_numpy(random_pixels((10, 3, 16, 16), seed=1))
-    pairs = zip(a.split(4), b.split(4))                    # the last has two
+    return a, b, zip(a.split(4), b.split(4))               # the last batch has two
+
+def test_scores_are_means_over_images():
+    a, b, pairs = ten_pairs()
     row = evaluate.scores(pairs, "cpu", TinyLpips())
     error = (a.double() - b.double()).abs()                # (10, 3, 16, 16)
     close(row["L1"], error.mean() / 255, 1e-9)
@@ -3225,9 +3134,7 @@ def test_scores_are_means_over_images():
     assert "rFID" not in row                               # without Inception
 
 def test_scores_have_the_FID_of_all_reconstructions_against_all_originals():
-    a = torch.from_numpy(random_pixels((10, 3, 16, 16)))
-    b = torch.from_numpy(random_pixels((10, 3, 16, 16), seed=1))
-    pairs = zip(a.split(4), b.split(4))
+    a, b, pairs = ten_pairs()
     real = evaluate.Features(TinyNet())
     real.see(10, a.split(4))
     row = evaluate.scores(pairs, "cpu", real=real)
@@ -3337,7 +3244,7 @@ def test_noise_on_the_latent_reaches_the_table_of_smoothness():
 
 # ---- Evaluation: commands ---------------------------------------------------------------------
 
-# The numbers of Table 3 are the paper's, or follow from its architectures (DESIGN.md, section 1).
+# The numbers of Table 3 are the paper's, or follow from its architectures.
 
 def test_efficiency_is_the_papers_table_3():
     numbers = ("319.7", "42.69", "13.4%",                  # MB of SD-VAE, of VMAE, ratio
@@ -3375,8 +3282,7 @@ def test_efficiency_measures_seconds_if_asked_to():
 def two_autoencoders():
     """data/ with two classes, and two runs of stage one on it: a transformer in runs/vmae, a
     convolutional body in runs/ae."""
-    save_images("data/left", 12)
-    save_images("data/right", 12, seed=1)
+    save_two_classes()
     for name in ("vmae", "ae"):
         trained(f"--preset {name}", f"runs/{name}")
 
@@ -3474,6 +3380,7 @@ def test_neighbours_are_searched_in_pixels_and_in_features():
     both_stages()
     rows = measured("neighbours", f"--ckpt runs/ldm {FEW}")
     assert [row["space"] for row in rows] == ["pixels", "Inception"]
+    assert rows[0]["samples"] != rows[1]["samples"]
     for row in rows:
         assert row["ratio"] == row["samples"] / row["held-out"]
 
@@ -3647,9 +3554,12 @@ def fid_row(options):
                          "weights tiny")
     return row
 
+def real_and_fake():
+    """20 images in real/, 21 in fake/ -> their pixels."""
+    return save_images("real", 20, 16), save_images("fake", 21, 16, seed=1)
+
 def test_fid_of_two_folders_leaves_overviews_out():
-    real = save_images("real", 20, 16)
-    fake = save_images("fake", 21, 16, seed=1)
+    real, fake = real_and_fake()
     Image.new("RGB", (99, 99)).save("fake/grid.png")       # sample.py's
     row = fid_row("--real real --fake fake")
     of_real = mean_and_covariance(real.mean((1, 2)))
@@ -3671,8 +3581,7 @@ def test_fid_says_how_many_pictures_were_cropped_or_put_on_white():
     assert "real: 0 of 8 cropped to the square in the middle, 0 put on white" in title
 
 def test_fid_is_the_same_from_adms_images_and_from_saved_statistics():
-    real = save_images("real", 20, 16)
-    fake = save_images("fake", 21, 16, seed=1)
+    real, fake = real_and_fake()
     np.savez("fake.npz", arr_0=fake)                       # as ADM's
     row = fid_row("--real real --fake fake --save-stats new/stats")
     mu, sigma = mean_and_covariance(real.mean((1, 2)))
@@ -3687,8 +3596,7 @@ def test_fid_is_the_same_from_adms_images_and_from_saved_statistics():
     assert "KID x 1e3" not in again                        # statistics hold no pairs
 
 def test_fid_reads_statistics_of_pytorch_fid():
-    save_images("real", 20, 16)
-    save_images("fake", 21, 16, seed=1)
+    real_and_fake()
     row = fid_row("--real real --fake fake --save-stats stats.npz")
     stats = np.load("stats.npz")
     np.savez("plain.npz", mu=stats["mu"], sigma=stats["sigma"])
@@ -3773,14 +3681,6 @@ def test_tables_are_saved_as_json_without_what_json_does_not_have():
     rows = strict_json(Path("out/fid.json").read_text())["rows"]
     assert rows == [{"a": None, "b": 1.0}, {"b": 12345}]
 
-def test_curves_of_a_run_lie_beside_its_previews():
-    save_images("data", 12)
-    trained("--save-every 1")
-    files = set(os.listdir("runs/vmae"))
-    assert {"curves.png", "preview_000001.png", "preview_000002.png"} <= files
-    curves = Image.open("runs/vmae/curves.png")
-    assert len(curves.getcolors(10**6)) > 99               # lines, not a white page
-
 def test_curves_of_several_runs_are_drawn_in_one_picture():
     both_stages()
     text = runs(evaluate.main, "curves runs/vmae runs/ldm --out out")
@@ -3842,14 +3742,14 @@ def chain(out):
             "sample.py": f"--ckpt {out}_ldm --n 10 --batch 4 --steps 2 --out {out}_samples"}
 
 @contextlib.contextmanager
-def as_in_a_child():
-    """One thread, because sums depend on their number, and the real size tiny."""
+def one_thread():
+    """As in a child, because sums depend on the number of threads."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    tiny = runpy.run_path(str(HERE / "ldm.py"))["sizes"]["tiny"]
-    with mock.patch.dict(ldm.sizes, tiny=tiny):
+    try:
         yield
-    torch.set_num_threads(threads)
+    finally:
+        torch.set_num_threads(threads)
 
 MAINS = {"train_vmae.py": train_vmae.main, "train_ldm.py": train_ldm.main,
          "sample.py": sample.main, "evaluate.py": evaluate.main}
@@ -3866,7 +3766,8 @@ def same_runs(one, two):
 # A line of README with torchrun once did not start, as the tests ran it without torchrun.
 def test_the_real_launcher_starts_each_script_and_two_processes_are_one_run():
     save_images("data", 60, 16)
-    with as_in_a_child():
+    real_tiny = runpy.run_path(str(HERE / "ldm.py"))["sizes"]["tiny"]
+    with one_thread(), mock.patch.dict(ldm.sizes, tiny=real_tiny):
         for script, line in chain("one").items():
             runs(MAINS[script], line)
     for script, line in chain("two").items():
@@ -3893,17 +3794,14 @@ def test_two_processes_are_one_run_of_every_kind_of_training():
     lines = {"sdvae": (train_vmae, f"{stage_one} --size 16 --preset sdvae"),
              "tuned": (train_vmae, f"{stage_one} --size 32 --init start --tune decoder"),
              "classes": (train_ldm, f"{go} --vmae start")}
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     # The runs share one group of processes: a second one in the same process may fail to connect.
     code = f"{SCRIPTS}\nclose = vmae.end_together\nvmae.end_together = vmae.wait_for_all\n"
     code += "def all_of_them():\n"
     for name, (script, line) in lines.items():
-        with patch(train_ldm, "measure", return_value={}):
+        with one_thread(), patch(train_ldm, "measure", return_value={}):
             runs(script.main, f"{line} --out one_{name}")
         code += f"    main({script.__name__}, '{line} --out two_{name}')\n"
     code += "    close()\n"
-    torch.set_num_threads(threads)
     in_child(f"{code}\nvmae.cli(all_of_them)", torchrun=2)
     for name in lines:
         same(load(f"one_{name}/last.pt"), load(f"two_{name}/last.pt"), 1e-5)
@@ -4154,7 +4052,8 @@ def save_bad_checkpoints():
            "tensor": ({"model": torch.zeros(3)}, "its model is no dict"),
            "number": ({"vmae": 3}, "its vmae is no dict"),
            "none": ({**ours, "train_args": None}, "its train_args is no dict"),
-           "half": ({"model_args": ours["model_args"]}, "neither stage one"),
+           "half": ({"model_args": ours["model_args"]},
+                    "neither stage one, nor a published VMAE or VAE of Stable Diffusion ('patch"),
            "nan": ({**ours, "model": nan}, "infinite or NaN"),
            "less": ({**ours, "model": less}, "do not fit"),
            "more": ({**ours, "model": more}, "do not fit"),
@@ -4198,14 +4097,12 @@ def test_hostile_checkpoints_of_stage_two_are_one_line():
     inner["model"] = dict(inner["model"])
     inner["model"]["norm.weight"] = torch.full((128,), math.inf)
     deep = dict(ours["model_args"], depth=9)
-    bad = {"nan.pt": ({**ours, "ema": nan}, "infinite or NaN"),
-           "inner.pt": ({**ours, "vmae": inner}, "infinite or NaN"),
-           "deep.pt": ({**ours, "model_args": deep}, "do not fit its model_args")}
+    bad = {"nan.pt": ({**ours, "ema": nan}, "has weights that are infinite or NaN"),
+           "inner.pt": ({**ours, "vmae": inner}, "has weights that are infinite or NaN"),
+           "deep.pt": ({**ours, "model_args": deep}, "its weights do not fit its model_args")}
     for name, (content, said) in bad.items():
         torch.save(content, name)
-        refuses(sample.main, {name: f"{name}: "}, "--out new --ckpt")
-        refuses(sample.main, {name: said}, "--out new --ckpt")
-    refuses(sample.main, {"runs/vmae": "neither a stage-two checkpoint"}, "--out new --ckpt")
+        refuses(sample.main, {name: f"{name}: {said}"}, "--out new --ckpt")
 
 @tiny_inception
 def test_hostile_npz_are_one_line_and_execute_nothing():
@@ -4248,25 +4145,21 @@ def save_tiff(path, pixels, bits, sample_format=UNSIGNED, photometric=1):
     Path(path).write_bytes(head + pixels + struct.pack("<H", len(tags)) + entries + bytes(4))
 
 def test_pixels_of_16_bits_are_scaled_in_every_format():
-    half = np.full((30, 40), 32896, np.uint16)             # of 65,535, as 128 is of 255
-    big_endian = half.astype(">u2")
-    Image.fromarray(half).save("little.tif")
-    Image.fromarray(big_endian).save("big.tif")
-    Image.fromarray(half).save("grey.png")
-    Path("grey.pgm").write_bytes(b"P5 40 30 65535\n" + big_endian.tobytes())
-    of_12_bits = np.full((30, 40), 2056, ">u2")            # of 4,095, which the header says
-    Path("grey12.pgm").write_bytes(b"P5 40 30 4095\n" + of_12_bits.tobytes())
-    colours = np.repeat(big_endian[..., None], 3, axis=2)
-    Path("colour.ppm").write_bytes(b"P6 40 30 65535\n" + colours.tobytes())
-    if features.check("jpg_2000"):
-        Image.fromarray(half).save("grey.jp2")
-    for path in Path().iterdir():
-        close(grey_of(path), 128, 0.6)                     # a rounding
-
-def test_pixels_of_16_bits_keep_black_and_white():
-    for value, expected in ((0, 0), (65535, 255), (257, 1)):
-        Image.fromarray(np.full((30, 40), value, np.uint16)).save("a.png")
-        assert grey_of("a.png") == expected
+    for level in (0, 1, 128, 255):
+        grey = np.full((30, 40), 257 * level, np.uint16)   # of 65,535, as `level` is of 255
+        big_endian = grey.astype(">u2")
+        Image.fromarray(grey).save("little.tif")
+        Image.fromarray(big_endian).save("big.tif")
+        Image.fromarray(grey).save("grey.png")
+        Path("grey.pgm").write_bytes(b"P5 40 30 65535\n" + big_endian.tobytes())
+        of_12_bits = (grey / 65535 * 4095).round().astype(">u2")           # as the header says
+        Path("grey12.pgm").write_bytes(b"P5 40 30 4095\n" + of_12_bits.tobytes())
+        colours = np.repeat(big_endian[..., None], 3, axis=2)
+        Path("colour.ppm").write_bytes(b"P6 40 30 65535\n" + colours.tobytes())
+        if features.check("jpg_2000"):
+            Image.fromarray(grey).save("grey.jp2")
+        for path in Path().iterdir():
+            assert grey_of(path) == level, path
 
 def test_pixels_whose_range_a_file_does_not_tell_are_refused_by_name():
     grey = np.full((30, 40), 128)
@@ -4381,6 +4274,7 @@ def test_a_profile_that_is_sRGB_or_does_not_fit_or_is_broken_changes_nothing():
     for profile in (srgb, LINEAR_GREY, profile_of_inks(), ADOBE_RGB[:150], broken):
         Image.fromarray(pixels).save("a.png", icc_profile=profile)
         close(vmae.read_image("a.png", 20), pixels.transpose(2, 0, 1), 0)
+    assert vmae.srgb_transform(srgb, "RGB") is None        # nor does it cost time
 
 # Drawing programs and generators of images write megabytes of text into a PNG.
 def test_a_png_with_much_text_is_read_and_pillow_s_limit_stays_the_user_s():
@@ -4395,16 +4289,6 @@ def test_a_png_with_much_text_is_read_and_pillow_s_limit_stays_the_user_s():
     for image in x:
         close(image, pixels.transpose(2, 0, 1), 0)
     assert (PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY) == limits
-
-def test_a_folder_of_floats_ends_a_training_in_one_line():
-    os.mkdir("data")
-    for i in range(30):
-        Image.fromarray(np.full((20, 20), i / 30, np.float32)).save(f"data/{i:02d}.tif")
-    text = runs(train_vmae.main, TINY_RUN, status=1)
-    last = text.splitlines()[-1]
-    n = len(ImageFolder("data", 16, "train"))
-    assert f"{n} of 30 files are unreadable, over 1 % of the folder" in last
-    assert last.count("(its pixels are floats") == 10 and last.endswith(f", and {n - 10} more")
 
 def test_images_that_are_nearly_constant_are_said():
     save_images("data", 20)
@@ -4462,6 +4346,7 @@ def test_the_start_says_how_many_images_are_enlarged_or_unreadable():
     save_images("deep/only", 30)
     text = described("deep")
     assert "classes: none, as there is only one sub-folder" in text
+    assert "name that one with --data" in text
     for words in ("enlarged", "left out"):
         assert words not in text
 
@@ -4523,6 +4408,11 @@ def test_an_empty_folder_says_what_is_in_it():
     Path("data/a.txt").touch()
     assert "it holds .txt 1" in raises(InputError, ImageFolder, "data", 16)
 
+def splits_said():
+    """-> the folders that the start names as --data and --val, because classes look like splits."""
+    [options] = re.findall(r"give --data (\S+) --val (\S+)$", described("data"), re.MULTILINE)
+    return options
+
 # A folder that holds train, val and test was once a data set with these classes.
 def test_classes_that_look_like_splits_are_said_with_the_line_to_type():
     for names in (["train", "val", "test"], ["Train", "TEST"], ["training", "validation"]):
@@ -4530,9 +4420,7 @@ def test_classes_that_look_like_splits_are_said_with_the_line_to_type():
         for name in names:
             save_images(f"data/{name}/cat", 9)
             save_images(f"data/{name}/dog", 9, seed=1)
-        text = described("data")
-        options = re.findall(r"give --data (\S+) --val (\S+)$", text, re.MULTILINE)
-        [(data, val)] = options
+        data, val = splits_said()
         assert Path(data).name == names[0]
         assert Path(val).name in names[1:]
         text = described(data, val)
@@ -4548,8 +4436,7 @@ def test_classes_that_hold_the_name_of_a_split_look_like_splits():
         shutil.rmtree("data", ignore_errors=True)
         for name in names:
             save_images(f"data/{name}", 9)
-        options = re.findall(r"give --data (\S+) --val (\S+)$", described("data"), re.MULTILINE)
-        [(data, val)] = options
+        data, val = splits_said()
         assert f"{Path(data).name} {Path(val).name}" == chosen
 
 def test_classes_of_which_some_are_no_splits_are_classes():
@@ -4718,8 +4605,7 @@ def test_accents_are_compared_in_one_form():
             assert sample.pick_labels(typed, ["bar", stored]) == [1]
 
 def test_a_run_goes_on_after_its_folders_were_copied_with_accents_in_another_form():
-    save_images("data/bar", 12)
-    save_images(f"data/{unicodedata.normalize('NFD', 'café')}", 12, seed=1)
+    save_two_classes("bar", unicodedata.normalize("NFD", "café"))
     trained()
     runs(train_ldm.main, TINY_LDM)
     for folder in list(Path("data").iterdir()):
@@ -4731,8 +4617,7 @@ def test_a_run_goes_on_after_its_folders_were_copied_with_accents_in_another_for
     assert "number 1" in text
 
 def test_what_is_drawn_is_always_said_by_its_name():
-    save_images("data/01", 12)
-    save_images("data/02", 12, seed=1)
+    save_two_classes("01", "02")
     trained()
     runs(train_ldm.main, TINY_LDM)
     runs(train_ldm.main, f"{TINY_LDM} --no-classes --out runs/flat")
@@ -4807,13 +4692,15 @@ def test_out_of_memory_is_one_line_wherever_it_happens():
     both_stages()
     of_numpy = patch(vmae.Cache, "batch", side_effect=MemoryError("Unable to allocate 5 GiB"))
     of_torch = patch(vmae, "loss_VMAE", no_memory_for_this)
+    of_cuda = patch(vmae, "loss_R", side_effect=torch.OutOfMemoryError("CUDA"))
     of_mps = patch(ldm, "loss_LDM", side_effect=RuntimeError("MPS backend out of memory"))
     of_drawing = patch(ldm.LDM, "draw", no_memory_for_this)
     of_measuring = patch(evaluate, "scores", no_memory_for_this)
     for trouble, main, line in (
             (of_numpy, train_vmae.main, f"{TINY_RUN} --out one"),
             (of_torch, train_vmae.main, f"{TINY_RUN} --out two"),
-            (of_mps, train_ldm.main, f"{TINY_LDM} --out three"),
+            (of_cuda, train_vmae.main, f"{TINY_RUN} --out three"),
+            (of_mps, train_ldm.main, f"{TINY_LDM} --out four"),
             (of_drawing, sample.main, "--n 2"),
             (of_measuring, evaluate.main, "reconstruct")):
         with trouble:
@@ -4937,8 +4824,8 @@ def test_weights_that_are_left_over_and_matter_are_refused():
 def save_as_diffusers(folder, weights, **config):
     """Write a model as diffusers' save_pretrained does."""
     Path(folder).mkdir(parents=True, exist_ok=True)
-    whole = safetensors({name: value.float() for name, value in weights.items()})
-    Path(folder, "diffusion_pytorch_model.safetensors").write_bytes(whole)
+    file = Path(folder, "diffusion_pytorch_model.safetensors")
+    file.write_bytes(safetensors(weights))
     Path(folder, "config.json").write_text(json.dumps({"_class_name": "AutoencoderKL", **config}))
 
 # With 16 groups instead of 32 the latents of a VAE were once wrong by .67 of .83, without a word.
@@ -4961,9 +4848,10 @@ def test_what_the_shapes_of_a_vae_do_not_tell_stands_in_config_json():
 
 def test_a_folder_of_diffusers_is_taken_wherever_a_checkpoint_is():
     save_images("data", 12)
-    save_as_diffusers("pipeline/vae", vmae.ConvAutoencoder(32, (32, 32, 64), 4).state_dict())
+    body = vmae.ConvAutoencoder(32, (32, 32, 64), 4)
+    save_as_diffusers("pipeline/vae", body.state_dict())
     for path in ("pipeline", "pipeline/vae"):
-        assert vmae.load_vmae(path).latent_dim == 4
+        assert equal_weights(vmae.load_vmae(path), body)
     runs(train_vmae.main, f"{TINY_RUN} --size 32 --mask 0 --init pipeline/vae")
     weights = f"pipeline/vae/{vmae.DIFFUSERS[0]}"          # for the options of the other scripts
     assert options_of(train_ldm, "--vmae pipeline").vmae == os.path.abspath(weights)
@@ -5150,6 +5038,11 @@ def images_seen(options):
         trained(options)
     return torch.cat(seen)
 
+def moments_file(run):
+    """The only cache of moments in a run folder."""
+    [file] = Path(run).glob("moments_*.npy")
+    return file
+
 def test_no_image_is_mirrored_with_no_flip():
     save_letters("data", 24)
     left = images_seen("")[..., :8].mean((1, 2, 3))                        # (8,)
@@ -5168,21 +5061,17 @@ def test_stage_two_mirrors_images_as_stage_one_did_unless_told_otherwise():
                        ("--vmae flip --no-flip", n)):
         shutil.rmtree("run", ignore_errors=True)
         runs(train_ldm.main, f"{TINY_LDM} {line} --out run")
-        [moments_file] = Path("run").glob("moments_*.npy")
-        assert len(np.load(moments_file)) == rows, line
+        assert len(np.load(moments_file("run"))) == rows, line
         assert load("run/last.pt")["train_args"]["flip"] == (rows == 2 * n)
 
 def test_the_cache_of_moments_belongs_to_its_flips():
     save_letters("data", 24)
     trained()
     runs(train_ldm.main, f"{TINY_LDM} --out run")
-    [before] = Path("run").glob("moments_*.npy")
+    before = moments_file("run")
     os.remove("run/last.pt")
     runs(train_ldm.main, f"{TINY_LDM} --no-flip --out run")
-    [after] = Path("run").glob("moments_*.npy")            # the other one went
-    assert before.name != after.name
-    refuses(train_ldm.main, {"--flip": "--flip True: the run in run has False"},
-            "--out run --resume --steps 9")
+    assert before != moments_file("run")                   # the other one went
 
 def test_saves_are_kept_if_asked_for_and_can_be_measured():
     save_images("data", 24)
@@ -5235,8 +5124,7 @@ def test_a_data_set_of_one_s_own_trains_both_stages():
     text = own_images()
     assert "images: 24 to train on, 8 held out, 16 x 16 pixels" in text
     assert "classes: dark, light" in text
-    [moments_file] = Path("runs/ldm").glob("moments_*.npy")
-    assert len(np.load(moments_file)) == 48
+    assert len(np.load(moments_file("runs/ldm"))) == 48
     text = runs(sample.main, "--n 2 --steps 1 --class light")
     assert "drawing the class light" in text
 
@@ -5305,9 +5193,8 @@ def test_wrong_shapes_types_and_ranges_are_named_by_encode():
              (x[:, :1], "give (B, 3, H, W), with 3 colours"),
              (x.permute(0, 2, 3, 1), "give (B, 3, H, W), with 3 colours"),
              (pixels.float(), "images are in [-1, 1]; give to_float(x)")]
-    for model in (VMAE(**TINY_VMAE), vmae.ConvAutoencoder(16, (8, 8, 16), 4)):
-        model.encode(x)
-        model.encode(x.half().float())
+    for model in both_bodies():
+        model.encode(5 * x)                                # noise may reach so far
         for wrong, said in cases:
             assert said in raises(InputError, model.encode, wrong)
     message = raises(InputError, VMAE(**TINY_VMAE).encode, random_images(1, 32))
@@ -5578,6 +5465,17 @@ def test_an_image_depends_on_the_seed_and_its_number_alone():
         assert len(np.unique(one, axis=0)) == 5
         assert abs(drawn(f"{options} --seed 1") - one).max() > 1
 
+def test_every_option_of_a_sampler_reaches_it():
+    both_stages()
+    runs(train_ldm.main, f"{TINY_LDM} --objective flow --out flow")
+    lines = {"--sampler ddpm --steps 3 --clip 2": dict(sampler="ddpm", steps=3, clip=2),
+             "--cfg 3 --eta 0.5 --seed 7": dict(sampler="ddim", cfg=3, eta=0.5, seed=7),
+             "--ckpt flow --shift 0.3 --interval 0.9": dict(shift=0.3, interval=0.9)}
+    for line, how in lines.items():
+        with patch(ldm.LDM, "draw", autospec=True, side_effect=ldm.LDM.draw) as draws:
+            runs(sample.main, f"--n 2 {line}")
+        assert how.items() <= draws.call_args.kwargs.items(), line
+
 def interrupted_after(batches):
     """Patch: sample.py is killed when it has drawn so many batches."""
     limit = iter(range(batches))
@@ -5648,12 +5546,9 @@ def test_sample_py_refuses_what_does_not_fit_its_checkpoint():
     both_stages()
     runs(train_ldm.main, f"{TINY_LDM} --no-classes --objective eps --out flat")
     refuses(sample.main, {
-        "--ckpt flat --class left": "unconditional",
         "--ckpt flat --cfg 2": "unconditional",
         "--ckpt flat --steps 1001": "at most the 1000",
         "--ckpt runs/vmae": "neither a stage-two checkpoint",
-        "--ckpt nothing.pt": "no such checkpoint",
-        "--class up": "choose from left, right",
         "--sampler euler": "choose from ddim, ddpm",
         "--sampler ddpm --eta 1": "ddpm has no such option",
         "--shift 0.3": "ddim has no such option",
@@ -5688,8 +5583,7 @@ def test_the_same_line_again_overwrites_nothing():
     refuses(train_ldm.main, {
         "": "holds step 2",
         "--resume --steps 9 --vmae runs/ldm": "--vmae",
-        "--resume --steps 9 --no-classes": "the run in runs/ldm has False",
-        "--resume --steps 9 --objective flow": "the run in runs/ldm has v"})
+        "--resume --steps 9 --no-classes": "the run in runs/ldm has False"})
     assert Path("runs/vmae/last.pt").read_bytes() == before
 
 def test_options_that_contradict_each_other_are_refused():
@@ -5719,18 +5613,6 @@ def test_options_without_an_effect_are_named():
     text = runs(train_ldm.main, f"{TINY_LDM} --no-classes --drop 0.2 --out flat")
     assert "--drop: has no effect" in text
 
-def test_a_resumed_run_may_have_other_images_and_another_pace():
-    save_images("data/left", 12)
-    save_images("data/right", 12, seed=1)
-    save_images("extra", 12, seed=2)
-    trained()
-    runs(train_vmae.main, "--resume --steps 3 --data data/left --val ./data/../extra --micro 2 "
-                          "--lr 1e-4 --save-every 7")
-    args = load("runs/vmae/last.pt")["train_args"]
-    assert args["data"] == os.path.abspath("data/left")
-    assert args["val"] == os.path.abspath("extra")
-    assert (args["micro"], args["lr"], args["save_every"]) == (2, 1e-4, 7)
-
 def test_a_run_of_stage_two_goes_on_without_the_file_of_its_stage_one():
     both_stages()
     runs(train_ldm.main, f"{TINY_LDM} --objective eps --schedule linear --no-classes --out flat")
@@ -5758,21 +5640,16 @@ def test_runs_that_do_not_compare_are_refused():
         "reconstruct --ckpt runs/vmae runs/large": "do not compare",
         "compare runs/vmae runs/large": "do not compare",
         "compare runs/vmae runs/gone": "runs/gone: no such",
-        "compare runs/vmae runs/vmae": "needs two runs",
-        "fid --fake gone --real faces": "gone: no such"})
+        "compare runs/vmae runs/vmae": "needs two runs"})
 
 # ---- Bad input is one line --------------------------------------------------------------------
 
 def test_bad_folders_of_images_are_one_line():
-    save_images("empty", 0)
     save_images("pixel", 1, size=1)
-    save_images("text", 0)
-    Path("text/a.jpg").write_text("not an image")
     refuses(train_vmae.main, {
         "--data nowhere": "nowhere: no such folder",
-        "--data empty": ".jpg",
-        "--data text": "1 of 1 files are unreadable, over 1 % of the folder; remove them: a.jpg",
-        "--data pixel": "1x1 pixels"}, "--size 16")
+        "--data pixel": "1 of 1 files are unreadable, over 1 % of the folder; remove them: 000.png "
+                        "(1x1 pixels"}, "--size 16")
 
 def test_options_out_of_range_are_one_line():
     save_images("data", 4)
@@ -5804,13 +5681,12 @@ def test_files_that_are_not_what_an_option_names_are_one_line():
     torch.save({"weight": torch.zeros(1)}, "other.pth")    # weights, but not VGG's
     refuses(train_vmae.main, {
         "--vgg-weights a.jpg": "a.jpg cannot be read (Weights only load failed)",
-        "--vgg-weights other.pth": "other.pth cannot be read (it has no features",
-        "--lambda-p 1 --vgg-weights no.pth": "no.pth cannot be read"}, "--data data --size 16")
+        "--vgg-weights other.pth": "other.pth cannot be read (it has no features"},
+        "--data data --size 16")
     unfit = {"no.pt": "no.pt: no such", "a.jpg": "a.jpg: not a checkpoint"}
     refuses(train_ldm.main, unfit, "--vmae")
     refuses(evaluate.main, unfit, "reconstruct --ckpt")
-    refuses(evaluate.main, {"reconstruct": "runs/vmae/last.pt: no such",
-                            "compare": "needs two runs"})
+    refuses(evaluate.main, {"reconstruct": "runs/vmae/last.pt: no such"})
 
 # ---- On a GPU: skipped elsewhere, by name -----------------------------------------------------
 
