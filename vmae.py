@@ -580,10 +580,9 @@ class LayerDistance(nn.Module):
 
     def forward(self, psi, psi_hat):
         """(B, C, h, w) twice -> the distance at each place, (B, h, w), in float32."""
-        with torch.autocast(psi.device.type, enabled=False):
-            psi = F.normalize(psi.float(), dim=1, eps=1e-10)
-            psi_hat = F.normalize(psi_hat.float(), dim=1, eps=1e-10)
-            return (self.w * (psi - psi_hat) ** 2).sum(1)
+        psi = F.normalize(psi.float(), dim=1, eps=1e-10)
+        psi_hat = F.normalize(psi_hat.float(), dim=1, eps=1e-10)
+        return (self.w * (psi - psi_hat) ** 2).sum(1)
 
 def load_lpips(vgg_weights=None):
     """The LPIPS distance of Zhang et al. 2018, frozen, in eval mode so that its dropout is off.
