@@ -111,7 +111,7 @@ def main():
     fast_micro_batch = train_vmae.make_fast(micro_batch, args, given, generator, model.blocks)
 
     run = train_vmae.Run(args, states, start, device)      # its log, checkpoints, and when it ends
-    for step in run.steps():
+    for step in run.steps(range(start, args.steps)):
         lr = train_vmae.learning_rate(step, args.steps, args.lr)           # up, then down to 0
         for i in my_micro_batches:
             moments, y = next(batches)                     # (B, 2d, h, w), (B,)

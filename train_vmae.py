@@ -168,7 +168,7 @@ def main():
                                  lpips_net)
 
     run = Run(args, states, start, device)  # its log, its checkpoints, and when it ends
-    for step in run.steps():
+    for step in run.steps(range(start, args.steps)):
         lr = learning_rate(step, args.steps, args.lr)      # up, then down to 0
         mask_ratio = 0.0 if sees_whole_images(step, args.whole) else args.mask
         adversary = disc is not None and step >= args.adv_start
@@ -893,7 +893,6 @@ class Run:
     def __init__(self, args, states, start, device):
         self.args = args
         self.states = states
-        self.start = start
         self.stopping = False
         self.logged = start                 # the step of the last line
         self.since = time.perf_counter()    # and when training went on from there
@@ -918,11 +917,12 @@ class Run:
                 if int(step) <= start:
                     file.write(line)
 
-    def steps(self):
-        """Iterate over the steps that are left, under a bar; after a signal no more."""
+    def steps(self, steps):
+        """Iterate over the steps, a range, under a bar; after a signal no more. Then end the run,
+        and if steps are left, the script."""
         self.stop = Stop()
-        self.bar = tqdm(range(self.start, self.args.steps), total=self.args.steps,
-                        initial=self.start, dynamic_ncols=True, mininterval=1, disable=RANK > 0)
+        self.bar = tqdm(steps, total=self.args.steps, initial=steps.start, dynamic_ncols=True,
+                        mininterval=1, disable=RANK > 0)
         for step in self.bar:
             yield step
             if self.stopping:
