@@ -312,7 +312,7 @@ class Rope(nn.Module):
         (a cos - b sin, b cos + a sin).
 
         On a CPU this is written as a product of complex numbers, (a + ib)(cos + i sin), which takes
-        a third of the time there; torch.compile knows no complex numbers. On a CPU the result is in
+        .4 of the time there; torch.compile knows no complex numbers. On a CPU the result is in
         float32, as fused_attention needs it."""
         pairs = x.float().unflatten(-1, (-1, 2))           # (..., N, head_dim/2, 2)
         if x.device.type == "cpu":

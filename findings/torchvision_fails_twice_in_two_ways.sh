@@ -2,7 +2,7 @@
 # A torchvision of another torch fails at import, and the next import fails with another error.
 #
 # Versions: torch 2.9.0 and torchvision 0.25.0, which was built for torch 2.10.
-# Guess: an import that failed leaves nothing behind, so that a second one ends in the same error, and
+# Guess: an import that failed leaves nothing behind, so a second one ends in the same error, and
 #   to declare the operator that lacks is enough.
 # Seen: the first import says that the operator torchvision::nms does not exist. Python then forgets
 #   the package, but not its submodules. So the second import does not load torchvision.extension
