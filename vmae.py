@@ -1323,7 +1323,7 @@ def read_image(path, size, draft=False):
     """File -> uint8 (3, size, size): any mode to RGB, transparent parts white, centre cropped,
     short side resized, colours to sRGB by the profile in the file, turned upright as its EXIF says.
     draft: decode a JPEG at 1/2, 1/4 or 1/8 of its size if it is still twice as large as wanted:
-    half the time, and 51 dB against the whole.
+    half the time or less, and 51 dB against the whole.
 
     Pixels of 8 and 16 bits are scaled by the range of their type. OSError for floats and 32 bits,
     of which a file does not tell the range, and for 12, which Pillow passes for 16."""
