@@ -119,7 +119,7 @@ def generation(fake, real, args, inception, pairs=0, size=None):
     drawn_here = os.path.isfile(fake) and not fake.endswith(".npz")
     if real is None and drawn_here:
         _, data = stage_and_data(fake)
-        refuse_program(data, "name images to compare with by --real")
+        vmae.refuse_program(data, "name images to compare with by --real")
         real = data or "faces"
     if real is None:
         raise InputError('--real: name a folder, a .npz or "faces" to compare with')
@@ -495,7 +495,7 @@ def what_they_draw(runs):
     folders = []
     for path in runs:
         stage, folder = stage_and_data(path)               # None for the built-in faces
-        if stage == 1 or is_program(folder):
+        if stage == 1 or vmae.is_program(folder):
             return "nothing"
         folders.append(folder)
     if any(folders):
@@ -599,7 +599,7 @@ def neighbours(args):
     to 255."""
     inception = find_inception(args)
     ldm = load_generator(args.ckpt, args)
-    refuse_program(ldm.data, "neighbours measures folders and the built-in faces only")
+    vmae.refuse_program(ldm.data, "neighbours measures folders and the built-in faces only")
     samples = torch.cat(list(draw_samples(ldm, args, args.cfg)))           # (n, 3, S, S)
     train, val = vmae.open_images(ldm.data, samples.shape[-1], ldm.val)
     if isinstance(train, vmae.ImageFolder):
@@ -691,16 +691,6 @@ class Autoencoder:
         z = self.model.encode(x).mode()                    # (B, d, h, w)
         return vmae.to_uint8(self.model.decode(z))
 
-def is_program(data):
-    """Whether --data of a training was a Python file, see vmae.Images."""
-    return data is not None and data.endswith(".py")
-
-def refuse_program(data, what_to_do):
-    """InputError if a checkpoint was trained on the images of a Python file: it is not run because
-    a checkpoint names it."""
-    if is_program(data):
-        raise InputError(f"the checkpoint was trained on {data}, a program; {what_to_do}")
-
 class HeldOut:
     """The images that all autoencoders of a command are measured on, always the same: --n images of
     --data, or of those that were held out in their training. InputError if these are others for one
@@ -726,10 +716,10 @@ class HeldOut:
     def opened(self, data, val):
         """The data set: all images of the folder --data, or those held out of data and val."""
         named = self.args.data
-        if named and not named.endswith(".py"):
+        if named and not vmae.is_program(named):
             return vmae.ImageFolder(named, self.size)
         if not named:
-            refuse_program(data, "name it again with --data, so that it may run")
+            vmae.refuse_program(data, "name it again with --data, so that it may run")
         else:
             data = named
             val = None
@@ -1547,13 +1537,9 @@ def fill_in(args):
 
 def beside_the_checkpoint(args):
     """The folder of the checkpoint that a command measures, or of the first one; otherwise runs."""
-    measured = ""
-    if args.command == "fid":
-        measured = args.fake
-    elif args.command == "neighbours":
-        measured = args.ckpt
-    elif args.command in ("reconstruct", "smoothness", "separability", "faces"):
-        measured = args.ckpt[0]
+    measured = getattr(args, "fake", getattr(args, "ckpt", ""))
+    if isinstance(measured, list):
+        measured = measured[0]
     if os.path.isfile(measured):
         return os.path.dirname(measured) or "."
     return "runs"

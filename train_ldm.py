@@ -236,7 +236,8 @@ def fill_in(args, given, device, theirs, init):
         args.val = theirs["val"]
     if args.data is None:
         args.data = theirs["data"]
-    train_vmae.refuse_unnamed_program(args, given)
+    if "data" not in given:
+        vmae.refuse_program(args.data, "name it again with --data, so that it may run")
     kind = "cpu"
     if device.type == "cuda":
         kind = "cuda"

@@ -423,7 +423,8 @@ def fill_in(args, given, device, start_from):
     elif args.model is None:
         args.model = "base" if on_cuda else "small"
     use_recipe(args, RECIPES[args.model, args.arch, "cuda" if on_cuda else "cpu"])
-    refuse_unnamed_program(args, given)
+    if "data" not in given:
+        vmae.refuse_program(args.data, "name it again with --data, so that it may run")
     if args.lambda_p is None and args.tune:
         args.lambda_p = 10.0
     elif args.lambda_p is None:             # on the small faces VGG would cost more than the rest
@@ -640,13 +641,6 @@ def say_idle(given, idle):
     for name in given:
         if idle.get(name):
             vmae.say(f"--{name.replace('_', '-')}: has no effect beside the other options")
-
-def refuse_unnamed_program(args, given):
-    """A checkpoint may say that its images come from a Python file. It is run only if the user
-    names it with --data; otherwise InputError."""
-    if args.data and args.data.endswith(".py") and "data" not in given:
-        raise InputError(f"--data: the checkpoint was trained on {args.data}, a program; name it "
-                         f"again with --data, so that it may run")
 
 def use_recipe(args, recipe):
     """Give the options that are still None the recipe's values."""

@@ -1918,7 +1918,7 @@ def open_images(data, size, val=None, run=None):
     data is None, or what a Python file defines (see Images). If --val names a folder of its own,
     nothing of --data is held out. run: the run folder, which may not be the folder of the images.
     Process 0 reads the headers of a folder for all."""
-    if data is None or data.endswith(".py"):
+    if data is None or is_program(data):
         if val is not None:
             raise InputError("--val: goes with a folder of images alone; leave --val out")
         if data is None:
@@ -1936,6 +1936,16 @@ def open_images(data, size, val=None, run=None):
         return ImageFolder(data, size, "train", folder), ImageFolder(data, size, "val", folder)
     held_out = from_first(lambda: Folder(val))
     return ImageFolder(data, size, "all", folder), ImageFolder(val, size, "all", held_out)
+
+def is_program(data):
+    """Whether --data of a training was a Python file, see Images."""
+    return data is not None and data.endswith(".py")
+
+def refuse_program(data, what_to_do):
+    """InputError if a checkpoint was trained on the images of a Python file: it is not run because
+    a checkpoint names it."""
+    if is_program(data):
+        raise InputError(f"the checkpoint was trained on {data}, a program; {what_to_do}")
 
 def own_images(path, size):
     """Run the Python file of the user -> its data sets (train, val)."""
