@@ -491,6 +491,11 @@ def test_missing_vgg_weights_are_one_message_with_url_path_and_option():
         assert word in message
     assert "\n" not in message
 
+def test_other_vggs_are_not_taken_for_vgg_16():
+    convolutions_of_19 = (0, 2, 5, 7, 10, 12, 14, 16, 19, 21, 23, 25, 28, 30, 32, 34)
+    torch.save({f"features.{i}.weight": torch.zeros(1) for i in convolutions_of_19}, "vgg19.pth")
+    assert "it has no features.26" in raises(InputError, vmae.load_lpips, "vgg19.pth")
+
 @patch(vmae, "load_lpips", return_value=TinyLpips())
 def test_weight_of_L_P_reaches_the_loss(load_lpips):
     save_images("data", 8)
@@ -1173,9 +1178,10 @@ def test_without_a_cache_images_are_decoded_as_drafts():
     assert os.listdir("run") == []
 
 def test_copies_are_counted_while_images_are_decoded():
-    save_images("data", 40)
-    for i in range(40):
+    save_images("data", 60)
+    for i in range(60):
         shutil.copy(f"data/{i:03d}.png", f"data/{i:03d} (1).png")
+    Path("data/broken.png").touch()                        # is no copy less
     train, val = vmae.open_images("data", 16)
     pixels = [x.numpy().tobytes() for x, _ in train]
     copies = len(pixels) - len(set(pixels))
