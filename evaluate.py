@@ -101,7 +101,7 @@ def fid(args):
         os.makedirs(os.path.dirname(args.save_stats) or ".", exist_ok=True)
     inception = find_inception(args)
     row, real_stats, title = generation(args.fake, args.real, args, inception, args.pairs,
-                                             args.size)
+                                        args.size)
     if args.save_stats is not None:
         path = args.save_stats.removesuffix(".npz") + ".npz"
         with vmae.whole_file(path) as file:
@@ -821,7 +821,7 @@ def open_source(source, args, size=None):
     if source != "faces":
         paths = {data.paths[i] for i in indices.tolist()}
         note = (f"; {source}: {len(paths & folder.cropped)} of {len(paths)} cropped to the square "
-                f"in the middle, {len(paths & folder.transparent)} put on white")
+                f"in the middle, {len(paths & folder.transparent)} with transparency, on white")
     return data.size, len(indices), images_of(data, indices, args.batch, args.device), note
 
 def open_npz(path, size):
@@ -1357,7 +1357,8 @@ class InceptionV3(nn.Module):
         self.maxpool1 = nn.MaxPool2d(3, 2)                 # 147 x 147 -> 73 x 73
         self.Conv2d_3b_1x1 = ConvBN(64, 80, 1, 1)
         self.Conv2d_4a_3x3 = ConvBN(80, 192, 3, 3, padding="valid")
-        self.maxpool2 = nn.MaxPool2d(3, 2)                 # 71 x 71 -> 35 x 35, a layer of its own
+        # Another one, as `outputs` calls each module once.
+        self.maxpool2 = nn.MaxPool2d(3, 2)                 # 71 x 71 -> 35 x 35
         self.Mixed_5b = mixed_5(192, average, 32)
         self.Mixed_5c = mixed_5(256, average, 64)
         self.Mixed_5d = mixed_5(288, average, 64)

@@ -205,7 +205,7 @@ def runs(main, line="", status=0):
 def refuses(main, table, start=""):
     """Run commands with the options in `table`, each of which has to stop with one line that holds
     the words beside it, and to write nothing."""
-    news = r"\s*$|device:|pixels of|skipped|--steps .* planned|.*(tensors read|%\|)"  # %|: bars
+    news = r"\s*$|device:|pixels of|skipped|learning rate:|.*(tensors read|%\|)"  # %|: bars
     before = set(Path().rglob("*"))
     for options, words in table.items():
         text = runs(main, f"{start} {options}", status=1)
@@ -1780,7 +1780,12 @@ def test_muon_takes_the_matrices_of_the_blocks_and_adamw_all_else():
     muon, decays, _ = names_by_group(vmae.ConvAutoencoder(32, (32, 64), 4), MUON)
     assert "decoder.conv_in.weight" in decays
     assert "encoder.down_blocks.1.resnets.0.conv1.weight" in muon
-    assert "encoder.down_blocks.1.resnets.0.conv_shortcut.weight" in muon      # a kernel of 1 x 1
+
+def test_what_decays_is_what_decayed_in_earlier_runs_which_could_not_go_on_otherwise():
+    model = ldm.DiT(input_size=4, in_channels=4, num_classes=2, **TINY_DIT)
+    for args in (MUON, ADAMW):
+        _, _, does_not = names_by_group(model, args)
+        assert "x_embedder.proj.weight" in does_not        # a kernel of 1 x 1
 
 def test_orthogonalise_makes_all_singular_values_about_one():
     for shape in ((3, 8, 8), (2, 8, 20), (2, 20, 8)):
@@ -2264,8 +2269,19 @@ def test_a_run_that_gets_more_steps_says_what_its_learning_rate_does():
     save_images("data", 12)
     trained()
     text = runs(train_vmae.main, "--resume --steps 4 --lr 0.01 --precision float32")
-    assert "--steps 4: the run was planned for 2; its learning rate goes on from 0.005" in text
-    assert "planned" not in runs(train_vmae.main, "--resume --steps 4")    # complete
+    assert "learning rate: 0.002 in the last step of the run; it goes on from 0.005" in text
+    assert "learning rate" not in runs(train_vmae.main, "--resume --steps 4")      # complete
+
+# A run that fell along a cosine would otherwise go on with up to four times its rate, unsaid.
+def test_a_run_of_another_learning_rate_says_so_and_the_same_does_not():
+    save_images("data", 12)
+    for curve, words in ((lambda step, steps, peak: peak / 7, True), (None, False)):
+        with patch(train_vmae, "learning_rate", curve or train_vmae.learning_rate):
+            shutil.rmtree("run", ignore_errors=True)
+            runs(train_vmae.main, f"{TINY_RUN} --steps 4 --save-every 2 --keep --out run")
+        shutil.copy("run/step_000002.pt", "run/last.pt")
+        text = runs(train_vmae.main, "--resume --out run")
+        assert ("learning rate:" in text) == words
 
 def test_held_out_classes_meet_those_of_training_by_name():
     save_two_classes("b", "c")
@@ -2306,8 +2322,9 @@ def test_processes_that_see_another_checkpoint_are_told():
 def save_run(script, **train_args):
     """A checkpoint in run/ of a run of this trainer with these options."""
     args = vars(options_of(script, "--out elsewhere"))
-    args.update(train_args)
-    entries = dict(step=1, model_args={}, model={}, train_args=args)
+    args.update({"lr": 0.1, **train_args})
+    opt = dict(param_groups=[dict(lr=0.1)])
+    entries = dict(step=1, model_args={}, model={}, train_args=args, opt=opt)
     if script is train_ldm:
         entries["vmae"] = {}
     vmae.save_checkpoint("run/last.pt", **entries)
@@ -3583,8 +3600,8 @@ def test_fid_says_how_many_pictures_were_cropped_or_put_on_white():
     Image.new("RGBA", (16, 16)).save("fake/clear.png")
     fid_row("--real real --fake fake")
     title = json.loads(Path("out/fid.json").read_text())["title"]
-    assert "fake: 1 of 8 cropped to the square in the middle, 1 put on white" in title
-    assert "real: 0 of 8 cropped to the square in the middle, 0 put on white" in title
+    counts = "{} of 8 cropped to the square in the middle, {} with transparency, on white"
+    assert f"fake: {counts.format(1, 1)}" in title and f"real: {counts.format(0, 0)}" in title
 
 def test_fid_is_the_same_from_adms_images_and_from_saved_statistics():
     real, fake = real_and_fake()
@@ -4333,7 +4350,7 @@ def test_the_start_counts_images_classes_and_what_was_left_out():
     Image.new("RGBA", (20, 20)).save("data/class 00/clear.png")
     again = described("data").splitlines()
     assert again[1].endswith(f"data; cropped to the square in the middle: 1 of 128")
-    assert again[2] == "transparency: in 1 of them, on white now"
+    assert again[2] == "transparency: 1 of them may have some, which becomes white"
     [classes] = re.findall("^classes: (.*)$", text, re.MULTILINE)
     counts = re.findall(r"class \d\d (\d+)", classes)
     assert len(counts) == 10 and classes.endswith(", and 2 more")

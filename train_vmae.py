@@ -296,14 +296,15 @@ def optimisers(model, args):
     """-> {"opt": AdamW}, with betas (.9, .95) as in the authors' recipes. With --optimizer muon
     also "muon": Muon, for the matrices inside the blocks, kernels of convolutions among them. AdamW
     keeps what lies outside of the blocks, adaLN's matrices, and what is no matrix. Weights decay in
-    matrices, not in norms, biases and what else has one side of 1, which need not shrink."""
+    matrices, not in norms, biases and what else has one side of 1, such as kernels of 1 x 1: these
+    could be matrices, but then no run from before could go on, whose optimiser has other groups."""
     hidden = []
     matrices = []
     others = []
     for name, p in model.named_parameters():
         if not p.requires_grad:             # of a frozen encoder
             continue
-        is_matrix = p.ndim > 1 and min(p.flatten(1).shape) > 1
+        is_matrix = p.ndim > 1 and min(p.shape) > 1
         is_hidden = "block" in name and "adaLN" not in name
         if is_matrix and is_hidden and args.optimizer == "muon":
             hidden.append(p)
@@ -592,7 +593,7 @@ def run_to_resume(defaults, given, stage):
         return None
     ckpt = vmae.read_checkpoint(last)
     ckpt["path"] = last
-    for entry in ("train_args", "step", "model_args", "model"):
+    for entry in ("train_args", "step", "model_args", "model", "opt"):
         if entry not in ckpt:
             raise InputError(f"{last}: lacks {entry}; give another --out")
     if "resume" not in given:
@@ -623,18 +624,19 @@ def resolve(defaults, given, ckpt):
     return args
 
 def end_if_complete(args, ckpt):
-    """End the script if the run that is to go on has made all its steps. If it gets another number
-    of steps, say what that does to the learning rate."""
+    """End the script if the run that is to go on has made all its steps. Say what becomes of its
+    learning rate, if that will not go on as it began: with other --steps, with another --lr, or
+    after a version of this file in which it fell along another curve."""
     if ckpt is None:
         return
     if ckpt["step"] >= args.steps:
         vmae.say(f"{ckpt['path']}: complete, at step {ckpt['step']} of {args.steps}")
         sys.exit()
-    planned = ckpt["train_args"]["steps"]
-    if args.steps != planned:
+    was = ckpt["opt"]["param_groups"][0]["lr"]             # in its last step
+    if not math.isclose(was, learning_rate(ckpt["step"] - 1, args.steps, args.lr)):
         now = learning_rate(ckpt["step"], args.steps, args.lr)
-        vmae.say(f"--steps {args.steps}: the run was planned for {planned}; its learning rate goes "
-                 f"on from {now:.2g}, as in a run of {args.steps} steps, and falls to 0 at the end")
+        vmae.say(f"learning rate: {was:.2g} in the last step of the run; it goes on from "
+                 f"{now:.2g}, as in a run of {args.steps} steps, and falls to 0 at the end")
 
 def say_idle(given, idle):
     """Name the options that were given although they have no effect. idle: {name: whether}."""
@@ -821,9 +823,7 @@ def training_batches(data, args, start, my_micro_batches, device):
 
 def learning_rate(step, steps, peak):
     """Up over the first 2 % of the run, while the moments settle, then down to zero, both in a
-    straight line (Defazio 2023). After 550 steps of the default stage two L_v of held-out faces is
-    .219; .221 with a cosine in place of the line down; with a cosine and no warm-up .228, with one
-    over 10 % of the run .230. With AdamW the line gives .255, the cosine .264."""
+    straight line (Defazio 2023). What other warm-ups and a cosine gave stands in train_ldm.py."""
     warm = min(1, (step + 1) / max(1, steps // 50))        # rises to 1
     return peak * warm * (1 - step / steps)
 

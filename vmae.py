@@ -1982,7 +1982,7 @@ def describe_folder(train, val):
     print(f"from {printable(folder.root)}; cropped to the square in the middle: "
           f"{len(folder.cropped)} of {len(sides)}")
     if folder.transparent:
-        print(f"transparency: in {len(folder.transparent)} of them, on white now")
+        print(f"transparency: {len(folder.transparent)} of them may have some, which becomes white")
     small = sum(side < train.size for side in sides)
     if small > 0:
         print(f"enlarged: {small} of {len(sides)}; the smallest has {min(sides)} pixels")
